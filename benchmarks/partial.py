@@ -1,0 +1,125 @@
+"""One epoch of partial fine-tuning: stored activations against a plain torch loop with the same freezing.
+
+    python benchmarks/partial.py FOLDER [--stages 1 2] [--rounds 3] [--epochs 4] [--views 4] [--images N]
+
+FOLDER holds one sub-folder a class (benchmarks/data.py makes some). EfficientNet-Lite0 at 224 px, real weights.
+
+The peer is the ordinary way: `ImageFolder`, timm's training transform, a DataLoader with two workers that stay alive, the
+same stages frozen (BatchNorm in eval, no gradients), the same optimizer, batch size and number of images, float32. Its
+first epoch warms it up and does not count. We train for `--epochs` epochs, without validation and checkpoints; an epoch is
+the median of them, the one-off pass over the frozen stages is what `fit` takes beyond its epochs. A third column is our
+loop with nothing stored, to show what storing alone gives. The three take turns in every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import timm.data
+import torch
+import torchvision.datasets
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+from finetune import images, optim, train
+from finetune.backbone import freeze, last_stages, load
+from finetune.images import ImageSet
+from finetune.policy import Training
+
+NAME = "tf_efficientnet_lite0"
+
+
+def peer(folder: Path, chosen: list[int], training: Training, classes: int) -> Callable[[], float]:
+    """A function that runs one epoch of the plain loop and gives its seconds."""
+    backbone = load(NAME)
+    pre, module = backbone.network.preprocess, backbone.module
+    freeze(backbone, training.trainable)
+    head = nn.Linear(backbone.network.widths["pooled"], classes)
+    optimizer = optim.optimizer(optim.param_groups(backbone, head, training), training)
+    transform = timm.data.create_transform(
+        (3, pre.size, pre.size), is_training=True, mean=pre.mean, std=pre.std, scale=(0.6, 1), interpolation=pre.interpolation
+    )
+    data = Subset(torchvision.datasets.ImageFolder(str(folder), transform), chosen)
+    loader = DataLoader(data, training.batch_size, shuffle=True, num_workers=2, persistent_workers=True)
+
+    def epoch() -> float:
+        began = time.perf_counter()
+        module.train()
+        for x, y in loader:
+            loss = nn.functional.cross_entropy(head(module(x)), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return time.perf_counter() - began
+
+    epoch()
+    return epoch
+
+
+def ours(data: ImageSet, chosen: list[int], training: Training, *, store: bool) -> tuple[float, float]:
+    """Seconds of one epoch (median), and of the pass before the first."""
+    limit, train.STORE_LIMIT = train.STORE_LIMIT, train.STORE_LIMIT if store else 0
+    try:
+        backbone = load(NAME)
+        began = time.perf_counter()
+        result = train.fit(backbone, data, chosen, None, training, classes=len(data.classes), seed=0)
+        total = time.perf_counter() - began
+    finally:
+        train.STORE_LIMIT = limit
+    assert store != any("every epoch" in warning for warning in result.warnings), result.warnings
+    seconds = [row["seconds"] for row in result.history]
+    return statistics.median(seconds), total - sum(seconds)
+
+
+def spread(values: Sequence[float], unit: str) -> str:
+    """Minimum, median and maximum."""
+    return f"{min(values):.2f} / {statistics.median(values):.2f} / {max(values):.2f} {unit}"
+
+
+def compare(folder: Path, options: argparse.Namespace, stages: int) -> None:
+    data = images.load(folder)
+    chosen = np.random.default_rng(0).permutation(len(data))[: options.images].tolist()
+    training = Training(
+        last_stages(load(NAME), stages), head_init="zero", epochs=options.epochs, views=options.views, patience=0, augment="light"
+    )
+    plain = peer(folder, chosen, training, len(data.classes))
+    rows: list[tuple[float, float, float, float]] = []
+    for _ in range(options.rounds):
+        theirs = plain()
+        stored, once = ours(data, chosen, training, store=True)
+        unstored, _ = ours(data, chosen, dataclasses.replace(training, epochs=1), store=False)
+        rows.append((theirs, stored, once, unstored))
+    theirs_, stored_, once_, unstored_ = zip(*rows, strict=True)
+    whole = [options.epochs * t / (options.epochs * s + o) for t, s, o, _ in rows]
+    print(f"\nlast {stages} stages ({', '.join(training.trainable)}), {len(chosen)} images, {options.rounds} rounds; min / median / max")
+    print(f"  plain torch loop, an epoch        {spread(theirs_, 's')}")
+    print(f"  ours, an epoch                    {spread(stored_, 's')}")
+    print(f"  ours, one-off pass, {options.views} views       {spread(once_, 's')}")
+    print(f"  ours, nothing stored, an epoch    {spread(unstored_, 's')}")
+    print(f"  ratio of an epoch                 {spread([t / s for t, s, _, _ in rows], '×')}   (bar: ≥ 4)")
+    print(f"  ratio with nothing stored         {spread([t / u for t, _, _, u in rows], '×')}")
+    print(f"  ratio of {options.epochs} epochs and the pass     {spread(whole, '×')}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], help="how many of the last stages move")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4, help="of ours, in a round")
+    parser.add_argument("--views", type=int, default=4, help="stored views of an image")
+    parser.add_argument("--images", type=int, default=None, help="a seeded draw of so many; all without it")
+    options = parser.parse_args()
+    print(f"{torch.__version__=}, {timm.__version__=}, {torch.get_num_threads()} threads, {NAME}")
+    for stages in options.stages:
+        compare(options.folder, options, stages)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Regraft: a new head on a pretrained image backbone, judged beside its SVM baseline.
+
+    import finetune
+    run = finetune.fit("photos/")
+    finetune.load(run.path).predict(["img.jpg"])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import UserError
+
+if TYPE_CHECKING:
+    from finetune.classifier import Classifier, Predictions
+    from finetune.job import advise, fit, load
+
+__all__ = ["Classifier", "Predictions", "UserError", "advise", "fit", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use, so that `import finetune` and `finetune --help` load no heavy library.
+    import importlib
+
+    homes = {"fit": "job", "load": "job", "advise": "job", "Classifier": "classifier", "Predictions": "classifier"}
+    if name in homes:
+        return getattr(importlib.import_module(f"finetune.{homes[name]}"), name)
+    raise AttributeError(f"module 'finetune' has no attribute {name!r}")

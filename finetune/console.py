@@ -1,0 +1,99 @@
+"""What both commands do at the door: exit codes, `crash.log`, progress on stderr.
+
+Nothing heavy is imported before it is needed, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+from finetune.errors import UserError
+
+MENDABLE, BUG, INTERRUPTED = 1, 3, 130
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+Progress = Callable[[int, int], None]
+
+
+def guarded(group: click.Group, prog_name: str) -> NoReturn:
+    """Run a command line and exit: 0; 1 for a `UserError`; 2 for wrong usage; 3 for a bug, with `crash.log`; 130 for Ctrl-C."""
+    try:
+        code = group.main(prog_name=prog_name, standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except UserError as error:
+        _fail(f"error: {error}", MENDABLE)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(MENDABLE)  # as click does where it meets the closed pipe first
+    except OSError as error:
+        if error.errno in DISK:
+            _fail(
+                f"error: {error.filename or 'the disk'}: {error.strerror}\n  → free some space, or mend the permissions", MENDABLE
+            )
+        _crash(prog_name, error)
+    except Exception as error:
+        _crash(prog_name, error)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    click.echo(text, err=True)
+    sys.exit(code)
+
+
+def _crash(prog_name: str, error: Exception) -> NoReturn:
+    """A bug: the traceback goes to a file, one line says where."""
+    from finetune import files
+
+    text = f"{prog_name} {' '.join(sys.argv[1:])}\npython {sys.version}\n\n{''.join(traceback.format_exception(error))}"
+    head = f"{prog_name} met a bug: {type(error).__name__}: {error}"
+    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
+        path = folder / "crash.log"
+        with contextlib.suppress(OSError, UserError):
+            files.write_bytes(path, text.encode(errors="backslashreplace"))
+            _fail(f"{head}\n  → the traceback is in {path}; please report it", BUG)
+    _fail(f"{head}\n\n{text}", BUG)
+
+
+@contextlib.contextmanager
+def progress(label: str) -> Iterator[Progress]:
+    """Give `callback(done, total)` that draws a bar with the time left on stderr; silent where nobody watches."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    with contextlib.ExitStack() as stack:
+        draw: list[Progress] = []
+
+        def callback(done: int, total: int) -> None:
+            if not draw:
+                draw.append(stack.enter_context(_bar(label)))
+            draw[0](done, total)
+
+        yield callback
+
+
+@contextlib.contextmanager
+def _bar(label: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,256 @@
+"""Run a frozen network fast: OpenVINO where it is installed, torch everywhere; bf16 where the hardware has it.
+
+One function, `open_runner`, gives the same thing for both: static batches of uint8 pixels in, float32 features out. A
+network is converted for OpenVINO once, with all its taps, and kept in the cache; a later process opens the converted
+copy without importing torch, and cuts it down to the taps that it wants.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune import files
+from finetune.errors import UserError
+from finetune.network import Network, Tap
+
+if TYPE_CHECKING:
+    from finetune.backbone import Backbone
+
+BATCH = 16  # static: a permuted or padded batch then gives the same bits
+FORMAT = 1  # of the converted networks; a change makes the old ones unused
+ENGINES = ("auto", "openvino", "torch")
+PRECISIONS = ("auto", "bf16", "float32")
+
+Pixels = NDArray[np.uint8]
+Blocks = list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A network ready to run. `stream` takes batches of at most `BATCH` images, and keeps their order.
+
+    `engine` is openvino or torch, `precision` bf16 or float32: what is really used.
+    """
+
+    taps: tuple[Tap, ...]
+    engine: str
+    precision: str
+    stream: Callable[[Iterable[Pixels]], Iterator[Blocks]]
+
+    def __call__(self, pixels: Pixels) -> Blocks:
+        """Features of any number of images `(n, size, size, 3)` uint8: one `(n, width)` float32 array a tap."""
+        batches = (pixels[i : i + BATCH] for i in range(0, len(pixels), BATCH))
+        parts = list(self.stream(batches))
+        return [np.concatenate(blocks) for blocks in zip(*parts, strict=True)]
+
+
+def resolve(engine: str = "auto", precision: str = "auto") -> tuple[str, str]:
+    """The engine and precision that will be used here: part of the key of every feature.
+
+    Raises `UserError` where OpenVINO is asked for and not installed, and for unknown words.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"no engine is called {engine!r}", where="--engine", fix=f"choose one of {', '.join(ENGINES)}")
+    if precision not in PRECISIONS:
+        raise UserError(f"no precision is called {precision!r}", where="--precision", fix=f"choose one of {', '.join(PRECISIONS)}")
+    if engine == "openvino" and not has_openvino():
+        raise UserError("OpenVINO is not installed", where="--engine", fix="pip install openvino, or use --engine torch")
+    if engine == "auto":
+        engine = "openvino" if has_openvino() and not _has_gpu() else "torch"
+    if precision == "auto":
+        precision = "bf16" if _fast_bf16(engine) else "float32"
+    return engine, precision
+
+
+def has_openvino() -> bool:
+    """Whether OpenVINO is installed here."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def _has_gpu() -> bool:
+    """Whether torch would find a CUDA device, asked without importing it where no driver is there."""
+    return Path("/dev/nvidiactl").exists() and _torch_device() == "cuda"
+
+
+def _torch_device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@functools.cache
+def _fast_bf16(engine: str) -> bool:
+    """Whether bfloat16 arithmetic is in the hardware (elsewhere it is emulated, slower than float32)."""
+    if engine == "openvino":
+        return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    import torch
+
+    if _torch_device() == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def open_runner(
+    network: Network,
+    taps: Sequence[Tap],
+    load: Callable[[], Backbone],
+    *,
+    engine: str = "auto",
+    precision: str = "auto",
+) -> Runner:
+    """Open `network` for reading `taps`; `load` gives its torch backbone, and is called only where that is needed."""
+    for tap in taps:
+        network.width(tap)
+    engine, precision = resolve(engine, precision)
+    if any(tap.stage == "moments" for tap in taps):
+        engine = "torch"  # the inputs of BatchNorm: OpenVINO folds them away
+    if engine == "openvino":
+        return _open_openvino(network, tuple(taps), load, precision)
+    return _open_torch(load(), tuple(taps), precision)
+
+
+# ------------------------------------------------------------------------------------------------------------ torch
+
+
+def _open_torch(backbone: Backbone, taps: tuple[Tap, ...], precision: str) -> Runner:
+    import torch
+
+    from finetune.backbone import Reader
+
+    device = torch.device(_torch_device())
+    reader = Reader(backbone, taps).eval().to(device=device, memory_format=torch.channels_last)
+    half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def stream(batches: Iterable[Pixels]) -> Iterator[Blocks]:
+        for pixels in batches:
+            if reader.trunk.training:
+                raise RuntimeError("the backbone is in train mode: its features would depend on the batch")
+            with torch.inference_mode(), half:
+                outputs = reader(torch.from_numpy(_padded(pixels)).to(device))
+            yield [output[: len(pixels)].float().cpu().numpy() for output in outputs]
+
+    return Runner(taps, "torch", precision, stream)
+
+
+def _padded(pixels: Pixels) -> Pixels:
+    if len(pixels) == BATCH:
+        return np.ascontiguousarray(pixels)
+    return np.concatenate([pixels, np.zeros((BATCH - len(pixels), *pixels.shape[1:]), dtype=np.uint8)])
+
+
+# --------------------------------------------------------------------------------------------------------- OpenVINO
+
+
+@functools.cache
+def _core() -> Any:
+    # OpenVINO's converter sends telemetry and writes into the home folder unless that module cannot be imported.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    core = openvino.Core()
+    core.set_property({"CACHE_DIR": str(files.cache_dir("compiled", "blobs"))})
+    return core
+
+
+def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone], precision: str) -> Runner:
+    import openvino
+
+    model = _converted(network, taps, load)
+    by_name = {next(iter(output.get_names())): output for output in model.outputs}
+    names = [str(tap) for tap in taps]
+    if len(names) < len(by_name):
+        model = openvino.Model([by_name[name].get_node() for name in dict.fromkeys(names)], model.get_parameters(), "cut")
+    hints = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
+    compiled = _core().compile_model(model, "CPU", hints)
+    requests = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
+    order = [compiled.output(name) for name in names]
+
+    def stream(batches: Iterable[Pixels]) -> Iterator[Blocks]:
+        free = [compiled.create_infer_request() for _ in range(requests)]
+        running: list[tuple[Any, int]] = []  # the oldest first, so that results keep the order of the batches
+        for pixels in batches:
+            if not free:
+                yield finish(running, free)
+            request = free.pop()
+            # The request keeps the tensor; the array behind it must live as long (shared memory).
+            request.start_async({0: _padded(pixels)}, share_inputs=False)
+            running.append((request, len(pixels)))
+        while running:
+            yield finish(running, free)
+
+    def finish(running: list[tuple[Any, int]], free: list[Any]) -> Blocks:
+        request, count = running.pop(0)
+        request.wait()
+        free.append(request)
+        return [np.array(request.get_tensor(output).data[:count], dtype=np.float32) for output in order]
+
+    return Runner(taps, "openvino", precision, stream)
+
+
+def standard(network: Network) -> tuple[Tap, ...]:
+    """All the taps of a network that its `widths` name: they are converted together, once."""
+    return tuple(Tap.parse(text) for text in network.widths if text != "moments")
+
+
+def _converted(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone]) -> Any:
+    """The OpenVINO model with at least `taps` as outputs, named by them: from the cache, else converted now."""
+    import openvino
+
+    every = standard(network)
+    wanted = every if set(taps) <= set(every) else tuple(dict.fromkeys(taps))
+    key = files.digest_json(
+        [FORMAT, openvino.__version__, BATCH, network.name, network.digest, network.to_json()["preprocess"], [str(tap) for tap in wanted]]
+    )
+    folder = files.cache_dir("compiled")
+    path = folder / f"{network.name}-{key[:24]}.xml"
+    if not path.exists():
+        with _converting:
+            if not path.exists():
+                _convert(load(), wanted, path)
+    try:
+        return _core().read_model(str(path))
+    except RuntimeError:  # damaged: the cache can always be made again
+        path.unlink(missing_ok=True)
+        _convert(load(), wanted, path)
+        return _core().read_model(str(path))
+
+
+_converting = threading.Lock()
+
+
+def _convert(backbone: Backbone, taps: tuple[Tap, ...], path: Path) -> None:
+    """Convert the reader of `taps` to OpenVINO's format; the .xml is renamed last, so its existence means both are there."""
+    _core()
+    import openvino
+    import torch
+
+    from finetune.backbone import Reader
+
+    side = backbone.network.preprocess.size
+    reader = Reader(backbone, taps).eval()
+    example = torch.zeros(BATCH, side, side, 3, dtype=torch.uint8)
+    shape = [(openvino.PartialShape([BATCH, side, side, 3]), openvino.Type.u8)]
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of every shape that it fixes: fixed shapes are what we want
+        model = openvino.convert_model(reader, example_input=example, input=shape)
+    reader.close()
+    for tap, output in zip(taps, model.outputs, strict=True):
+        output.get_tensor().set_names({str(tap)})
+    with files.disk_errors(path):
+        temporary = path.with_name(f".{path.stem}.{threading.get_native_id()}.xml")
+        openvino.save_model(model, str(temporary), compress_to_fp16=False)
+        temporary.with_suffix(".bin").replace(path.with_suffix(".bin"))
+        temporary.replace(path)

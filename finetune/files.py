@@ -1,0 +1,136 @@
+"""Durable files: atomic writes, content digests, and the cache folder.
+
+Every file of a run, an index or the cache is written to a temporary name in its own folder, flushed to the disk and
+renamed, so that a reader, a kill or a full disk never meets half a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import UserError
+
+CACHE_README = """This folder belongs to Regraft (the `finetune` and `retrieve` commands).
+
+features/   features of images, keyed by the content of the files
+compiled/   networks converted for OpenVINO, and its compiled models
+networks/   descriptions of networks
+
+Everything here can be made again. `finetune cache` shows what is here and prunes it; deleting the folder is safe.
+"""
+
+
+def cache_dir(*parts: str) -> Path:
+    """The cache folder (or a folder inside it), made on first use.
+
+    `$REGRAFT_CACHE`, else `$XDG_CACHE_HOME/regraft`, else `~/.cache/regraft`.
+    """
+    root = os.environ.get("REGRAFT_CACHE")
+    if root:
+        base = Path(root).expanduser()
+    else:
+        xdg = os.environ.get("XDG_CACHE_HOME")
+        base = (Path(xdg) if xdg else Path.home() / ".cache") / "regraft"
+    folder = base.joinpath(*parts)
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        readme = base / "README.txt"
+        if not readme.exists():
+            write_text(readme, CACHE_README)
+    return folder
+
+
+@contextlib.contextmanager
+def disk_errors(where: object) -> Iterator[None]:
+    """Turn a full disk, a read-only folder and their kin into a `UserError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                "the disk is full", where=where, fix="free some space, then run the same command again: it goes on"
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise UserError(
+                f"cannot write here ({error.strerror})",
+                where=where,
+                fix="choose another folder with --out, or $REGRAFT_CACHE for the cache",
+            ) from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            raise UserError(
+                f"a file stands where a folder is needed ({error.strerror})", where=where, fix="choose another name"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to the disk and rename it to `path`, else remove it."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON; NaN is refused, since JSON has none."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON that this project wrote; a missing or damaged file is named."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError("no such file", where=path) from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"damaged: not valid JSON ({error})", where=path, fix="make it again") from error
+
+
+def digest(*parts: bytes | str) -> str:
+    """SHA-256 over length-prefixed parts, as 64 hex digits: no two different lists of parts collide by joining."""
+    state = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Digest of a JSON value, independent of the order of keys."""
+    return digest(json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

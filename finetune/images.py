@@ -1,0 +1,399 @@
+"""The images of a job: where they are, what they are called, who trains and who judges, and what is wrong with them.
+
+An `ImageSet` holds no pixels. It comes from a folder a class, a folder with train/ val/ test/, a CSV table or a named
+set (`load`), or from loose files without labels (`load_unlabelled`). All bytes come through `ImageSet.read`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from finetune import decode, folders, named, splits, table
+from finetune.errors import UserError
+
+Ints = NDArray[np.int64]
+T = TypeVar("T")
+
+BATCH = 64  # files a thread takes at once
+CHECK_SIDE = 256  # `check` decodes large JPEGs at a reduced scale that keeps this short side; all their bytes are read
+FEW = 20  # training images: a class with fewer is pointed out
+WHAT_IS_READ = "give a folder with a folder per class (or train/, val/, test/ of them), a CSV with path,label, or a named set"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images with one label each; `labels` (n,) index `classes`, -1 means unlabelled.
+
+    `paths` are POSIX, unique, and relative to `root`; `name` is what the user typed. `groups` name what belongs together
+    (the empty text: nothing), `split` holds `train`, `val` or `test`, both None where not known. `ignored` are files in
+    class folders that no image extension announces. `source` makes the bytes of a named set.
+    """
+
+    name: str
+    root: Path
+    paths: tuple[str, ...]
+    labels: Ints
+    classes: tuple[str, ...]
+    groups: tuple[str, ...] | None = None
+    split: NDArray[np.str_] | None = None
+    ignored: tuple[str, ...] = ()
+    source: Callable[[str], bytes] | None = dataclasses.field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are no files: their bytes are made by `source`."""
+        return self.source is not None
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image i: the one place where they come from. Raises `UserError` where a file cannot be read."""
+        if self.source is not None:
+            return self.source(self.paths[i])
+        try:
+            # the hot path: building a Path costs as much as the call
+            with open(os.path.join(self.root, self.paths[i]), "rb") as file:  # noqa: PTH118, PTH123
+                return file.read()
+        except OSError as error:
+            raise UserError(
+                f"cannot be read ({error.strerror})",
+                where=self.root / self.paths[i],
+                fix="mend or remove it; `finetune check` lists all such files",
+            ) from error
+
+    def subset(self, index: ArrayLike) -> ImageSet:
+        """The images at `index`: positions, in their order, or a boolean mask."""
+        chosen = np.asarray(index)
+        at = np.flatnonzero(chosen) if chosen.dtype == bool else chosen.astype(np.int64)
+        return dataclasses.replace(
+            self,
+            paths=tuple(self.paths[i] for i in at),
+            labels=self.labels[at],
+            groups=None if self.groups is None else tuple(self.groups[i] for i in at),
+            split=None if self.split is None else self.split[at],
+        )
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one file: `kind` in a word or two, `detail` with the value."""
+
+    path: str
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found.
+
+    `classes` counts images a class, `parts` the same a split; `duplicates` are groups of paths with the same bytes,
+    `across_splits` those of them in more than one split; `imbalance` is the largest class over the smallest that has
+    images; `few` are the classes with less than `FEW` training images.
+    """
+
+    name: str
+    images: int
+    faults: tuple[Fault, ...]
+    classes: dict[str, int]
+    parts: dict[str, dict[str, int]]
+    duplicates: tuple[tuple[str, ...], ...]
+    across_splits: tuple[tuple[str, ...], ...]
+    imbalance: float
+    few: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load(data: str | Path, *, test: str | Path | None = None, shots: int | None = None, seed: int = 0) -> ImageSet:
+    """Find the images of `data`; nothing is decoded.
+
+    `data` is a folder with a folder per class, a folder with train/ val/ test/ of them, a CSV, or a named set. The
+    classes are those of the training part; another class in val or test is a `UserError`. `test` names more images in
+    one of the same forms, all of which become the test part. With `shots` the splits are made at once, and that many
+    training images a class are kept.
+    """
+    found = _open(str(data))
+    if test is not None:
+        found = _with_test(found, _open(str(test)))
+    if shots is None:
+        return found
+    if found.split is None or "test" not in found.split:
+        found = make_splits(found, digests(found), seed=seed, val=0.0)
+    return take_shots(found, shots, seed)
+
+
+def load_unlabelled(folder_or_paths: str | Path | Sequence[str | Path]) -> ImageSet:
+    """Images without labels: files in the order given, folders with all that is below them, sorted; each file once.
+
+    One folder alone is the root of its paths, else their common folder is.
+    """
+    given = [folder_or_paths] if isinstance(folder_or_paths, str | Path) else list(folder_or_paths)
+    name = str(given[0]) if len(given) == 1 else f"{len(given)} paths"
+    root, paths, ignored = folders.gather(given)
+    if not paths:
+        raise UserError("holds no images", where=name, fix=f"known extensions: {' '.join(sorted(folders.EXTENSIONS))}")
+    return ImageSet(name, root, paths, np.full(len(paths), -1, dtype=np.int64), (), ignored=ignored)
+
+
+def _open(text: str) -> ImageSet:
+    path = Path(text).expanduser()
+    if re.match(r"[a-z]{2,}:", text) and not path.exists():
+        found = named.load(text)
+        return ImageSet(text, Path(text), found.paths, found.labels, found.classes, split=found.split, source=found.source)
+    if path.is_dir():
+        return _from_folder(text, path)
+    if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
+        return _from_table(text, path)
+    what = "neither a folder nor a CSV" if path.exists() else "no such file or folder"
+    raise UserError(what, where=text or "DATA", fix=WHAT_IS_READ)
+
+
+def _from_folder(name: str, root: Path) -> ImageSet:
+    found = folders.scan(root)
+    labels, classes = splits.class_numbers(name, found.classes, found.split, found.known)
+    split = None if found.split is None else np.array(found.split, dtype="<U5")
+    return ImageSet(name, root, found.paths, labels, classes, split=split, ignored=found.ignored)
+
+
+def _from_table(name: str, path: Path) -> ImageSet:
+    rows = table.read(path)
+    split = [row.split for row in rows] if rows[0].split else None
+    labels, classes = splits.class_numbers(name, [row.label for row in rows], split, ())
+    return ImageSet(
+        name,
+        path.parent,
+        tuple(row.path for row in rows),
+        labels,
+        classes,
+        groups=tuple(row.group for row in rows) if any(row.group for row in rows) else None,
+        split=None if split is None else np.array(split, dtype="<U5"),
+    )
+
+
+def with_classes(images: ImageSet, classes: Sequence[str]) -> ImageSet:
+    """The same images with labels that index `classes`, which may be more; a class that is not among them fails by name."""
+    words = [images.classes[label] if label >= 0 else "" for label in images.labels]
+    return dataclasses.replace(images, labels=splits.numbered(images.name, words, classes), classes=tuple(classes))
+
+
+def _with_test(images: ImageSet, test: ImageSet) -> ImageSet:
+    """Join the images of `--test` to the others as their test part."""
+    if images.split is not None and "test" in images.split:
+        raise UserError("there is a test part already", where=images.name, fix="leave out --test, or the test part")
+    if images.in_memory or test.in_memory or test.split is not None:
+        raise UserError("--test takes a folder per class, or a CSV without a split column", where=test.name)
+    test = with_classes(test, images.classes)
+    way = Path(os.path.relpath(test.root, images.root)).as_posix()
+    moved = tuple(posixpath.normpath(f"{way}/{path}") for path in test.paths)
+    if twice := set(moved) & set(images.paths):
+        raise UserError(f"{len(twice)} images are among the others already: {min(twice)}", where=test.name, fix="move them out")
+    before = np.full(len(images), "train") if images.split is None else images.split
+    groups = None
+    if images.groups is not None or test.groups is not None:
+        groups = (images.groups or ("",) * len(images)) + (test.groups or ("",) * len(test))
+    return dataclasses.replace(
+        images,
+        paths=images.paths + moved,
+        labels=np.concatenate([images.labels, test.labels]),
+        groups=groups,
+        split=np.concatenate([before, np.full(len(test), "test", dtype="<U5")]),
+        ignored=images.ignored + tuple(f"{way}/{path}" for path in test.ignored),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- splits and content
+
+
+def digest_of(images: ImageSet, positions: Iterable[int]) -> Iterator[str]:
+    """SHA-256 of the bytes of the images at `positions`, in order, hashed in threads. Raises `UserError` as `read` does."""
+    return _in_threads(lambda i: hashlib.sha256(images.read(i)).hexdigest(), positions)
+
+
+def digests(images: ImageSet, remembered: Callable[[Path], str | None] | None = None) -> list[str]:
+    """SHA-256 of every image; `remembered(path)` may give those of known files. Files that cannot be read are all named."""
+    failed: list[str] = []
+
+    def one(i: int) -> str:
+        known = None if remembered is None or images.in_memory else remembered(images.root / images.paths[i])
+        try:
+            return known or hashlib.sha256(images.read(i)).hexdigest()
+        except UserError as error:
+            failed.append(f"{images.paths[i]}: {error.what}")
+            return ""
+
+    found = list(_in_threads(one, range(len(images))))
+    if failed:
+        what = f"{len(failed)} of {len(images)} images fail; {_some(sorted(failed))}"
+        raise UserError(what, where=images.name, fix="mend or remove them; `finetune check` lists all such files")
+    return found
+
+
+def group_ids(images: ImageSet, digests: Sequence[str]) -> Ints:
+    """Number what must stay together: images with the same bytes, and those of one group. `(n,)`."""
+    return splits.components(len(images), digests, images.groups or ())
+
+
+def make_splits(images: ImageSet, digests: Sequence[str], *, seed: int, test: float = 0.2, val: float = 0.15) -> ImageSet:
+    """Say for each image who sees it: train, val or test, stratified by class and by the seed.
+
+    Parts that were given stay as they are. Where no test part is given, the fraction `test` of the training images
+    becomes one; where no val part is given, the fraction `val` of the rest, unless that is less than 100 images:
+    then all of them train, and cross-validation selects. Images with the same bytes or the same group are not separated;
+    each class keeps a training image. Raises `UserError` for one content under two labels, for a class without training
+    images, and where no test part can be made.
+    """
+    if len(digests) != len(images):
+        raise ValueError(f"{len(digests)} digests of {len(images)} images")
+    if (images.labels < 0).any():
+        raise UserError("images without labels cannot be split", where=images.name, fix=WHAT_IS_READ)
+    if torn := _two_labels(images, digests):
+        what = f"{len(torn)} file{'s' * (len(torn) > 1)} under two labels: {_some([_in_words(images, group) for group in torn])}"
+        raise UserError(what, where=images.name, fix="remove the wrong one of each; `finetune check` lists them all")
+    _need_training_images(images)
+    made = splits.assign(images.labels, group_ids(images, digests), images.split, seed=seed, test=test, val=val)
+    if "test" not in made:
+        raise UserError(
+            f"no image can be held out for the test: {len(images)} images are too few, or their groups too large",
+            where=images.name,
+            fix="add images, or name test images with --test",
+        )
+    return dataclasses.replace(images, split=made)
+
+
+def take_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
+    """Keep `shots` training images a class and the test part. A val part is dropped: it would be more labels."""
+    if shots < 1:
+        raise UserError(f"{shots} images a class", where="shots", fix="1 is the least")
+    if images.split is None:
+        raise ValueError("make_splits comes before take_shots")
+    return images.subset(splits.shots(images.labels, images.split, shots, seed))
+
+
+def _need_training_images(images: ImageSet) -> None:
+    if len(images.classes) < 2:
+        raise UserError(f"one class alone ({', '.join(images.classes)})", where=images.name, fix="two are the least")
+    train = images.labels if images.split is None else images.labels[images.split == "train"]
+    counts = np.bincount(train, minlength=len(images.classes))
+    if empty := [name for name, count in zip(images.classes, counts, strict=True) if not count]:
+        what = f"{len(empty)} class{'es' * (len(empty) > 1)} without training images: {_some(empty)}"
+        raise UserError(what, where=images.name, fix="add images, or remove the folder")
+
+
+def _two_labels(images: ImageSet, digests: Sequence[str]) -> list[list[int]]:
+    return [group for group in splits.alike(digests) if len({int(images.labels[i]) for i in group}) > 1]
+
+
+def _in_words(images: ImageSet, group: Sequence[int]) -> str:
+    return " = ".join(f"{images.paths[i]} ({images.classes[images.labels[i]]})" for i in group)
+
+
+def _some(items: Sequence[str], most: int = 3) -> str:
+    """The first few, and how many more there are."""
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+
+
+def _in_threads(work: Callable[[int], T], positions: Iterable[int]) -> Iterator[T]:
+    """`work` of each position, in order; a few batches are under way at a time, so that memory stays small."""
+    todo = list(positions)
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 2)) as pool:
+        for part in pool.map(lambda at: [work(i) for i in todo[at : at + BATCH]], range(0, len(todo), BATCH)):
+            yield from part
+
+
+# ----------------------------------------------------------------------------------------------------------- the check
+
+
+def check(
+    images: ImageSet, digests: Sequence[str] | None = None, *, progress: Callable[[int, int], None] | None = None
+) -> Report:
+    """Decode every image fully and list what is wrong; nothing is raised for a bad file.
+
+    Without `digests` they are taken on the way, so that each file is read once. `progress(done, total)` is called as
+    images are done.
+    """
+
+    def one(i: int) -> tuple[str, Fault | None]:
+        digest = ""
+        try:
+            data = images.read(i)
+            digest = hashlib.sha256(data).hexdigest() if digests is None else digests[i]
+            decode.decode(data, short_side=CHECK_SIDE)
+        except decode.DecodeError as error:
+            return digest, Fault(images.paths[i], error.kind, error.detail)
+        except UserError as error:
+            return "", Fault(images.paths[i], "unreadable", error.what)
+        return digest, None
+
+    contents: list[str] = []
+    faults: list[Fault] = []
+    for digest, fault in _in_threads(one, range(len(images))):
+        contents.append(digest)
+        faults += [fault] if fault else []
+        if progress:
+            progress(len(contents), len(images))
+    return _report(images, contents, faults)
+
+
+def _report(images: ImageSet, digests: Sequence[str], faults: list[Fault]) -> Report:
+    counts = _counts(images, np.ones(len(images), dtype=bool))
+    split = np.full(len(images), "") if images.split is None else images.split
+    parts = {name: _counts(images, split == name) for name in splits.SPLITS if name in split}
+    train = parts.get("train", counts)
+    same = splits.alike(digests)
+    across = [group for group in same if len(set(split[group].tolist())) > 1]
+    faults = [*faults, *(Fault(path, "not an image extension", "left alone") for path in images.ignored)]
+    if images.classes:
+        faults += [
+            Fault(images.paths[group[0]], "two labels", _in_words(images, group)) for group in _two_labels(images, digests)
+        ]
+    faults += [Fault(name, "empty class", "no training images") for name, count in train.items() if not count]
+    if images.groups is not None and images.split is not None:
+        torn = splits.torn(images.groups, images.split)
+        faults += [
+            Fault(images.paths[i], "group in several splits", f"{group!r} is in {names}") for group, (i, names) in torn.items()
+        ]
+    full = [count for count in counts.values() if count]
+    return Report(
+        name=images.name,
+        images=len(images),
+        faults=tuple(faults),
+        classes=counts,
+        parts=parts,
+        duplicates=tuple(tuple(images.paths[i] for i in group) for group in same),
+        across_splits=tuple(tuple(images.paths[i] for i in group) for group in across),
+        imbalance=max(full) / min(full) if full else 1.0,
+        few={name: count for name, count in train.items() if 0 < count < FEW},
+    )
+
+
+def _counts(images: ImageSet, mask: NDArray[np.bool_]) -> dict[str, int]:
+    labels = images.labels[mask]
+    return dict(zip(images.classes, np.bincount(labels[labels >= 0], minlength=len(images.classes)).tolist(), strict=True))
+
+
+def list_faults(faults: Sequence[Fault]) -> str:
+    """In one line: how many images are bad, and the first few with what is wrong."""
+    return f"{len(faults)} bad image{'s' * (len(faults) != 1)}: {_some([f'{f.path} ({f.kind}: {f.detail})' for f in faults])}"
+
+
+def short_side(images: ImageSet, i: int) -> int:
+    """The short side of image i in pixels, from its header. Raises `DecodeError` and `UserError`."""
+    return min(decode.size(images.read(i)))

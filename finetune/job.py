@@ -1,0 +1,422 @@
+"""The main job end to end: look at the images, decide, fit the SVM baseline, fine-tune if the plan says so, judge once.
+
+`fit` is what `finetune fit` calls and what a Python user calls. Every step says in one line what it does (`say`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune import classifier, engine, files, images, look, metrics, page, recipe, run, splits, svm, weights
+from finetune.classifier import AnyHead, Classifier, Head, Predictions
+from finetune.errors import UserError
+from finetune.look import Bar, Floats, Ints, Look, Say, clock, no_bar, quiet
+from finetune.metrics import Estimate, Paired
+from finetune.network import Tap
+from finetune.recipe import Recipe
+from finetune.run import RunDir
+from finetune.store import Store
+from finetune.svm import SvmResult
+
+if TYPE_CHECKING:
+    from finetune.backbone import Backbone
+    from finetune.train import TrainResult
+
+ENOUGH_VALIDATION = 100  # images: fewer cannot tell two models apart, and out-of-fold scores choose instead
+HOLDOUT_FOLDS = 5  # without a validation part, one fold in five is what the fine-tuned model has not seen
+STOP_SHARE = 0.1  # of the images that it is fitted on: they decide when fine-tuning stops
+
+OPTIONS = {  # options of the commands and of `fit`, and the recipe's keys behind them
+    "seed": "data.seed",
+    "shots": "data.shots",
+    "test": "data.test",
+    "on_bad_image": "data.on_bad_image",
+    "no_flip": "data.no_flip",
+    "backbone": "backbone.names",
+    "weights": "backbone.weights",
+    "engine": "backbone.engine",
+    "precision": "backbone.precision",
+    "taps": "backbone.taps",
+    "strategy": "policy.strategy",
+    "budget": "policy.budget",
+    "epochs": "train.epochs",
+    "out": "out",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a job: where the run is, which model it ships, and how good that is."""
+
+    path: Path
+    shipped: str
+    metrics: dict[str, Any]
+    verdict: str
+
+
+def build_recipe(
+    data: str | Path | None = None, source: str | Path | None = None, assignments: tuple[str, ...] = (), **options: Any
+) -> Recipe:
+    """The recipe of a job: a file or shipped recipe, then options by name (see `OPTIONS`), then `section.key=value` texts."""
+    base = recipe.load(source) if source is not None else Recipe()
+    unknown = set(options) - set(OPTIONS)
+    if unknown:
+        raise UserError(f"no option is called {', '.join(sorted(unknown))}", where="fit", fix=f"choose from {', '.join(OPTIONS)}")
+    changes = {
+        OPTIONS[name]: str(value) if isinstance(value, Path) else value
+        for name, value in options.items()
+        if value not in (None, ())
+    }
+    if data is not None:
+        changes["data.data"] = str(data)
+    return recipe.override(recipe.update(base, changes), assignments)
+
+
+def fit(
+    data: str | Path | None = None,
+    *,
+    source: str | Path | None = None,
+    assignments: tuple[str, ...] = (),
+    force: bool = False,
+    say: Say = quiet,
+    bar: Bar = no_bar,
+    **options: Any,
+) -> Outcome:
+    """Turn a folder of images into a judged classifier; returns where the run is and what it ships.
+
+    `data` is a folder per class, a folder with train/ val/ test/, a CSV table or a named set; `source` a recipe's path
+    or name; `options` are those of the command (`OPTIONS`). A finished run of the same recipe and data is returned as
+    it is unless `force`. Raises `UserError` for everything that the user can mend.
+    """
+    settings = build_recipe(data, source, assignments, **options)
+    store = Store()
+    try:
+        return _fit(settings, store, force, say, bar)
+    finally:
+        store.close()
+
+
+def load(path: str | Path, **how: Any) -> Classifier:
+    """Open a finished run for prediction: `finetune.load(run.path).predict(["img.jpg"])`."""
+    return classifier.load(run.finished(Path(path)), **how)
+
+
+def advise(
+    data: str | Path | None = None,
+    *,
+    source: str | Path | None = None,
+    assignments: tuple[str, ...] = (),
+    say: Say = quiet,
+    bar: Bar = no_bar,
+    **options: Any,
+) -> Look:
+    """The policy's decision and its reasons, without training."""
+    settings = build_recipe(data, source, assignments, **options)
+    store = Store()
+    try:
+        pictures, ids = look.scan(settings, store, say)
+        return look.take(settings, pictures, ids, store, say, bar, pooled_only=True)
+    finally:
+        store.close()
+
+
+# --------------------------------------------------------------------------------------------------------- the job
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned backbone with its head, what its training said, and its scores on the images that choose."""
+
+    backbone: Backbone
+    head: Head
+    result: TrainResult
+    scores: Floats
+
+
+def _fit(settings: Recipe, store: Store, force: bool, say: Say, bar: Bar) -> Outcome:
+    began = time.monotonic()
+    pictures, ids = look.scan(settings, store, say)
+    digest = _job_digest(settings, pictures, ids)
+    folder = run.open_run(Path(settings.out) if settings.out else None, _name(settings), digest, force=force)
+    if folder.is_complete:
+        say(f"finished   {folder.path} holds this run already; --force does it again")
+        return outcome(folder.path)
+    with folder:
+        folder.write_text("recipe.yaml", recipe.dump(settings))
+        seen = look.take(settings, pictures, ids, store, say, bar)
+        baseline = _baseline(seen, say, bar)
+        tuned = _tune(seen, baseline, folder, say, bar)
+        pair = _compare(seen, baseline, tuned, say)
+        winner = tuned if pair is not None and _clearly_better(pair) and tuned is not None and tuned.result.best_epoch else None
+        head, trained = _refit(seen, baseline, winner, folder, say, bar)
+        return _finish(seen, baseline, tuned, pair, head, trained, folder, began, say, bar)
+
+
+def _name(settings: Recipe) -> str:
+    """A short name of the data for the run's folder: photos/ → photos, sklearn:digits → digits."""
+    text = str(settings.data.data)
+    return re.split(r"[/\\:]", str(Path(text).resolve()) if set(text) <= set("./") else text.rstrip("/"))[-1].removesuffix(".csv")
+
+
+def _job_digest(settings: Recipe, pictures: images.ImageSet, ids: tuple[str, ...]) -> str:
+    """Changes with the recipe (its place excepted), with any image's bytes, label or part."""
+    assert pictures.split is not None
+    rows = [f"{d} {label} {part}" for d, label, part in zip(ids, pictures.labels, pictures.split, strict=True)]
+    return files.digest(recipe.digest(settings.model_copy(update={"out": None})), *pictures.classes, *rows)
+
+
+def _baseline(seen: Look, say: Say, bar: Bar) -> SvmResult:
+    """The SVM, chosen and fitted inside the training part."""
+    train, about = seen.part("train"), seen.recipe.svm
+    kernels = ("linear", "logistic", "rbf", "knn") if about.kernels == "auto" else tuple(about.kernels)
+    blocks = seen.blocks(train)
+    if seen.plan.strategy == "probe":
+        kernels, blocks = ("logistic",), {tap: block for tap, block in blocks.items() if tap == Tap("pooled")}
+    with clock(seen.seconds, "svm"), bar("svm") as progress:
+        result = svm.choose(
+            blocks,
+            seen.images.labels[train],
+            seen.images.classes,
+            groups=seen.groups[train],
+            folds=about.folds,
+            seed=seen.recipe.data.seed,
+            kernels=kernels,
+            default_taps=(Tap("pooled"),),
+            grid=None if about.C == "auto" else tuple(about.C),
+            class_weight=seen.recipe.train.class_weight,
+            progress=progress,
+        )
+    best = result.candidates[0] if result.candidates else None
+    words = f"{' + '.join(map(str, result.head.taps))}, {result.head.kind}"
+    accuracy = f": {result.cv_accuracy:.1%} ± {result.cv_error:.1%} out of fold (n = {len(train)})" if best else ""
+    say(f"svm        {words}{f', C = {best.C:g}' if best else ''}{accuracy}, {seen.seconds['svm']:.1f} s")
+    for warning in result.warnings:
+        say(f"           {warning}")
+    return result
+
+
+def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -> Tuned | None:
+    """Fine-tune on the training part, as the plan says, away from the images that will choose."""
+    if seen.plan.training is None:
+        return None
+    choosing = _choosing(seen)
+    rest = np.setdiff1d(seen.part("train"), choosing)
+    with clock(seen.seconds, "fine-tune"), bar("fine-tune") as progress:
+        stop = splits.hold_out(seen.images.labels, seen.groups, rest, STOP_SHARE, seen.recipe.data.seed)
+        tuned = _train(seen, np.setdiff1d(rest, stop), stop, folder, "select", None, progress)
+        scores = _scores(tuned, seen, choosing)
+    result = tuned.result
+    say(
+        f"fine-tune  {seen.plan.strategy}: {result.steps} steps, best epoch {result.best_epoch}, {seen.seconds['fine-tune']:.1f} s ({result.stopped})"
+    )
+    for warning in result.warnings:
+        say(f"           {warning}")
+    return dataclasses.replace(tuned, scores=scores)
+
+
+def _train(
+    seen: Look, fit_on: Ints, stop_on: Ints | None, folder: RunDir, phase: str, epochs: int | None, progress: Any
+) -> Tuned:
+    from finetune import backbone, train
+
+    about, training = seen.recipe.backbone, seen.plan.training
+    assert training is not None
+    if epochs is not None:
+        training = dataclasses.replace(training, epochs=epochs)
+    weights = "random" if seen.plan.strategy == "scratch" else about.weights
+    own = backbone.load(seen.named.network.name, weights, training.input_size)
+    result = train.fit(
+        own,
+        seen.images,
+        fit_on,
+        stop_on,
+        training,
+        classes=len(seen.images.classes),
+        seed=seen.recipe.data.seed,
+        checkpoint=folder.checkpoint(phase),
+        log=lambda row: folder.log({"phase": phase, **row}),
+        progress=progress,
+        precision=about.precision,
+    )
+    words = f"{seen.named.network.source}; then fine-tuned ({seen.plan.strategy})"
+    own = backbone.described(own, words)
+    head = Head((Tap("pooled"),), seen.images.classes, result.head_weight, result.head_bias, normalize=False, kind="fine-tuned")
+    return Tuned(own, head, result, np.zeros((0, len(seen.images.classes)), np.float32))
+
+
+def _scores(tuned: Tuned, seen: Look, index: Ints) -> Floats:
+    """Decision values of the fine-tuned model on images by position, through torch: the network may change again."""
+    model = Classifier(tuned.backbone.network, tuned.head, lambda: tuned.backbone, "torch", seen.recipe.backbone.precision)
+    return np.log(np.maximum(model.predict(seen.images.subset(index)).probabilities, 1e-12))
+
+
+def _choosing(seen: Look) -> Ints:
+    """The images that choose between the models: the validation part, or one fold of a small training part."""
+    validation = seen.part("val")
+    if len(validation) >= ENOUGH_VALIDATION:
+        return validation
+    return splits.hold_out(seen.images.labels, seen.groups, seen.part("train"), 1 / HOLDOUT_FOLDS, seen.recipe.data.seed)
+
+
+def _compare(seen: Look, baseline: SvmResult, tuned: Tuned | None, say: Say) -> Paired | None:
+    """Both models on images that neither was fitted on; the difference is that of the fine-tuned model to the SVM."""
+    if tuned is None:
+        return None
+    choosing = _choosing(seen)
+    y = seen.images.labels[choosing]
+    if len(seen.part("val")) >= ENOUGH_VALIDATION:
+        first = baseline.head.scores([np.asarray(seen.features.blocks[tap][choosing]) for tap in baseline.head.taps])
+        words = "validation images"
+    else:
+        first = baseline.oof_scores[np.searchsorted(seen.part("train"), choosing)]
+        words = "training images (the SVM's scores are out of fold)"
+    groups = seen.groups[choosing] if seen.images.groups is not None else None
+    pair = metrics.paired(y, first.argmax(1), tuned.scores.argmax(1), groups)
+    say(
+        f"choose     fine-tuned − SVM = {100 * pair.difference.value:+.1f} points on {len(y)} {words}; one paired standard "
+        f"error is {100 * pair.standard_error:.1f} → {'the fine-tuned model' if _clearly_better(pair) else 'the SVM'} ships"
+    )
+    return pair
+
+
+def _clearly_better(pair: Paired) -> bool:
+    """The rule of shipping: the fine-tuned model must be better by more than one paired standard error."""
+    return pair.difference.value > pair.standard_error
+
+
+def _refit(
+    seen: Look, baseline: SvmResult, winner: Tuned | None, folder: RunDir, say: Say, bar: Bar
+) -> tuple[AnyHead, Tuned | None]:
+    """The winner's settings on training and validation images together."""
+    both = seen.part("train", "val")
+    with clock(seen.seconds, "refit"):
+        head = svm.refit(baseline, seen.blocks(both), seen.images.labels[both])
+        if winner is None:
+            return head, None
+        say(f"refit      on {len(both)} training and validation images, {winner.result.best_epoch} epochs")
+        with bar("refit") as progress:
+            again = _train(seen, both, None, folder, "refit", winner.result.best_epoch, progress)
+        temperature = metrics.fit_temperature(winner.scores, seen.images.labels[_choosing(seen)])
+        return head, dataclasses.replace(again, head=dataclasses.replace(again.head, temperature=temperature))
+
+
+def _finish(
+    seen: Look,
+    baseline: SvmResult,
+    tuned: Tuned | None,
+    pair: Paired | None,
+    svm_head: AnyHead,
+    trained: Tuned | None,
+    folder: RunDir,
+    began: float,
+    say: Say,
+    bar: Bar,
+) -> Outcome:
+    """Write the model, judge it once on the test part through the path of `predict`, and write the report."""
+    from finetune import backbone
+
+    used, bits = engine.resolve(seen.recipe.backbone.engine, seen.recipe.backbone.precision)
+    if trained is None:
+        model = Classifier(seen.named.network, svm_head, seen.named.load, used, bits)
+        backbone.save(seen.named.load(), folder.path / "model.safetensors")
+    else:
+        model = Classifier(trained.backbone.network, trained.head, lambda: trained.backbone, used, bits)
+        backbone.save(trained.backbone, folder.path / "model.safetensors", (trained.head.weight, trained.head.bias))
+    classifier.save(folder.path, model)
+    if text := weights.notice(seen.named.network.name, weights.find(seen.named.network.name, seen.recipe.backbone.weights)):
+        folder.write_text("LICENSE-weights.txt", text)
+    test = seen.part("test")
+    with clock(seen.seconds, "judge"), bar("judge") as progress:
+        found = model.predict(seen.images.subset(test), progress=progress)
+    judged = _judge(seen, found, svm_head, trained is not None)
+    labels = [seen.images.classes[label] for label in found.images.labels]
+    run.write_predictions(folder.path / "predictions.csv", found.images.paths, labels, found.classes, found.probabilities)
+    folder.write_json("metrics.json", judged)
+    folder.write_json("plan.json", _plan_json(seen, baseline, pair))
+    seen.seconds["all"] = time.monotonic() - began
+    verdict = _verdict(seen, judged, baseline, pair, trained is not None)
+    folder.write_text(
+        "report.html", page.render(page.collect(seen, baseline, tuned, pair, trained, found, judged, verdict, folder.path))
+    )
+    shipped = f"fine-tuned ({seen.plan.strategy})" if trained else svm_head.kind
+    folder.finish(
+        {
+            "shipped": shipped,
+            "verdict": verdict,
+            "stages": seen.seconds,
+            "network": model.network.to_json(),
+            "test_evaluations": 1,
+        }
+    )
+    say(f"judge      {_short(judged)}; {seen.seconds['all']:.1f} s in all")
+    return outcome(folder.path)
+
+
+def _judge(seen: Look, found: Predictions, svm_head: AnyHead, fine_tuned: bool) -> dict[str, Any]:
+    """Metrics of the shipped model on the test part, and of the SVM beside it where the fine-tuned model ships."""
+    y, groups = found.images.labels, found.images.groups
+    judged = metrics.judge(y, found.probabilities, found.classes, groups)
+    result: dict[str, Any] = {
+        f"test/{name}": value.to_json() if isinstance(value, Estimate) else value for name, value in judged.items()
+    }
+    if fine_tuned:
+        test = seen.part("test")
+        scores = svm_head.scores([np.asarray(seen.features.blocks[tap][test]) for tap in svm_head.taps])
+        result["test/svm"] = metrics.accuracy(y, scores.argmax(1), groups).to_json()
+        result["test/paired"] = metrics.paired(y, scores.argmax(1), found.best, groups).to_json()
+    return result
+
+
+def _plan_json(seen: Look, baseline: SvmResult, pair: Paired | None) -> dict[str, Any]:
+    return {
+        "plan": seen.plan.to_json(),
+        "similarity": seen.similarity.to_json(),
+        "svm": {
+            "cv_accuracy": baseline.cv_accuracy,
+            "cv_error": baseline.cv_error,
+            "warnings": list(baseline.warnings),
+            "candidates": [{**dataclasses.asdict(c), "taps": [str(tap) for tap in c.taps]} for c in baseline.candidates],
+        },
+        "choice": pair.to_json() if pair else None,
+    }
+
+
+def _short(judged: dict[str, Any]) -> str:
+    top1 = judged["test/top1"]
+    return f"accuracy {top1['value']:.1%} ({top1['low']:.1%}–{top1['high']:.1%}) on {top1['n']} test images"
+
+
+def _verdict(seen: Look, judged: dict[str, Any], baseline: SvmResult, pair: Paired | None, fine_tuned: bool) -> str:
+    """Two sentences: what to ship and how good it is; how it stands beside the other model."""
+    name = (
+        f"the fine-tuned model ({seen.plan.strategy})" if fine_tuned else f"the SVM on {' + '.join(map(str, baseline.head.taps))}"
+    )
+    first = f"Ship {name}: {_short(judged)}, where always saying the largest class gives {judged['test/majority']:.1%}."
+    if pair is None:
+        second = f"Nothing was fine-tuned: {seen.plan.because[-1]}."
+    else:
+        numbers = (
+            f"{100 * pair.difference.value:+.1f} points ({100 * pair.difference.low:+.1f} to {100 * pair.difference.high:+.1f})"
+        )
+        on = f"on {pair.difference.n} images that neither was fitted on"
+        why = "more than" if fine_tuned else "not more than"
+        second = f"Fine-tuning moved the accuracy by {numbers} over the SVM {on}, {why} one paired standard error ({100 * pair.standard_error:.1f})."
+    loud = (
+        " THE BACKBONE'S WEIGHTS ARE RANDOM: this says nothing about transfer."
+        if seen.named.network.pretraining == "random"
+        else ""
+    )
+    return f"{first} {second}{loud}"
+
+
+def outcome(path: Path) -> Outcome:
+    """Read a finished run's outcome back."""
+    about = run.load_run(path)
+    return Outcome(path, about["shipped"], files.read_json(path / "metrics.json"), about["verdict"])

@@ -1,0 +1,240 @@
+"""One look at the images: find them, split them, read their features once, measure similarity, and make the plan.
+
+Every step says in one line what it does (`say`); `bar` shows progress of the long ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune import catalog, engine, features, images, policy, similarity, svm
+from finetune.catalog import Named
+from finetune.errors import UserError
+from finetune.features import Features
+from finetune.images import ImageSet
+from finetune.network import Network, Tap
+from finetune.policy import Plan
+from finetune.recipe import Recipe
+from finetune.similarity import Similarity
+from finetune.store import Store
+
+BYTES_OF_FEATURES = 4e9  # more than this for all taps together: a subset chooses the taps first
+SUBSET = 2000  # images that choose the taps of a large set
+
+Say = Callable[[str], None]
+Bar = Callable[[str], contextlib.AbstractContextManager[features.Progress]]
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@contextlib.contextmanager
+def no_bar(_label: str) -> Iterator[features.Progress]:
+    """Progress for those who do not watch."""
+    yield lambda done, total: None
+
+
+def quiet(_text: str) -> None:
+    """`say` for those who do not listen."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at the images gave: the split set, its features, how similar it is, and the plan."""
+
+    recipe: Recipe
+    images: ImageSet
+    digests: tuple[str, ...]
+    groups: Ints
+    named: Named
+    features: Features
+    similarity: Similarity
+    plan: Plan
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def part(self, *names: str) -> Ints:
+        """Positions of the images in the parts `train`, `val` or `test`."""
+        return np.flatnonzero(np.isin(self.split, names))
+
+    @property
+    def split(self) -> NDArray[Any]:
+        assert self.images.split is not None
+        return self.images.split
+
+    def blocks(self, index: Ints) -> dict[Tap, Floats]:
+        return {tap: np.asarray(block[index]) for tap, block in self.features.blocks.items()}
+
+
+def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, tuple[str, ...]]:
+    """Find the images, their digests and their parts."""
+    about = settings.data
+    if about.data is None:
+        raise UserError(
+            "no data were named", where="DATA", fix="give a folder, a CSV table or a named set such as sklearn:digits"
+        )
+    found = images.load(about.data, test=about.test)
+    ids = features.digests(found, store)
+    found = images.make_splits(found, ids, seed=about.seed, test=about.test_share, val=about.validation_share)
+    if about.shots is not None:
+        keep = images.take_shots(found, about.shots, about.seed)
+        found, ids = keep, tuple(_matching(found, ids, keep))
+    assert found.split is not None
+    counts = ", ".join(
+        f"{int((found.split == name).sum())} {word}"
+        for name, word in (("train", "training"), ("val", "validation"), ("test", "test"))
+    )
+    say(f"images     {len(found)} in {len(found.classes)} classes: {counts}")
+    if found.ignored:
+        say(f"           {len(found.ignored)} files are no images and were left alone; `finetune check` lists them")
+    return found, ids
+
+
+def _matching(before: ImageSet, ids: tuple[str, ...], after: ImageSet) -> Iterator[str]:
+    by_path = dict(zip(before.paths, ids, strict=True))
+    return (by_path[path] for path in after.paths)
+
+
+def take(
+    settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], store: Store, say: Say, bar: Bar, pooled_only: bool = False
+) -> Look:
+    """Extract features once, measure similarity, decide."""
+    seconds: dict[str, float] = {}
+    named = _open(settings, say)
+    with clock(seconds, "features"):
+        taps = [Tap("pooled")] if pooled_only else _taps(settings, named.network)
+        found = _extract(settings, pictures, ids, named, taps, store, say, bar)
+    pictures, ids = found.images, found.digests
+    assert pictures.split is not None
+    train = np.flatnonzero(pictures.split == "train")
+    with clock(seconds, "similarity"):
+        near = similarity.measure(pictures.subset(train), named.network.pretraining, store=store, seed=settings.data.seed)
+        near = similarity.second_opinion(near, np.asarray(found.blocks[Tap("pooled")][train]), pictures.labels[train])
+    _say_similarity(near, say)
+    plan = _plan(settings, pictures, train, near, named, tuple(str(tap) for tap in taps))
+    say(f"policy     {plan.row} × {plan.column} → {plan.strategy}: {plan.because[-1]}")
+    return Look(settings, pictures, ids, images.group_ids(pictures, ids), named, found, near, plan, seconds)
+
+
+def _open(settings: Recipe, say: Say) -> Named:
+    about = settings.backbone
+    named = catalog.open_named(about.names[0], about.weights)
+    say(f"backbone   {named.network.name}: {named.network.source}")
+    return named
+
+
+def _taps(settings: Recipe, network: Network) -> list[Tap]:
+    """The taps that the SVM may choose from; the pooled end is always read, for the second opinion and the baseline."""
+    asked = settings.backbone.taps
+    if asked != "auto":
+        chosen = [Tap.parse(text) for text in asked]
+    else:
+        chosen = policy_taps(network)
+    for tap in chosen:
+        network.width(tap)
+    return list(dict.fromkeys([Tap("pooled"), *chosen]))
+
+
+def policy_taps(network: Network) -> list[Tap]:
+    """Taps worth comparing: the end, the 4096-d layers before the ReLU's twin, and the later stages on both grids.
+
+    The first stages see edges and colours only; of a network with many stages (a ViT's blocks) every second is taken.
+    """
+    stages = [name for name in network.widths if name.startswith("stage") and "/" not in name]
+    later = stages[2:] if len(stages) > 4 else stages
+    later = later[(len(later) + 1) % 2 :: 2] if len(later) > 8 else later
+    wide = [name for name in ("fc6",) if name in network.widths]
+    return [Tap("pooled"), *(Tap(name) for name in wide), *(Tap(name, grid=grid) for name in later for grid in (1, 3))]
+
+
+def _extract(
+    settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Named, taps: list[Tap], store: Store, say: Say, bar: Bar
+) -> Features:
+    used, bits = engine.resolve(settings.backbone.engine, settings.backbone.precision)
+    how: dict[str, Any] = {"store": store, "engine_name": used, "precision": bits, "on_bad": settings.data.on_bad_image}
+    bytes_of_all = len(pictures) * sum(named.network.width(tap) for tap in taps) * 4
+    if bytes_of_all > BYTES_OF_FEATURES and len(taps) > 1:
+        taps = _early_look(settings, pictures, ids, named, taps, how, bar)
+        say(
+            f"taps       {', '.join(map(str, taps))}: chosen on {SUBSET} images, since all taps would take {bytes_of_all / 1e9:.0f} GB"
+        )
+    start = time.monotonic()
+    with bar("features") as progress:
+        found = features.extract(pictures, named.network, taps, named.load, known=ids, progress=progress, **how)
+    widths = sum(named.network.width(tap) for tap in taps)
+    say(f"features   {len(found)} images × {widths} from {len(taps)} taps by {used} in {bits}, {time.monotonic() - start:.1f} s")
+    if found.faults:
+        say(f"           left out: {images.list_faults(found.faults)}")
+    return found
+
+
+def _early_look(
+    settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Named, taps: list[Tap], how: dict[str, Any], bar: Bar
+) -> list[Tap]:
+    """Choose the taps of a set that is too large for all of them on a seeded part of its training images."""
+    assert pictures.split is not None
+    train = np.flatnonzero(pictures.split == "train")
+    part = np.sort(np.random.default_rng(settings.data.seed).permutation(train)[:SUBSET])
+    with bar("a first look") as progress:
+        found = features.extract(
+            pictures.subset(part), named.network, taps, named.load, known=[ids[i] for i in part], progress=progress, **how
+        )
+    blocks = {tap: np.asarray(block) for tap, block in found.blocks.items()}
+    result = svm.choose(
+        blocks, found.images.labels, pictures.classes, seed=settings.data.seed, default_taps=(Tap("pooled"),), kernels=("linear",)
+    )
+    return list(dict.fromkeys([Tap("pooled"), *result.head.taps]))
+
+
+def _plan(settings: Recipe, pictures: ImageSet, train: Ints, near: Similarity, named: Named, taps: tuple[str, ...]) -> Plan:
+    counts = {name: int((pictures.labels[train] == i).sum()) for i, name in enumerate(pictures.classes)}
+    facts = policy.Facts(
+        counts=counts,
+        similarity=near.word,
+        stages=tuple(named.network.stages),
+        input_size=named.network.preprocess.size,
+        short_side=_short_side(pictures, train),
+        flip=not settings.data.no_flip,
+    )
+    overrides = {key: value for key, value in settings.train.model_dump().items() if value is not None}
+    options: dict[str, Any] = {"strategy": settings.policy.strategy, "taps": taps, "overrides": overrides}
+    plan = policy.decide(facts, **options)
+    if plan.training is None:
+        return plan
+    from finetune import backbone
+
+    cost = backbone.forward_seconds(named.load())
+    return policy.decide(dataclasses.replace(facts, trunk_seconds=cost), budget=settings.policy.budget, **options)
+
+
+def _short_side(pictures: ImageSet, train: Ints) -> int:
+    """Median short side, in pixels, of a few of the images."""
+    sample = train[:: max(1, len(train) // 32)][:32]
+    return int(np.median([images.short_side(pictures, int(i)) for i in sample]))
+
+
+def _say_similarity(near: Similarity, say: Say) -> None:
+    if near.distance is None:
+        say(f"similarity {near.word}: {near.notes[0]}")
+        return
+    knn = f"; {similarity.KNN}-NN on the features is right for {near.knn:.0%}" if near.knn is not None else ""
+    say(
+        f"similarity {near.word}: distance {near.distance:.3f} ({near.low:.3f}–{near.high:.3f}, n = {near.n}) to ImageNet's photographs{knn}"
+    )
+    for note in near.notes:
+        say(f"           {note}")
+
+
+@contextlib.contextmanager
+def clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start

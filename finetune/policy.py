@@ -1,0 +1,287 @@
+"""The policy: images per class × similarity to the pretraining domain → a `Plan`, with its reasons in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to fine-tune: everything that the loop needs, decided before it starts.
+
+    `trainable` names stages from stem to end; `lr` is the head's learning rate, every trainable stage gets
+    `lr * trunk_lr_scale * layer_decay ** (stages between it and the head)`, written into its own parameter group.
+    `warmup` is a share of all steps. `views` is the number of augmented copies of each image whose activations are
+    stored at the freeze boundary. `l2_sp` pulls trainable trunk weights to where they started (Li et al. 2018).
+    """
+
+    trainable: tuple[str, ...]
+    head_init: str = "probe"  # probe | zero
+    optimizer: str = "adamw"  # adamw | sgd
+    lr: float = 1e-3
+    trunk_lr_scale: float = 0.1
+    layer_decay: float = 0.8
+    epochs: int = 10
+    batch_size: int = 32
+    schedule: str = "cosine"  # cosine | step | linear | constant | rsqrt
+    warmup: float = 0.1
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    clip: float = 1.0
+    ema: bool = False
+    patience: int = 5
+    l2_sp: float = 0.0
+    augment: str = "light"  # none | light | medium | strong
+    flip: bool = True
+    views: int = 4
+    input_size: int = 224
+    class_weight: str = "auto"  # auto | none | balanced
+    norm_moves: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the matrix: the strategy, and why in a few words."""
+
+    strategy: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided. `strategy` is svm, probe, stages:K, half, full or scratch; `training` is None for svm and probe.
+
+    `row` and `column` name the chosen cell of the matrix; `taps` are the features that the SVM may read; `advice` is
+    for the user, `because` are the reasons, `minutes` an estimate of what fine-tuning costs here.
+    """
+
+    strategy: str
+    row: str
+    column: str
+    taps: tuple[str, ...]
+    training: Training | None
+    because: tuple[str, ...]
+    advice: tuple[str, ...]
+    minutes: float | None
+    images_per_class: float
+    smallest_class: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+# ------------------------------------------------------------------------------------------------------ the matrix
+# Rows: training images per class (mean). Columns: similarity to the pretraining photographs. The cells follow what was
+# measured with EfficientNet-Lite0 (docs/log.md): with under 100 images a class, moving the backbone lost to an SVM on
+# well-chosen taps at every similarity; with more, the SVM still runs beside whatever the cell says, and the better of
+# the two ships. Where the images are unlike photographs, the earlier taps carry them (Head2Toe, Evci et al. 2022).
+
+ROWS = (("few", 0, 20), ("small", 20, 100), ("medium", 100, 1000), ("large", 1000, None))
+COLUMNS = ("near", "moderate", "far")
+
+MATRIX: dict[tuple[str, str], Cell] = {
+    ("few", "near"): Cell("svm", "too few images to move a backbone that already fits"),
+    ("few", "moderate"): Cell("svm", "too few images to move a backbone; the tap is chosen by cross-validation"),
+    ("few", "far"): Cell("svm", "few and unlike photographs: earlier taps, not a moved backbone"),
+    ("small", "near"): Cell("svm", "the pretrained features fit, and there is little to learn more from"),
+    ("small", "moderate"): Cell("svm", "little data: well-chosen taps beat a moved backbone"),
+    ("small", "far"): Cell("svm", "little data, unlike photographs: an SVM on earlier taps"),
+    ("medium", "near"): Cell("stages:1", "enough to adapt the last stage, which is the most tied to the old classes"),
+    ("medium", "moderate"): Cell("stages:2", "enough to adapt the last stages"),
+    ("medium", "far"): Cell("stages:2", "enough to adapt the last stages to what they have not seen"),
+    ("large", "near"): Cell("half", "much data: the upper half may adapt"),
+    ("large", "moderate"): Cell("half", "much data, somewhat different: the upper half may adapt"),
+    ("large", "far"): Cell("full", "much data, unlike photographs: everything may adapt"),
+}
+
+ENOUGH = 100  # images per class that the advice asks for: where the matrix first lets the backbone move
+TINY = 64  # pixels: sources below gain nothing from a large input, and fine-tuning pays for it
+UNKNOWN_COLUMN = "moderate"  # where similarity is unknown: the middle
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the policy looks at: counts of the training part, similarity, the backbone's stages, the images' size."""
+
+    counts: dict[str, int]
+    similarity: str
+    stages: tuple[str, ...]
+    input_size: int
+    short_side: int
+    flip: bool = True
+    trunk_seconds: float | None = None  # a forward pass of one image through the whole backbone, in training precision
+
+
+def decide(
+    facts: Facts,
+    *,
+    strategy: str = "auto",
+    taps: Sequence[str] = (),
+    budget: float | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> Plan:
+    """The plan for a training set. `strategy` other than auto overrides the matrix, `overrides` single training values.
+
+    `budget` (minutes) moves down to the dearest strategy that fits. Raises `UserError` for words that do not exist.
+    """
+    total, smallest = sum(facts.counts.values()), min(facts.counts.values())
+    per_class = total / len(facts.counts)
+    row = next(name for name, low, high in ROWS if high is None or per_class < high)
+    column = facts.similarity if facts.similarity in COLUMNS else UNKNOWN_COLUMN
+    cell = MATRIX[row, column]
+    because = [
+        f"{total} training images in {len(facts.counts)} classes: {per_class:.0f} per class → row '{row}'",
+        f"similarity to ImageNet's photographs is {facts.similarity} → column '{column}'",
+        f"{cell.strategy}: {cell.why}",
+    ]
+    chosen = cell.strategy
+    if strategy != "auto":
+        chosen = check_strategy(strategy)
+        because.append(f"--strategy {strategy} was asked for")
+    training = _training(chosen, facts, total, overrides or {})
+    minutes = _minutes(training, facts, total)
+    while strategy == "auto" and budget is not None and training is not None and minutes is not None and minutes > budget:
+        because.append(f"{chosen} would take about {minutes:.0f} minutes, more than the budget of {budget:g}")
+        chosen = _cheaper(chosen)
+        training = _training(chosen, facts, total, overrides or {})
+        minutes = _minutes(training, facts, total)
+    return Plan(
+        chosen, row, column, tuple(taps), training, tuple(because), _advice(facts.counts, row), minutes, per_class, smallest
+    )
+
+
+def check_strategy(strategy: str) -> str:
+    """The strategy itself where it exists, else a `UserError` that lists those that do."""
+    if strategy in ("svm", "probe", "half", "full", "scratch") or re.fullmatch(r"stages:[1-9]\d*", strategy):
+        return strategy
+    raise UserError(
+        f"no strategy is called {strategy!r}", where="--strategy", fix="choose auto, svm, probe, stages:K, half, full or scratch"
+    )
+
+
+def trainable(strategy: str, stages: Sequence[str]) -> tuple[str, ...]:
+    """Names of the stages that may move, from stem to end; the neck belongs to the last stage."""
+    numbered = [name for name in stages if name.startswith("stage")]
+    if strategy in ("svm", "probe"):
+        return ()
+    if strategy in ("full", "scratch"):
+        return tuple(stages)
+    count = (len(numbered) + 1) // 2 if strategy == "half" else int(strategy.partition(":")[2])
+    if count > len(numbered):
+        raise UserError(
+            f"{strategy}: the backbone has {len(numbered)} stages",
+            where="--strategy",
+            fix=f"choose stages:1 … stages:{len(numbered)}",
+        )
+    keep = set(numbered[len(numbered) - count :])
+    return tuple(name for name in stages if name in keep or name == "neck")
+
+
+def _training(strategy: str, facts: Facts, total: int, overrides: dict[str, Any]) -> Training | None:
+    if strategy in ("svm", "probe"):
+        return None
+    moving = trainable(strategy, facts.stages)
+    scratch = strategy == "scratch"
+    size = facts.input_size
+    if facts.short_side < TINY and not scratch:
+        size = min(size, max(96, 32 * round(facts.short_side * 3 / 32)))
+    # BiT's rule (Kolesnikov et al. 2020): the number of steps, not of epochs, follows the size of the data.
+    batch = 32 if total < 20_000 else 64
+    epochs = max(3, min(12, round(1500 * batch / total))) if not scratch else 60
+    values: dict[str, Any] = {
+        "trainable": moving,
+        "head_init": "zero" if scratch else "probe",
+        "lr": 1e-3,
+        "trunk_lr_scale": 1.0 if scratch else 0.3,
+        "layer_decay": 1.0 if scratch else 0.8,
+        "epochs": epochs,
+        "batch_size": batch,
+        "weight_decay": 0.05 if scratch else 1e-4,
+        "label_smoothing": 0.1 if total >= 5_000 else 0.0,
+        "mixup": 0.1 if total >= 20_000 else 0.0,
+        "ema": True,
+        "l2_sp": 1e-2 if total < 1_000 and not scratch else 0.0,
+        "augment": "medium" if total >= 5_000 or scratch else "light",
+        "flip": facts.flip,
+        "views": 4 if total < 5_000 else 2,
+        "input_size": size,
+        "norm_moves": scratch,
+    }
+    known = {field.name for field in dataclasses.fields(Training)}
+    if unknown := set(overrides) - known:
+        raise UserError(
+            f"no training value is called {', '.join(sorted(unknown))}",
+            where="--set train",
+            fix=f"choose from {', '.join(sorted(known))}",
+        )
+    return Training(**{**values, **{key: value for key, value in overrides.items() if value is not None}})
+
+
+def _minutes(training: Training | None, facts: Facts, total: int) -> float | None:
+    """What fine-tuning will take: the frozen part once a view, the moving part three passes (forward and backward) an epoch."""
+    if training is None or facts.trunk_seconds is None:
+        return None
+    numbered = [name for name in facts.stages if name.startswith("stage")] or ["stage1"]
+    share = sum(name in training.trainable for name in numbered) / len(numbered)
+    scale = (training.input_size / facts.input_size) ** 2
+    passes = training.views * (1 - share) + 3 * training.epochs * share
+    return total * passes * scale * facts.trunk_seconds / 60
+
+
+def _cheaper(strategy: str) -> str:
+    order = ["full", "half", "stages:2", "stages:1", "svm"]
+    if strategy.startswith("stages:"):
+        count = int(strategy.partition(":")[2])
+        return f"stages:{count - 1}" if count > 1 else "svm"
+    return order[order.index(strategy) + 1] if strategy in order else "half"
+
+
+def _advice(counts: dict[str, int], row: str) -> tuple[str, ...]:
+    """Advice in words: which classes are too small, and what more images would change."""
+    advice = [
+        f"{n} images in class '{name}': collect at least {ENOUGH} per class"
+        for name, n in sorted(counts.items(), key=lambda item: item[1])
+        if n < 20
+    ]
+    if len(advice) > 5:
+        advice = [*advice[:5], f"… and {len(advice) - 5} more classes with fewer than 20 images"]
+    small = sum(20 <= n < ENOUGH for n in counts.values())
+    if row in ("few", "small") and small:
+        advice.append(
+            f"{small} of {len(counts)} classes have 20 to {ENOUGH - 1} images: from {ENOUGH} per class on, adapting the backbone begins to pay"
+        )
+    largest, smallest = max(counts.values()), min(counts.values())
+    if smallest and largest / smallest >= 5:
+        advice.append(
+            f"the largest class has {largest / smallest:.0f} times the images of the smallest: judge by balanced accuracy, and collect for the small ones"
+        )
+    return tuple(advice)
+
+
+def matrix_text(plan: Plan) -> str:
+    """The matrix for a terminal, the chosen cell marked, with reasons and advice."""
+    width = max(len(cell.strategy) for cell in MATRIX.values()) + 4
+    names = {name: f"{name} ({low} to {high - 1})" if high else f"{name} ({low} or more)" for name, low, high in ROWS}
+    left = max(map(len, names.values())) + 2
+    lines = ["images per class ↓   similarity to ImageNet's photographs →", "", " " * left + "".join(f"{name:<{width}}" for name in COLUMNS)]
+    for name, _, _ in ROWS:
+        cells = []
+        for column in COLUMNS:
+            text = MATRIX[name, column].strategy
+            cells.append(f"{f'[{text}]' if (name, column) == (plan.row, plan.column) else f' {text}':<{width}}")
+        lines.append(f"{names[name]:<{left}}" + "".join(cells).rstrip())
+    lines += ["", f"→ {plan.strategy}"] + [f"  because {reason}" for reason in plan.because]
+    if plan.minutes is not None:
+        lines.append(f"  fine-tuning takes about {max(plan.minutes, 0.1):.1f} minutes here (an estimate)")
+    lines += [f"  advice: {text}" for text in plan.advice]
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""How far the images are from the photographs of ImageNet, without one of them: by a ruler network's own memory.
+
+BatchNorm layers remember the mean and variance that each channel had over the training images. The distance compares
+them with what the target images give: per channel (μ − μ_s)²/σ_s² + (σ/σ_s − 1)², the median over the channels of a
+layer, then over the layers. The idea is that of AdaBN (Li et al. 2016, arXiv 1603.04779) and of source-free adaptation
+by BatchNorm matching (Ishii & Sugiyama 2021, arXiv 2101.10842). The ruler is always EfficientNet-Lite0, so that one scale serves
+every backbone, those without BatchNorm too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune import catalog, features
+from finetune.images import ImageSet
+from finetune.network import Tap
+from finetune.store import Store
+
+if TYPE_CHECKING:
+    from finetune.backbone import Backbone
+
+RULER = "tf_efficientnet_lite0"
+SAMPLE = 128  # images looked at
+BOOTSTRAP = 200  # resamples of the images
+NEAR, FAR = 0.10, 0.20  # below: near, above: far; between crops of photographs (0.03) and drawn digits (0.3)
+KNN = 5  # neighbours of the second opinion
+CHANCE_NEAR, CHANCE_FAR = 0.60, 0.30  # share of the way from chance to 1 that k-NN reaches: above: near, below: far
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """`word` is near, moderate, far, or unknown (a backbone with another pretraining, or no ruler here).
+
+    `distance` with its 90 % bootstrap interval over the images; `knn` is the leave-one-out accuracy of `KNN` cosine
+    neighbours on the backbone's pooled features, `knn_word` what it says; `notes` says where the two disagree.
+    """
+
+    word: str
+    distance: float | None
+    low: float | None
+    high: float | None
+    n: int
+    knn: float | None
+    knn_word: str
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "notes": list(self.notes), "ruler": RULER, "near_below": NEAR, "far_above": FAR}
+
+
+def measure(images: ImageSet, pretraining: str, *, store: Store, seed: int = 0) -> Similarity:
+    """Distance of (a seeded sample of) `images`; `pretraining` is that of the backbone which will be used."""
+    sample = _sample(len(images), seed)
+    ruler = catalog.open_named(RULER)
+    found = features.extract(
+        images.subset(sample),
+        ruler.network,
+        [Tap("moments")],
+        ruler.load,
+        store=store,
+        engine_name="torch",
+        precision="float32",
+        on_bad="skip",
+    )
+    moments = np.asarray(found.blocks[Tap("moments")], dtype=np.float64)
+    layers = _running_statistics(ruler.load())
+    value = distance(moments.mean(0), layers)
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(moments), size=(BOOTSTRAP, len(moments)))
+    spread = [distance(moments[draw].mean(0), layers) for draw in draws]
+    low, high = (float(q) for q in np.quantile(spread, [0.05, 0.95]))
+    if pretraining != "imagenet":
+        note = f"the backbone's pretraining is {pretraining}: the distance to ImageNet's photographs says nothing about it"
+        return Similarity("unknown", value, low, high, len(moments), None, "unknown", (note,))
+    return Similarity(_word(value), value, low, high, len(moments), None, "unknown", _border(value, low, high))
+
+
+def unknown(reason: str) -> Similarity:
+    """The answer where nothing could be measured."""
+    return Similarity("unknown", None, None, None, 0, None, "unknown", (reason,))
+
+
+def second_opinion(first: Similarity, pooled: NDArray[np.float32], y: NDArray[np.int64]) -> Similarity:
+    """Add what leave-one-out k-NN on the pooled features says: good features for these classes mean a near domain."""
+    from dataclasses import replace
+
+    counts = np.bincount(y)
+    if len(y) <= KNN or counts.max() < 2:
+        return replace(first, notes=(*first.notes, "too few images for the k-NN opinion"))
+    _, positions = features.neighbours(pooled, KNN)
+    votes = np.zeros((len(y), counts.size))
+    weight = 1 + 1e-3 * np.arange(KNN, 0, -1)[: positions.shape[1]]  # the nearest decides a tie
+    for j in range(positions.shape[1]):
+        votes[np.arange(len(y)), y[positions[:, j]]] += weight[j]
+    accuracy = float((votes.argmax(1) == y).mean())
+    chance = float(((counts / len(y)) ** 2).sum())
+    share = (accuracy - chance) / max(1e-9, 1 - chance)
+    word = "near" if share >= CHANCE_NEAR else "far" if share < CHANCE_FAR else "moderate"
+    notes = first.notes
+    if first.word in ("near", "far") and word in ("near", "far") and word != first.word:
+        notes = (
+            *notes,
+            f"the two opinions disagree: the images look {first.word}, but {KNN}-NN on the features is right for {accuracy:.0%}",
+        )
+    return replace(first, knn=accuracy, knn_word=word, notes=notes)
+
+
+Layers = list[tuple[NDArray[np.float64], NDArray[np.float64], float]]
+
+
+def distance(moments: NDArray[np.float64], layers: Layers) -> float:
+    """The distance of pooled moments (means and mean squares, layer by layer) to running statistics `(mean, var, eps)`."""
+    medians, start = [], 0
+    for mean_s, var_s, eps in layers:
+        width = len(mean_s)
+        mean, square = moments[start : start + width], moments[start + width : start + 2 * width]
+        start += 2 * width
+        variance = np.maximum(square - mean**2, 0) + eps
+        source = var_s + eps
+        medians.append(np.median((mean - mean_s) ** 2 / source + (np.sqrt(variance / source) - 1) ** 2))
+    return float(np.median(medians))
+
+
+def _running_statistics(backbone: Backbone) -> Layers:
+    from finetune.backbone import BATCH_NORMS
+
+    norms = [part for part in backbone.module.modules() if isinstance(part, BATCH_NORMS)]
+    return [(norm.running_mean.double().numpy(), norm.running_var.double().numpy(), float(norm.eps)) for norm in norms]
+
+
+def _sample(n: int, seed: int) -> NDArray[np.int64]:
+    if n <= SAMPLE:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).choice(n, SAMPLE, replace=False))
+
+
+def _word(value: float) -> str:
+    return "near" if value < NEAR else "far" if value > FAR else "moderate"
+
+
+def _border(value: float, low: float, high: float) -> tuple[str, ...]:
+    words = sorted({_word(low), _word(value), _word(high)})
+    return () if len(words) == 1 else (f"the interval {low:.3f}–{high:.3f} reaches across {' and '.join(words)}",)

@@ -1,0 +1,236 @@
+"""The content-addressed feature store: a row a file's digest, a folder a space, one SQLite index.
+
+A *space* is everything that decides a feature besides the file: network, preprocessing, tap, engine, precision, view.
+Rows are appended to one flat float32 file a space, and the index is committed after the rows are on the disk: a killed
+writer loses nothing that was committed, a reader never sees half a row, and two writers wait for each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune import files
+from finetune.errors import UserError
+
+FORMAT = 1
+WAIT = 600.0  # seconds that a writer waits for another one
+LOOKUP = 900  # digests a query: below SQLite's limit of bound values
+
+Rows = NDArray[np.float32]
+
+SCHEMA = """
+create table if not exists spaces (id integer primary key, key text unique not null, width integer not null, about text not null,
+  count integer not null default 0, used real not null);
+create table if not exists rows (space integer not null, digest blob not null, row integer not null, primary key (space, digest))
+  without rowid;
+create table if not exists seen (path text primary key, size integer not null, mtime integer not null, digest blob not null)
+  without rowid;
+"""
+
+
+@dataclass(frozen=True)
+class Space:
+    """One space of the store: its key, the number of features in a row, and its number in the index."""
+
+    key: str
+    width: int
+    number: int
+
+
+class Store:
+    """The store in one folder (`cache_dir()/features`). Open it once a command; it is not shared between threads."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or files.cache_dir("features")
+        with files.disk_errors(self.folder), database_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.db = sqlite3.connect(self.folder / "index.sqlite", timeout=WAIT, isolation_level=None)
+            self.db.execute("pragma journal_mode=wal")
+            self.db.execute("pragma synchronous=full")
+            self.db.executescript(SCHEMA)
+
+    def close(self) -> None:
+        self.db.close()
+
+    def space(self, about: dict[str, Any], width: int) -> Space:
+        """The space that `about` describes (a JSON value that decides its features), made where it is new."""
+        key = files.digest_json([FORMAT, about])
+        with self._writing():
+            self.db.execute(
+                "insert into spaces (key, width, about, used) values (?, ?, ?, ?) on conflict (key) do update set used = excluded.used",
+                (key, width, json.dumps(about, sort_keys=True), time.time()),
+            )
+        number, known = self.db.execute("select id, width from spaces where key = ?", (key,)).fetchone()
+        if known != width:
+            raise UserError(
+                f"holds rows of {known} features where {width} are expected",
+                where=self.folder,
+                fix="run `finetune cache --clear`",
+            )
+        return Space(key, width, number)
+
+    def find(self, space: Space, digests: Sequence[str]) -> NDArray[np.int64]:
+        """Row numbers of `digests`, -1 where the store does not have them."""
+        found: dict[bytes, int] = {}
+        wanted = [bytes.fromhex(d) for d in digests]
+        for i in range(0, len(wanted), LOOKUP):
+            part = wanted[i : i + LOOKUP]
+            marks = ",".join("?" * len(part))
+            with database_errors(self.folder):
+                found.update(
+                    self.db.execute(
+                        f"select digest, row from rows where space = ? and digest in ({marks})", (space.number, *part)
+                    )
+                )
+        return np.fromiter((found.get(d, -1) for d in wanted), dtype=np.int64, count=len(wanted))
+
+    def append(self, spaces: Sequence[Space], digests: Sequence[str], blocks: Sequence[Rows]) -> None:
+        """Add rows to several spaces in one commit. A digest that another writer has added meanwhile is left as it is."""
+        with self._writing():
+            for space, block in zip(spaces, blocks, strict=True):
+                known = self.find(space, digests)
+                fresh = [i for i in dict.fromkeys(dict(zip(digests, range(len(digests)), strict=True)).values()) if known[i] < 0]
+                (start,) = self.db.execute("select count from spaces where id = ?", (space.number,)).fetchone()
+                self._write_rows(space, start, np.ascontiguousarray(block[fresh], dtype=np.float32))
+                self.db.executemany(
+                    "insert into rows (space, digest, row) values (?, ?, ?)",
+                    [(space.number, bytes.fromhex(digests[i]), start + j) for j, i in enumerate(fresh)],
+                )
+                self.db.execute(
+                    "update spaces set count = ?, used = ? where id = ?", (start + len(fresh), time.time(), space.number)
+                )
+
+    def _write_rows(self, space: Space, start: int, block: Rows) -> None:
+        # What stands behind the committed rows was left by a killed writer: it is written over.
+        handle = os.open(self._file(space), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.ftruncate(handle, start * space.width * 4)
+            os.lseek(handle, 0, os.SEEK_END)
+            data = memoryview(block).cast("B") if block.size else memoryview(b"")
+            while data:
+                data = data[os.write(handle, data) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def read(self, space: Space, rows: NDArray[np.int64]) -> Rows:
+        """Rows of a space, memory-mapped where they stand one after the other, else gathered."""
+        (count,) = self.db.execute("select count from spaces where id = ?", (space.number,)).fetchone()
+        if not len(rows):
+            return np.zeros((0, space.width), dtype=np.float32)
+        path = self._file(space)
+        if not path.exists() or path.stat().st_size < count * space.width * 4:
+            raise UserError(
+                "the feature store is damaged: rows are missing",
+                where=path,
+                fix="run `finetune cache --clear`, then the same command again",
+            )
+        table = np.memmap(path, dtype=np.float32, mode="r", shape=(count, space.width))
+        start = int(rows[0])
+        if np.array_equal(rows, np.arange(start, start + len(rows))):
+            return table[start : start + len(rows)]
+        return np.asarray(table[rows])
+
+    def _file(self, space: Space) -> Path:
+        return self.folder / f"{space.key[:32]}.f32"
+
+    # ------------------------------------------------------------------------------------------ files seen before
+
+    def remembered(self, stats: Sequence[tuple[str, int, int]]) -> list[str | None]:
+        """Digests of files by (absolute path, size, mtime in ns), None where the file is new or has changed."""
+        found: dict[str, tuple[int, int, bytes]] = {}
+        for i in range(0, len(stats), LOOKUP):
+            part = [path for path, _, _ in stats[i : i + LOOKUP]]
+            marks = ",".join("?" * len(part))
+            query = f"select path, size, mtime, digest from seen where path in ({marks})"
+            found.update({path: rest for path, *rest in self.db.execute(query, part)})  # type: ignore[misc]
+        result = []
+        for path, size, mtime in stats:
+            known = found.get(path)
+            result.append(known[2].hex() if known is not None and tuple(known[:2]) == (size, mtime) else None)
+        return result
+
+    def remember(self, entries: Sequence[tuple[str, int, int, str]]) -> None:
+        """Remember (absolute path, size, mtime in ns, digest) of files that were read."""
+        with self._writing():
+            self.db.executemany(
+                "insert into seen (path, size, mtime, digest) values (?, ?, ?, ?) "
+                "on conflict (path) do update set size = excluded.size, mtime = excluded.mtime, digest = excluded.digest",
+                [(path, size, mtime, bytes.fromhex(digest)) for path, size, mtime, digest in entries],
+            )
+
+    # --------------------------------------------------------------------------------------------------- upkeep
+
+    def summary(self) -> list[dict[str, Any]]:
+        """What is here: a row a space, the last used first."""
+        query = "select key, width, about, count, used from spaces order by used desc"
+        return [
+            {**json.loads(about), "key": key[:12], "rows": count, "bytes": count * width * 4, "used": used}
+            for key, width, about, count, used in self.db.execute(query)
+        ]
+
+    def prune(self, unused_days: float) -> int:
+        """Delete spaces that were not used for `unused_days`; returns the bytes freed."""
+        limit = time.time() - unused_days * 86400
+        freed = 0
+        with self._writing():
+            for number, key, width, count in self.db.execute(
+                "select id, key, width, count from spaces where used <= ?", (limit,)
+            ).fetchall():
+                self.db.execute("delete from rows where space = ?", (number,))
+                self.db.execute("delete from spaces where id = ?", (number,))
+                self._file(Space(key, width, number)).unlink(missing_ok=True)
+                freed += count * width * 4
+        return freed
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with files.disk_errors(self.folder), database_errors(self.folder):
+            self.db.execute("begin immediate")
+            try:
+                yield
+            except BaseException:
+                self.db.execute("rollback")
+                raise
+            self.db.execute("commit")
+
+
+@contextlib.contextmanager
+def database_errors(where: Path) -> Iterator[None]:
+    """Turn SQLite's errors into a `UserError`: full, read-only, locked or damaged."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        words = str(error)
+        if "full" in words or "disk I/O" in words:
+            fix = "free some space, then run the same command again: it goes on"
+        elif "locked" in words:
+            fix = "wait for the other command that writes here, then try again"
+        elif "readonly" in words or "unable to open" in words:
+            fix = "choose a folder that you may write to, with $REGRAFT_CACHE"
+        else:
+            fix = "run `finetune cache --clear`, then the same command again"
+        raise UserError(f"the index cannot be used ({words})", where=where, fix=fix) from error
+
+
+def clear() -> None:
+    """Delete the whole cache: features, converted networks, all of it can be made again."""
+    root = files.cache_dir()
+    with files.disk_errors(root):
+        for entry in root.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()

@@ -1,0 +1,776 @@
+"""The one visible loop: fine-tune the trainable stages of a backbone and a linear head, with everything decided beforehand.
+
+Where the first stages are frozen, they run once: their activations at the freeze boundary are stored for a few views of
+each image, and only the moving tail is trained. The same seed gives the same bits on one machine's CPU; a run that was
+killed goes on from its last epoch and ends with the bits of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from finetune import augment, engine, files, optim
+from finetune.backbone import Backbone, Reader, freeze
+from finetune.errors import UserError
+from finetune.weights import tensor_digest
+
+if TYPE_CHECKING:
+    from finetune.images import ImageSet
+    from finetune.policy import Training
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Items = list[tuple[int, int]]  # (image, view)
+Log = Callable[[dict[str, Any]], None]
+Progress = Callable[[int, int], None]  # images through the network, and how many it will be
+
+FORMAT = 1  # of checkpoints and stored activations
+STORE_LIMIT = 16 * 2**30  # bytes: more stored activations than this, and the frozen stages run in every epoch instead
+STORE_BATCH = 32  # images at once through the frozen stages
+FREE_SHARE = 0.8  # of the free disk, the same
+VERIFIED = 4  # images on which the tail is compared with the whole network, in float32
+TOLERANCE = 1e-4  # of that comparison, relative to the largest feature
+PROBE_C = 0.01  # inverse strength of the probe's L2 penalty, as in scikit-learn
+PROBE_FLOAT64 = 20_000_000  # numbers: features up to this many are fitted in float64
+CHECKPOINT = "last.safetensors"
+PLAIN = ("epoch", "step", "stopped", "start", "history", "warnings")  # what of a `State` is JSON
+LOWER = "lower --set train.lr, or use --precision float32"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `fit` made; the backbone's module holds the weights that go with it.
+
+    `head_weight` (C, width) and `head_bias` (C,) read the pooled features as they are. `history` has one row an epoch:
+    `epoch`, `step`, `train/loss`, `lr/<group>`, `update_ratio/<group>`, `seconds`, and with a validation part `val/loss`
+    and `val/top1`; `start` is the same before the first step (its `train/loss` is that of the first batch).
+    `best_epoch` is the epoch whose weights were kept (0: those before the first step), `val_scores` (n, C) their scores.
+    """
+
+    head_weight: Floats
+    head_bias: Floats
+    history: tuple[dict[str, Any], ...]
+    start: dict[str, float]
+    best_epoch: int
+    steps: int
+    stopped: str
+    val_scores: Floats | None
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class State:
+    """Where the loop is and what it has seen: what a checkpoint holds beside the live weights and the optimizer's moments.
+
+    Order, augmentation, mixup and dropout follow from (seed, epoch), so that no generator has to be saved. `good` are the
+    weights after the last finished epoch, `average` the moving average, `best` the weights of the lowest validation loss
+    and `scores` (n_val, C) theirs.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    stopped: str = ""
+    start: dict[str, float] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    good: optim.Tensors = field(default_factory=dict)
+    average: optim.Tensors = field(default_factory=dict)
+    best: optim.Tensors = field(default_factory=dict)
+    scores: Tensor | None = None
+
+    def val_losses(self) -> list[float]:
+        return [row["val/loss"] for row in (self.start, *self.history)]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where the loop's input comes from.
+
+    `batches` gives the input of every batch of (image, view); `trunk` makes pooled features `(n, width)` of it. `views` is
+    the number of stored views of a training image, 0 where every epoch draws a new one. `tick` counts images.
+    """
+
+    views: int
+    batches: Callable[[Sequence[Items]], Iterator[Tensor]]
+    trunk: Callable[[Tensor], Tensor]
+    tick: Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same during one call of `fit`."""
+
+    backbone: Backbone
+    images: ImageSet
+    train: Ints
+    val: Ints
+    training: Training
+    seed: int
+    class_weights: Tensor
+    head: nn.Linear
+    device: torch.device
+    half: bool
+    folder: Path | None
+    log: Log
+    progress: Progress
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    def labels(self, items: Items) -> Tensor:
+        return torch.from_numpy(self.images.labels[[i for i, _ in items]].astype(np.int64)).to(self.device)
+
+    def moving(self) -> optim.Tensors:
+        """The live tensors that training may change: head, trainable stages, and the buffers of these stages."""
+        keys = {key for stage in self.backbone.stages if stage.name in self.training.trainable for key in stage.keys}
+        module = self.backbone.module
+        trunk = {f"trunk.{key}": t for key, t in (*module.named_parameters(), *module.named_buffers()) if key in keys}
+        return trunk | {f"head.{key}": parameter for key, parameter in self.head.named_parameters()}
+
+
+class DivergedError(UserError):
+    """Loss, gradients or weights are no longer finite."""
+
+
+# -------------------------------------------------------------------------------------------------------- the one door
+
+
+def fit(
+    backbone: Backbone,
+    images: ImageSet,
+    train_index: ArrayLike,
+    val_index: ArrayLike | None,
+    training: Training,
+    *,
+    classes: int,
+    seed: int,
+    head_start: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    checkpoint: Path | None = None,
+    log: Log | None = None,
+    progress: Progress | None = None,
+    class_weights: ArrayLike | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> TrainResult:
+    """Fine-tune `backbone` (changed in place) and a head for `classes` classes on `images` at `train_index`.
+
+    `head_start` is a `(weight, bias)` on the pooled features; without it the head starts at zero or from `probe`, as
+    `training.head_init` says. `class_weights` (C,) weigh the images of a class; without them `training.class_weight`
+    "balanced" gives n / (C n_c), everything else 1. With `val_index` the weights of the lowest validation loss are kept,
+    and `training.patience` epochs without a gain of `optim.MIN_DELTA` stop the training (0: never); else the last are kept.
+    `checkpoint` is a folder: every epoch is saved there, and the same call goes on from it. `precision` is auto, bf16 or
+    float32. The input size is that of `backbone`.
+
+    Raises `UserError` for bad input, an unreadable image and a full disk, and where the loss or a gradient is no longer
+    finite; the backbone then holds the weights of the last finished epoch. After any other end, Ctrl-C included, it holds
+    those it started with.
+    """
+    log, progress = log or (lambda row: None), progress or (lambda done, total: None)
+    where = _device(device)
+    half = where.type != "mps" and engine.resolve("torch", precision)[1] == "bf16"
+    train, val = np.asarray(train_index, np.int64), np.asarray([] if val_index is None else val_index, np.int64)
+    _check(images.labels, train, val, classes, training)
+    weights = _class_weights(images.labels[train], classes, training, class_weights).to(where)
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), _prepared(backbone, training, where):
+        head = nn.Linear(backbone.network.widths["pooled"], classes, device=where)
+        job = Job(
+            backbone,
+            images,
+            train,
+            val,
+            training,
+            seed,
+            weights,
+            head,
+            where,
+            half,
+            checkpoint,
+            log,
+            progress,
+        )
+        return _run(job, head_start)
+
+
+def _run(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> TrainResult:
+    """Start or go on, train, and leave the chosen weights in the module."""
+    moving = job.moving()
+    start = _copy(moving)
+    optimizer = optim.optimizer(optim.param_groups(job.backbone, job.head, job.training), job.training)
+    mark = _mark(job, head_start)
+    state = _load(job, mark, moving, optimizer)
+    try:
+        if not state.stopped:
+            with _feed(job, state) as feed:
+                if not state.good:
+                    _begin(job, feed, state, moving, head_start)
+                _loop(job, feed, state, moving, start, optimizer, mark)
+    except DivergedError:
+        _put(moving, state.good or start)
+        raise
+    except BaseException:
+        _put(moving, start)
+        raise
+    best, _ = optim.early_stop(state.val_losses(), 0) if len(job.val) else (state.epoch, False)
+    _put(moving, state.best or state.average or moving)
+    scores = None if state.scores is None else state.scores.cpu().numpy()
+    return TrainResult(
+        job.head.weight.detach().cpu().numpy().copy(),
+        job.head.bias.detach().cpu().numpy().copy(),
+        tuple(state.history),
+        state.start,
+        best,
+        state.step,
+        state.stopped,
+        scores,
+        (*state.warnings, *_doubts(state, best, len(job.val))),
+    )
+
+
+def _begin(
+    job: Job, feed: Feed, state: State, moving: optim.Tensors, head_start: tuple[NDArray[Any], NDArray[Any]] | None
+) -> None:
+    """Give the head its first weights, and judge the model before the first step."""
+    nn.init.zeros_(job.head.weight)
+    nn.init.zeros_(job.head.bias)
+    job.backbone.module.eval()
+    if head_start is None and job.training.head_init == "probe":
+        items = [(int(i), 0) for i in job.train]
+        plan = _batches(items, STORE_BATCH)
+        with torch.no_grad(), job.autocast():
+            features = torch.cat([feed.trunk(x).float() for x in feed.batches(plan)]).cpu().numpy()
+        weights = job.class_weights.cpu().numpy()
+        head_start = probe(features, job.images.labels[job.train], len(weights), class_weights=weights)
+    if head_start is not None:
+        with torch.no_grad():
+            job.head.weight.copy_(torch.as_tensor(head_start[0]))
+            job.head.bias.copy_(torch.as_tensor(head_start[1]))
+    state.good = _copy(moving)
+    state.average = _copy(moving) if job.training.ema else {}
+    if len(job.val):
+        loss, top1, state.scores = _evaluate(job, feed)
+        if not math.isfinite(loss):
+            raise DivergedError(f"the validation loss is {loss} before the first step", where="training", fix="check the weights")
+        state.start = {"val/loss": loss, "val/top1": top1}
+        state.best = _copy(moving)
+
+
+def _loop(
+    job: Job,
+    feed: Feed,
+    state: State,
+    moving: optim.Tensors,
+    start: optim.Tensors,
+    optimizer: torch.optim.Optimizer,
+    mark: str,
+) -> None:
+    """Every epoch from `state` on."""
+    training, groups, module = job.training, optimizer.param_groups, job.backbone.module
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    pairs = [(moving[key], start[key]) for key in start if key.startswith("trunk.") and moving[key].requires_grad]
+    steps = math.ceil(len(job.train) / training.batch_size) * training.epochs
+    factor, decay = optim.schedule(training, steps), optim.ema_decay(steps)
+    job.log({"groups": optim.group_table(groups), "device": str(job.device), "bf16": job.half, "stored_views": feed.views})
+    feed.tick(state.epoch * len(job.train))
+    for epoch in range(state.epoch + 1, training.epochs + 1):
+        began = time.perf_counter()
+        torch.manual_seed(int(np.random.default_rng([job.seed, epoch, 1]).integers(2**62)))  # dropout, drop-path
+        rng = np.random.default_rng([job.seed, epoch])
+        order = rng.permutation(len(job.train)).tolist()
+        plan = _batches([(int(job.train[k]), _view(job, feed, epoch, k)) for k in order], training.batch_size)
+        module.train()
+        total, ratios = 0.0, dict[str, float | str]()
+        for number, (items, x) in enumerate(zip(plan, feed.batches(plan), strict=True), 1):
+            targets = nn.functional.one_hot(job.labels(items), len(job.class_weights)).float()
+            if training.mixup:
+                x, targets = augment.mixup(x, targets, training.mixup, rng)
+            optim.set_rates(groups, factor(state.step))
+            with job.autocast():
+                features = feed.trunk(x)
+            logits = job.head(features.float())
+            loss = optim.soft_cross_entropy(logits, targets, job.class_weights, training.label_smoothing)
+            value = loss.item()
+            if training.l2_sp:
+                loss = loss + optim.l2_sp(pairs, training.l2_sp)
+            optimizer.zero_grad()
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, training.clip or math.inf).item()
+            if not math.isfinite(loss.item() + norm):
+                what = f"the loss is {loss.item():.3g} and the norm of its gradient {norm:.3g}"
+                raise _diverged(what, state.step, epoch, groups)
+            if state.step == 0:
+                _first_loss(job, state, value)
+            before = optim.copies(groups) if number == len(plan) else None
+            optimizer.step()
+            if before is not None:
+                ratios = optim.update_ratios(groups, before)
+            if training.ema:
+                optim.blend(state.average, moving, decay)
+            state.step += 1
+            total += value * len(items)
+            feed.tick(len(items))
+        if optim.broken_groups(groups, gradients=False):
+            raise _diverged("a step gave weights that are not finite", state.step - 1, epoch, groups)
+        row: dict[str, Any] = {"epoch": epoch, "step": state.step, "train/loss": total / len(job.train)}
+        row |= {f"lr/{group['name']}": group["lr"] for group in groups}
+        row |= {f"update_ratio/{name}": ratio for name, ratio in ratios.items()}
+        live = _copy(moving)
+        if len(job.val):
+            row |= _judge(job, feed, state, moving, live)
+            if not math.isfinite(row["val/loss"]):
+                raise _diverged(f"the validation loss is {row['val/loss']}", state.step - 1, epoch, groups)
+        state.epoch, state.good = epoch, live
+        row["seconds"] = time.perf_counter() - began
+        state.history.append(row)
+        if len(job.val) and training.patience and optim.early_stop(state.val_losses(), training.patience)[1]:
+            state.stopped = f"validation loss has not gained {optim.MIN_DELTA:g} in {training.patience} epochs"
+        elif epoch == training.epochs:
+            state.stopped = f"all {epoch} epochs"
+        _save(job, mark, state, optimizer)
+        job.log(row)
+        if state.stopped:
+            break
+
+
+def _view(job: Job, feed: Feed, epoch: int, k: int) -> int:
+    """Which view of the k-th training image an epoch sees: the stored ones in turn, else a new one."""
+    if job.training.augment == "none":
+        return 0
+    return (epoch - 1 + k) % feed.views if feed.views else epoch
+
+
+def _judge(job: Job, feed: Feed, state: State, moving: optim.Tensors, live: optim.Tensors) -> dict[str, float]:
+    """Validate the live weights, or their average, and keep the best so far."""
+    current = state.average or live
+    _put(moving, current)
+    loss, top1, scores = _evaluate(job, feed)
+    if loss < min(state.val_losses()):
+        state.best, state.scores = {key: value.clone() for key, value in current.items()}, scores
+    _put(moving, live)
+    return {"val/loss": loss, "val/top1": top1}
+
+
+def _evaluate(job: Job, feed: Feed) -> tuple[float, float, Tensor]:
+    """Mean cross-entropy (no smoothing, no class weights), top-1 and scores (n, C) of the validation images."""
+    items = [(int(i), 0) for i in job.val]
+    job.backbone.module.eval()
+    with torch.no_grad(), job.autocast():
+        features = torch.cat([feed.trunk(x).float() for x in feed.batches(_batches(items, STORE_BATCH))])
+    with torch.no_grad():
+        scores, labels = job.head(features), job.labels(items)
+        loss = nn.functional.cross_entropy(scores, labels).item()
+        top1 = (scores.argmax(1) == labels).float().mean().item()
+    return loss, top1, scores
+
+
+def probe(
+    features: NDArray[Any], y: NDArray[Any], classes: int, *, C: float = PROBE_C, class_weights: NDArray[Any] | None = None
+) -> tuple[Floats, Floats]:
+    """Multinomial logistic regression on standardised features, folded back to raw ones: `(weight, bias)`.
+
+    `features` (n, d), `y` (n,) in 0…classes−1. Minimises C Σ loss + ‖w‖² / 2 with L-BFGS, as scikit-learn's
+    `LogisticRegression` does. `weight` is (classes, d) and `bias` (classes,), float32: the fold is exact.
+    """
+    x = torch.as_tensor(features, dtype=torch.float32 if features.size > PROBE_FLOAT64 else torch.float64)
+    mean, std = x.mean(0), x.std(0, correction=0)
+    # A feature that hardly varies here would be blown up wherever it does; a floor keeps its weight small.
+    scale = 1 / std.clamp(min=max(1e-3 * float(std.mean()), 1e-12))
+    x = (x - mean) * scale
+    labels = torch.as_tensor(y, dtype=torch.int64)
+    per_class = None if class_weights is None else torch.as_tensor(class_weights, dtype=x.dtype)
+    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = nn.functional.cross_entropy(x @ weight.T + bias, labels, weight=per_class) + weight.square().sum() / (
+            2 * C * len(x)
+        )
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    raw = (weight.detach() * scale).double()
+    shift = bias.detach().double() - raw @ mean.double()
+    return raw.float().numpy(), shift.float().numpy()
+
+
+# -------------------------------------------------------------------------------------- before and after the loop
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {name!r} here", where="device", fix="use auto or cpu") from error
+    return torch.device(name)
+
+
+def _check(labels: Ints, train: Ints, val: Ints, classes: int, training: Training) -> None:
+    if not len(train):
+        raise UserError("no training images", where="training", fix="give at least one image of each class")
+    if training.batch_size < 1:
+        raise UserError(f"batch_size is {training.batch_size}", where="train.batch_size", fix="use 1 or more")
+    if training.head_init not in ("probe", "zero"):
+        raise UserError(f"no head_init is called {training.head_init!r}", where="train.head_init", fix="use probe or zero")
+    if shared := np.intersect1d(train, val).tolist():
+        raise UserError(f"images {shared[:3]} train and validate", where="training", fix="make the parts disjoint")
+    outside = sorted({int(label) for label in labels[np.concatenate([train, val])] if not 0 <= label < classes})
+    if outside:
+        raise UserError(f"label {outside[0]} is none of the {classes} classes", where="training", fix="label every image")
+    if training.norm_moves and min(len(part) for part in _batches([(int(i), 0) for i in train], training.batch_size)) == 1:
+        raise UserError("BatchNorm cannot learn from batches of one image", where="train.batch_size", fix="use 2 or more")
+
+
+def _class_weights(labels: Ints, classes: int, training: Training, given: ArrayLike | None) -> Tensor:
+    if given is not None:
+        weights = torch.as_tensor(np.asarray(given, np.float32))
+        if weights.shape != (classes,) or not (weights > 0).all() or not torch.isfinite(weights).all():
+            raise UserError("class weights must be one number above 0 a class", where="class_weights", fix=f"give {classes}")
+        return weights
+    if training.class_weight != "balanced":
+        return torch.ones(classes)
+    counts = np.bincount(labels, minlength=classes)
+    return torch.from_numpy((len(labels) / (classes * np.maximum(counts, 1))).astype(np.float32))
+
+
+@contextlib.contextmanager
+def _prepared(backbone: Backbone, training: Training, device: torch.device) -> Iterator[None]:
+    """Freeze, and bring the module to the device in the layout that convolutions are fastest in; afterwards, back."""
+    freeze(backbone, training.trainable, norm_moves=training.norm_moves)
+    backbone.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        backbone.module.eval()
+        backbone.module.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        backbone.module.zero_grad()
+
+
+def _batches(items: Items, size: int) -> list[Items]:
+    """Batches of nearly equal size: none is dropped, and no single image is left over to upset BatchNorm."""
+    edges = np.linspace(0, len(items), math.ceil(len(items) / size) + 1).round().astype(int).tolist()
+    return [items[low:high] for low, high in itertools.pairwise(edges)]
+
+
+def _copy(tensors: Mapping[str, Tensor]) -> optim.Tensors:
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def _put(target: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for key, value in values.items():
+        target[key].copy_(value)
+
+
+def _first_loss(job: Job, state: State, value: float) -> None:
+    """Keep the loss of the first batch; a head of zeros must give ln C, whatever the features are."""
+    state.start["train/loss"] = value
+    expected = math.log(len(job.class_weights))
+    if not job.head.weight.any() and abs(value - expected) > 1e-3:
+        raise UserError(f"the first loss of a zero head is {value:.4f}, not ln C = {expected:.4f}", where="training")
+
+
+def _diverged(what: str, step: int, epoch: int, groups: Sequence[optim.Group]) -> DivergedError:
+    """Name the step and the groups: those with broken weights where there are any, else those with broken gradients."""
+    weights, gradients = optim.broken_groups(groups, gradients=False), optim.broken_groups(groups, gradients=True)
+    names = f"weights of {', '.join(weights)}" if weights else f"gradients of {', '.join(gradients) or 'none'}"
+    return DivergedError(f"{what} at step {step + 1} (epoch {epoch}); not finite: {names}", where="training", fix=LOWER)
+
+
+def _doubts(state: State, best: int, n: int) -> list[str]:
+    """What the validation curve does not prove."""
+    if not n or not state.history:
+        return []
+    if best == 0:
+        return ["no epoch lowered the validation loss: the weights from before the first step were kept"]
+    before, after = state.start["val/top1"], state.history[best - 1]["val/top1"]
+    error = math.sqrt(after * (1 - after) / n)
+    if after - before >= error:
+        return []
+    change = f"validation top-1 went from {before:.1%} to {after:.1%}"
+    return [f"{change}: less than one binomial standard error ({error:.1%} with {n} images)"]
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def _mark(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> str:
+    """A digest of all that decides the outcome: a checkpoint of anything else is refused."""
+    known = {f"start.{key}": tensor for key, tensor in job.backbone.module.state_dict().items()}
+    known["class_weights"] = job.class_weights
+    known |= {f"head_start.{k}": torch.as_tensor(np.asarray(array)) for k, array in enumerate(head_start or ())}
+    about = {
+        "format": FORMAT,
+        "training": job.training.to_json(),
+        "seed": job.seed,
+        "device": str(job.device),
+        "bf16": job.half,
+        "preprocess": job.backbone.network.to_json()["preprocess"],
+        "tensors": tensor_digest(known),
+        "images": [[(job.images.paths[i], int(job.images.labels[i])) for i in part] for part in (job.train, job.val)],
+        "positions": [job.train.tolist(), job.val.tolist()],
+    }
+    return files.digest_json(about)
+
+
+def _save(job: Job, mark: str, state: State, optimizer: torch.optim.Optimizer) -> None:
+    """One safetensors file, its JSON in the header, so that tensors and state are replaced together or not at all."""
+    if job.folder is None:
+        return
+    tensors = {f"{part}/{key}": t for part in ("good", "average", "best") for key, t in getattr(state, part).items()}
+    if state.scores is not None:
+        tensors["scores"] = state.scores
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for k, parameter in enumerate(parameters):
+        tensors |= {f"optimizer/{k}/{name}": value for name, value in optimizer.state[parameter].items() if value is not None}
+    plain = {name: getattr(state, name) for name in PLAIN}
+    header = {"mark": mark, "state": json.dumps(plain, allow_nan=False)}
+    with files.atomic(job.folder / CHECKPOINT) as temporary:
+        safetensors.torch.save_file(
+            {key: t.detach().contiguous().cpu() for key, t in tensors.items()}, temporary, metadata=header
+        )
+
+
+def _load(job: Job, mark: str, moving: optim.Tensors, optimizer: torch.optim.Optimizer) -> State:
+    """The state to go on from: that of the checkpoint, put into the model and the optimizer, or a new one."""
+    path = None if job.folder is None else job.folder / CHECKPOINT
+    if path is None or not path.exists():
+        return State()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            tensors = {key: file.get_tensor(key).to(job.device) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"damaged: {error}", where=path, fix="remove it: the training then starts again") from error
+    if not header or header.get("mark") != mark:
+        raise UserError("belongs to another training", where=path, fix="remove it, or choose another folder with --out")
+    state = State(**json.loads(header["state"]), scores=tensors.pop("scores", None))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, value in tensors.items():
+        part, _, name = key.partition("/")
+        if part == "optimizer":
+            k, _, name = name.partition("/")
+            parameter = parameters[int(k)]
+            # In the layout of the parameter, which the fused kernel walks along.
+            own = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+            optimizer.state[parameter][name] = own.detach().copy_(value)
+        else:
+            getattr(state, part)[name] = torch.empty_like(moving[name]).detach().copy_(value)
+    _put(moving, state.good)
+    return state
+
+
+# --------------------------------------------------------------------- stored activations: the frozen stages run once
+
+
+@contextlib.contextmanager
+def _feed(job: Job, state: State) -> Iterator[Feed]:
+    """The input of the loop: activations at the freeze boundary where they can be stored, else pixels."""
+    module, count = job.backbone.module, len(job.train) * job.training.epochs
+    reader = Reader(job.backbone, ()).to(job.device)
+    pre, training = job.backbone.network.preprocess, job.training
+
+    def pixels(plan: Sequence[Items]) -> Iterator[Tensor]:
+        for array in augment.batches(job.images, plan, pre, training.augment, flip=training.flip, seed=job.seed):
+            yield reader.normalise(torch.from_numpy(array).to(job.device))
+
+    plain = Feed(0, pixels, lambda x: module(x).flatten(1), _ticker(job.progress, count))
+    end = _boundary(job.backbone, training.trainable)
+    if end is None:
+        yield plain
+        return
+    module.eval()
+    with contextlib.ExitStack() as stack:
+        try:
+            feed = _stored(job, plain, end, stack)
+        except CannotStoreError as reason:
+            feed = plain
+            if (warning := f"the frozen stages run in every epoch: {reason}") not in state.warnings:
+                state.warnings.append(warning)
+        yield feed
+
+
+class CannotStoreError(Exception):
+    """Why activations are not stored; the message completes 'the frozen stages run in every epoch:'."""
+
+
+def _boundary(backbone: Backbone, trainable: Sequence[str]) -> str | None:
+    """The submodule behind which something moves; "" where nothing does, None where no stage before it can be read."""
+    names = [stage.name for stage in backbone.stages]
+    first = min((names.index(name) for name in trainable), default=None)
+    if first is None:
+        return ""
+    return next((stage.end for stage in reversed(backbone.stages[:first]) if stage.end), None)
+
+
+@torch.no_grad()
+def _stored(job: Job, plain: Feed, end: str, stack: contextlib.ExitStack) -> Feed:
+    """Run the frozen stages over every view of every image and keep what comes out, in the type it was computed in.
+
+    The file has no name, so that nothing is left of it however the process ends. Raises `CannotStoreError` before anything
+    is written, and `UserError` where the disk fills up on the way.
+    """
+    train, val = job.train.tolist(), job.val.tolist()
+    views = 1 if job.training.augment == "none" else max(1, min(job.training.views, job.training.epochs))
+    items = [(i, view) for view in range(views) for i in train] + [(i, 0) for i in val]
+    (sample,) = plain.batches([[(i, 0) for i in train[:VERIFIED]]])
+    wide = _tail_works(job.backbone, end, sample) if end else False
+    module = job.backbone.module
+
+    def run(x: Tensor) -> Tensor:
+        with job.autocast():
+            return _until(module, end, x) if end else module(x).flatten(1)
+
+    one = run(sample)
+    nhwc = one.ndim == 4 and one.is_contiguous(memory_format=torch.channels_last)
+    size = one[0].numel() * one.element_size()
+    folder = files.cache_dir("activations") if job.folder is None else job.folder
+    with files.disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_room(len(items) * size, shutil.disk_usage(folder).free)
+        file = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+    tick = _ticker(job.progress, len(items) + len(train) * job.training.epochs)
+    plan = _batches(items, STORE_BATCH)
+    with files.disk_errors(folder):
+        for x in plain.batches(plan):
+            y = run(x)
+            file.write((y.permute(0, 2, 3, 1) if nhwc else y).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            tick(len(x))
+        file.flush()
+    rows = np.memmap(file, dtype=np.uint8, mode="r", shape=(len(items), size))
+    row = {item: k for k, item in enumerate(items)}
+    shape = one.permute(0, 2, 3, 1).shape[1:] if nhwc else one.shape[1:]
+
+    def stored(plan: Sequence[Items]) -> Iterator[Tensor]:
+        for batch in plan:
+            x = torch.from_numpy(rows[[row[item] for item in batch]]).view(one.dtype).view(-1, *shape).to(job.device)
+            yield x.permute(0, 3, 1, 2) if nhwc else x
+
+    # From here on the module is no longer whole, until `stack` closes.
+    return Feed(views, stored, stack.enter_context(_tail(job.backbone, end, wide)) if end else lambda x: x, tick)
+
+
+def _check_room(needed: int, free: int) -> None:
+    """Refuse to store more than `STORE_LIMIT`, or more than `FREE_SHARE` of what is free on the disk."""
+    for room, words in ((STORE_LIMIT, "that is the limit"), (FREE_SHARE * free, "of the disk may be filled")):
+        if needed > room:
+            sizes = f"{needed / 2**30:.1f} GiB of activations, where {room / 2**30:.1f} GiB"
+            raise CannotStoreError(f"{sizes} {words}")
+
+
+def _ticker(progress: Progress, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    return tick
+
+
+class _ReachedError(Exception):
+    """Ends a pass early, at the module whose output was wanted."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+def _until(module: nn.Module, end: str, x: Tensor) -> Tensor:
+    """The output of the submodule `end` for the input `x`; what comes behind it does not run."""
+
+    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        raise _ReachedError(output)
+
+    hook = module.get_submodule(end).register_forward_hook(stop)
+    try:
+        module(x)
+    except _ReachedError as reached:
+        return reached.output
+    finally:
+        hook.remove()
+    raise CannotStoreError(f"{end} was not reached")
+
+
+def _tail_works(backbone: Backbone, end: str, sample: Tensor) -> bool:
+    """Whether `_tail` must be wide to give on activations what the whole network gives on images, shown on `sample`.
+
+    Raises `CannotStoreError` where it gives something else either way.
+    """
+    expected = backbone.module(sample).flatten(1)
+    activation = _until(backbone.module, end, sample)
+    if not isinstance(activation, Tensor) or len(activation) != len(sample):
+        raise CannotStoreError(f"{end} of {backbone.network.name} does not give one tensor")
+    for wide in (False, True):
+        with contextlib.suppress(Exception), _tail(backbone, end, wide) as tail:  # any network may object in any way
+            found = tail(activation)
+            if found.shape == expected.shape and bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max()):
+                return wide
+    raise CannotStoreError(f"{backbone.network.name} gives something else when it is started behind {end}")
+
+
+def _skipped(backbone: Backbone, end: str) -> list[str]:
+    """The outermost modules that belong to frozen stages up to `end`, without the stem and what holds `end`."""
+    last = next(i for i, stage in enumerate(backbone.stages) if stage.end == end)
+    frozen = {key for stage in backbone.stages[: last + 1] if stage.name != "stem" for key in stage.keys}
+    chosen: list[str] = []
+    for path, part in backbone.module.named_modules():
+        if not path or f"{end}.".startswith(f"{path}.") or any(path.startswith(f"{outer}.") for outer in (*chosen, end)):
+            continue
+        own = [f"{path}.{key}" for key, _ in (*part.named_parameters(), *part.named_buffers())]
+        if own and frozen.issuperset(own):
+            chosen.append(path)
+    return chosen
+
+
+@contextlib.contextmanager
+def _tail(backbone: Backbone, end: str, wide: bool) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Make the module start behind the submodule `end`: a function from its output to pooled features `(n, width)`.
+
+    The network runs on a blank image, of which nothing is left: `end` returns the given activation instead of its own,
+    and the frozen modules before it, but for the stem, hand their input on. `wide`: the blank batch has as many images as
+    the activation, for networks that remember how many came in; else one. Everything is put back at the end.
+    """
+    module, size = backbone.module, backbone.network.preprocess.size
+    held: list[Tensor] = []
+    replaced = {end: lambda *_, **__: held[0]} | {path: lambda x, *_, **__: x for path in _skipped(backbone, end)}
+    parts = {path: module.get_submodule(path) for path in replaced}
+    blank = torch.zeros(1, 3, size, size, device=next(module.parameters()).device)
+
+    def run(activation: Tensor) -> Tensor:
+        held[:] = [activation]
+        return module(blank.expand(len(activation) if wide else 1, -1, -1, -1)).flatten(1)
+
+    # An instance's own `forward` goes before that of its class.
+    before = {path: part.__dict__.get("forward") for path, part in parts.items()}
+    try:
+        for path, part in parts.items():
+            part.__dict__["forward"] = replaced[path]
+        yield run
+    finally:
+        for path, part in parts.items():
+            del part.__dict__["forward"]
+            if before[path] is not None:
+                part.__dict__["forward"] = before[path]

@@ -1,0 +1,363 @@
+"""A gallery as its readers see it: from images to ranked images, as of the moment when it was opened.
+
+Ids name contents: a file that is renamed keeps its id, and the same bytes at two paths are one image with two paths. Hits
+are ranked by exact cosine, also where a search index proposed them. `retrieval.upkeep` makes and changes galleries.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune import features, images
+from finetune.engine import Runner
+from finetune.errors import UserError
+from finetune.features import Progress
+from finetune.images import Fault, ImageSet
+from retrieval import encode, segments
+from retrieval.encode import unit
+from retrieval.segments import Ints, Rows, Snapshot
+
+if TYPE_CHECKING:
+    from retrieval.index import Index
+
+SLACK = 8  # candidates beyond those needed: near-ties change places between float32 and exact scores
+BLOCK = 8_000_000  # scores computed at once in exact search
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One image of an answer. `score` is the cosine; `also` are further paths of the same bytes, `similar` the paths of
+    near-duplicates that were collapsed into it."""
+
+    id: int
+    path: str
+    score: float
+    also: tuple[str, ...] = ()
+    similar: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        more = {name: list(paths) for name, paths in (("also", self.also), ("similar", self.similar)) if paths}
+        return {"path": self.path, "score": self.score, "id": self.id, **more}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a query found, best first."""
+
+    query: str
+    hits: tuple[Hit, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"query": self.query, "hits": [hit.to_json() for hit in self.hits]}
+
+
+class Gallery:
+    """An open gallery. It shows one moment; `refresh` goes on to the present. Threads may share it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the gallery in `folder`. Raises `UserError` where there is none, and for damaged files."""
+        self.folder = folder
+        self._lock = threading.RLock()
+        self._runners: tuple[Runner, ...] | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self.now: Snapshot = segments.read(self.folder)
+        self.index: Index | None = None
+        self._covered = 0
+        search = self.now.meta.get("search")
+        if search:
+            from retrieval import index
+
+            self.index = index.load(self.folder / search["file"])
+            self._covered = int(search["rows"])
+
+    def __enter__(self) -> Gallery:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self.now)
+
+    def close(self) -> None:
+        self.now.close()
+
+    def refresh(self) -> bool:
+        """Go on to the present state; whether there was anything new."""
+        with self._lock:
+            fresh = segments.read(self.folder)
+            if fresh.meta == self.now.meta:
+                fresh.close()
+                return False
+            if fresh.meta["manifest"] != self.manifest:
+                self._runners = None
+            fresh.close()
+            self.now.close()
+            self._open()
+            return True
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return dict(self.now.meta["manifest"])
+
+    @property
+    def root(self) -> Path:
+        """The folder to which paths are relative: where it lies seen from the index, else where it was."""
+        return find_root(self.now.meta, self.folder)
+
+    # ------------------------------------------------------------------------------------------------- single images
+
+    def paths(self, number: int) -> tuple[str, ...]:
+        """The paths of the image with this id; none where the gallery does not have it."""
+        with self._lock:
+            return self.now.paths([number])[number]
+
+    def file(self, number: int) -> Path | None:
+        """A file with the bytes of the image with this id, if it still exists. Only paths of the registry come out."""
+        return next((file for path in self.paths(number) if (file := self.root / path).is_file()), None)
+
+    def position(self, number: int) -> int | None:
+        """Where the vector of the image with this id is; None where the gallery does not have it."""
+        with self._lock:
+            rows = self.now.select("select segment, row from image where alive = 1 and id in ({marks})", [number])
+            start = dict(zip(self.now.segments, self.now.starts.tolist(), strict=True))
+            return int(start[rows[0][0]] + rows[0][1]) if rows else None
+
+    # ------------------------------------------------------------------------------------------------------- queries
+
+    def query(
+        self,
+        source: ImageSet,
+        k: int = 10,
+        *,
+        names: Sequence[str] | None = None,
+        together: bool = False,
+        keep_self: bool = False,
+        on_bad: str = "stop",
+        progress: Progress | None = None,
+        **how: Any,
+    ) -> tuple[list[Answer], tuple[Fault, ...]]:
+        """The k most similar images of every image of `source`, or of their mean with `together`.
+
+        A query that is in the gallery is known by its digest: its stored vector is used, and it is left out of its own
+        answer unless `keep_self`. `names` are shown instead of the paths; `how` is passed to `search`.
+        """
+        names = list(names or source.paths)
+        digests = list(images.digest_of(source, range(len(source))))
+        known = self.positions(digests)
+        vectors, faults = self._query_vectors(source, digests, known, progress)
+        if faults and on_bad == "stop":
+            features.refuse(list(faults.values()), source.name)
+        good = [i for i in range(len(source)) if i not in faults]
+        own = [[] if keep_self or digests[i] not in known else [known[digests[i]]] for i in good]
+        vectors, names = vectors[good], [names[i] for i in good]
+        if together and good:
+            vectors = unit(vectors.mean(axis=0, keepdims=True))
+            names, own = [" + ".join(names)], [[position for positions in own for position in positions]]
+        found = self.search(vectors, k, own=own, **how)
+        return [Answer(name, hits) for name, hits in zip(names, found, strict=True)], tuple(faults.values())
+
+    def positions(self, digests: Sequence[str]) -> dict[str, int]:
+        """Positions of the contents that are in the gallery."""
+        with self._lock:
+            return {digest: position for digest, (_, position, alive) in self.now.positions(digests).items() if alive}
+
+    def _query_vectors(
+        self, source: ImageSet, digests: Sequence[str], known: dict[str, int], progress: Progress | None
+    ) -> tuple[Rows, dict[int, Fault]]:
+        vectors = np.zeros((len(source), int(self.manifest["width"])), np.float32)
+        stored = [i for i, digest in enumerate(digests) if digest in known]
+        fresh = [i for i, digest in enumerate(digests) if digest not in known]
+        vectors[stored] = self.now.vectors(np.array([known[digests[i]] for i in stored], dtype=np.int64))
+        if not fresh:
+            return vectors, {}
+        made, faults = self.encode(source.subset(fresh), progress)
+        vectors[fresh] = made
+        return vectors, {fresh[i]: fault for i, fault in faults.items()}
+
+    def encode(self, source: ImageSet, progress: Progress | None = None) -> tuple[Rows, dict[int, Fault]]:
+        """Vectors of images `(n, width)`, made as the gallery's own, and the faults by position (their rows are zero)."""
+        with self._lock:
+            encoder = encode.from_manifest(self.folder, self.manifest)
+            if self._runners is None:
+                self._runners = encode.open_runners(encoder)
+        return encode.directly(encoder, source, self._runners, progress)
+
+    def search(
+        self,
+        vectors: Rows,
+        k: int = 10,
+        *,
+        own: Sequence[Collection[int]] | None = None,
+        threshold: float | None = None,
+        collapse: float | None = None,
+        expand: int = 0,
+        made_by: dict[str, Any] | None = None,
+    ) -> list[tuple[Hit, ...]]:
+        """The k best images for each of `vectors` `(q, width)`.
+
+        `own[i]` are positions left out of answer i. Only scores of at least `threshold` count. With `collapse`, a hit whose
+        cosine to a better one is at least that is put under it. `expand` is average query expansion: search again with the
+        mean of the query and its first `expand` hits (Chum et al., ICCV 2007). `made_by` describes the vectors
+        (`encode.describe`); what was made otherwise is refused. Fewer than k come back only where the gallery has no more.
+        """
+        if made_by is not None:
+            encode.check_manifest(self.manifest["vector"], made_by, self.folder)
+        vectors = self._checked(vectors)
+        own = own if own is not None else [()] * len(vectors)
+        with self._lock:
+            if expand > 0:
+                first = self._ranked(vectors, expand, own, None, None)
+                near = [self.now.vectors(ranked[0]) for ranked in first]
+                vectors = unit(np.stack([(v + rows.sum(axis=0)) / (1 + len(rows)) for v, rows in zip(vectors, near, strict=True)]))
+            return [self._hits(*ranked) for ranked in self._ranked(vectors, k, own, threshold, collapse)]
+
+    def _checked(self, vectors: Rows) -> Rows:
+        found = np.ascontiguousarray(vectors, dtype=np.float32)
+        width = int(self.manifest["width"])
+        if found.ndim != 2 or found.shape[1] != width:
+            raise UserError(f"queries of shape {found.shape}", where=self.folder, fix=f"the gallery's vectors have {width} numbers")
+        bad = ~np.isfinite(found).all(axis=1) | ~found.any(axis=1)
+        if bad.any():
+            what = f"query {int(np.flatnonzero(bad)[0])} has no direction: it is zero or not a number"
+            raise UserError(what, where=self.folder, fix="leave it out")
+        return unit(found)
+
+    def _ranked(
+        self, vectors: Rows, k: int, own: Sequence[Collection[int]], threshold: float | None, collapse: float | None
+    ) -> list[tuple[Ints, NDArray[np.float64], list[list[int]]]]:
+        """(positions, scores, the positions collapsed into each) a query; asks for more candidates until k are left."""
+        result: dict[int, tuple[Ints, NDArray[np.float64], list[list[int]]]] = {}
+        todo = list(range(len(vectors)))
+        m = k + max((len(o) for o in own), default=0) + SLACK + (k if collapse else 0)
+        while todo:
+            m = min(m, len(self.now))
+            for i, candidates in zip(todo, self.nearest(vectors[todo], m), strict=True):
+                scores = self.exact_scores(vectors[i], candidates)
+                order = np.lexsort((candidates, -scores))
+                candidates, scores = candidates[order], scores[order]
+                ended = m >= len(self.now) or (threshold is not None and bool(len(scores)) and scores[-1] < threshold)
+                keep = ~np.isin(candidates, list(own[i]))
+                if threshold is not None:
+                    keep &= scores >= threshold
+                candidates, scores = candidates[keep], scores[keep]
+                groups = self._collapsed(candidates, collapse) if collapse else [[j] for j in range(len(candidates))]
+                if len(groups) >= k or ended:
+                    first = np.array([group[0] for group in groups[:k]], dtype=np.int64)
+                    under = [candidates[group[1:]].tolist() for group in groups[:k]]
+                    result[i] = (candidates[first], scores[first], under)
+            todo = [i for i in todo if i not in result]
+            m *= 4
+        return [result[i] for i in range(len(vectors))]
+
+    def nearest(self, vectors: Rows, m: int) -> list[Ints]:
+        """At least the `m` best candidates for each of `vectors`, in no order: positions of images that count."""
+        found = [np.empty(0, np.int64) for _ in vectors]
+        if self.index is not None:
+            _, proposed = self.index.search(vectors, min(m, self._covered), exclude=self.now.dead[: self._covered])
+            found = [row[row >= 0].astype(np.int64) for row in proposed]
+        rest = self.exact(vectors, m, self._covered)
+        return [np.concatenate(both) for both in zip(found, rest, strict=True)]
+
+    def exact(self, vectors: Rows, m: int, first: int = 0) -> list[Ints]:
+        """The `m` best positions from `first` on for each of `vectors`, by comparing with all of them; in no order."""
+        best = np.empty((len(vectors), 0), np.float32)
+        where = np.empty((len(vectors), 0), np.int64)
+        step = max(1024, BLOCK // max(1, len(vectors)))
+        for table, start in zip(self.now.tables, self.now.starts.tolist(), strict=True):
+            if start < first:
+                continue
+            for row in range(0, len(table), step):
+                scores = vectors @ table[row : row + step].T
+                at = np.arange(start + row, start + row + scores.shape[1])
+                alive = ~self.now.dead[at]
+                if not alive.all():
+                    scores, at = scores[:, alive], at[alive]
+                best = np.concatenate([best, scores], axis=1)
+                where = np.concatenate([where, np.broadcast_to(at, scores.shape)], axis=1)
+                if best.shape[1] > m:
+                    top = np.argpartition(-best, m - 1, axis=1)[:, :m]
+                    best, where = np.take_along_axis(best, top, 1), np.take_along_axis(where, top, 1)
+        return list(where)
+
+    def exact_scores(self, vector: Rows, positions: Ints) -> NDArray[np.float64]:
+        """Cosines in double precision: the same bits whatever else is asked at the same time."""
+        rows = self.now.vectors(positions).astype(np.float64)
+        return np.clip(np.einsum("ij,j->i", rows, vector.astype(np.float64)), -1.0, 1.0)
+
+    def _collapsed(self, candidates: Ints, threshold: float) -> list[list[int]]:
+        """Groups of near-duplicates, each under its best: indices into `candidates`, which come best first."""
+        rows = self.now.vectors(candidates)
+        groups: list[list[int]] = []
+        for j in range(len(candidates)):
+            near = rows[[group[0] for group in groups]] @ rows[j] if groups else np.empty(0)
+            if len(near) and near.max() >= threshold:
+                groups[int(near.argmax())].append(j)
+            else:
+                groups.append([j])
+        return groups
+
+    def _hits(self, positions: Ints, scores: NDArray[np.float64], under: list[list[int]]) -> tuple[Hit, ...]:
+        every = np.concatenate([positions, np.array([p for group in under for p in group], dtype=np.int64)])
+        ids = dict(zip(every.tolist(), self.now.ids(every), strict=True))
+        paths = self.now.paths(list(ids.values()))
+        hits = []
+        for position, score, group in zip(positions.tolist(), scores.tolist(), under, strict=True):
+            own = paths[ids[position]]
+            similar = tuple(paths[ids[p]][0] for p in group)
+            hits.append(Hit(ids[position], own[0], float(score), own[1:], similar))
+        return tuple(sorted(hits, key=lambda hit: (-hit.score, hit.path)))
+
+    # --------------------------------------------------------------------------------------------------------- about
+
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know before trusting an answer: a run that was trained again."""
+        run = self.manifest.get("run")
+        if not run:
+            return ()
+        path = Path(run["path"])
+        if (path / "run.json").is_file() and encode.run_digest(path) != run["digest"]:
+            return (f"stale: the run {path} was trained again after this index was built; build it again with --force",)
+        return ()
+
+    def info(self) -> dict[str, Any]:
+        """What the gallery holds and how it was made, as JSON."""
+        now, search = self.now, self.now.meta.get("search")
+        counts = {name: now.db.execute(f"select count(*) from {name}").fetchone()[0] for name in ("path", "fault")}
+        (size,) = now.db.execute("select coalesce(sum(bytes), 0) from file").fetchone()
+        about = self.manifest
+        return {
+            "images": len(now),
+            "paths": counts["path"],
+            "unreadable": counts["fault"],
+            "root": str(self.root),
+            "folders": [path for (path,) in now.db.execute("select path from source order by path")],
+            "network": f"{about['networks'][0]['name']}: {about['networks'][0]['source']}",
+            "width": about["width"],
+            "vector": about["vector"],
+            "run": about.get("run"),
+            "search": {key: search[key] for key in ("spec", "recall", "rows")} if search else "exact",
+            "segments": len(now.segments),
+            "removed rows": int(np.count_nonzero(now.dead)),
+            "bytes": size,
+            "generation": now.generation,
+            "created": about["created"],
+            "versions": about["versions"],
+            "warnings": list(self.warnings()),
+        }
+
+
+def find_root(meta: dict[str, Any], folder: Path) -> Path:
+    """The folder of the images: by its way from the index, so that both can move together; else where it was."""
+    beside = Path(os.path.normpath(folder.absolute() / meta["root"]["relative"])) if meta["root"]["relative"] else None
+    return beside if beside is not None and beside.is_dir() else Path(meta["root"]["absolute"])

@@ -1,0 +1,139 @@
+"""CSV tables: what is read, and every way to be wrong, with its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune import table
+from finetune.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a.jpg", "b.jpg", "c.jpg", "sub/d.jpg", "Grüße, 猫.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def write(folder: Path, text: str | bytes, name: str = "table.csv") -> Path:
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def refused(folder: Path, text: str | bytes) -> str:
+    with pytest.raises(UserError) as caught:
+        table.read(write(folder, text))
+    return str(caught.value)
+
+
+def test_all_columns(folder: Path) -> None:
+    """Paths, labels, splits and groups are read, with the line they stand on."""
+    rows = table.read(
+        write(folder, "path,label,split,group\na.jpg,cat,train,g1\nsub/d.jpg,dog,validation,\n\nb.jpg,cat,TEST,g2\n")
+    )
+    assert [
+        table.Row(2, "a.jpg", "cat", "train", "g1"),
+        table.Row(3, "sub/d.jpg", "dog", "val", ""),
+        table.Row(5, "b.jpg", "cat", "test", "g2"),
+    ] == rows
+
+
+def test_columns_in_any_order_and_others_beside_them(folder: Path) -> None:
+    """The header names the columns; columns of other names are left alone."""
+    rows = table.read(write(folder, "Width,LABEL, path\n10,cat,a.jpg\n20,dog,b.jpg\n"))
+    assert [("a.jpg", "cat"), ("b.jpg", "dog")] == [(row.path, row.label) for row in rows]
+
+
+def test_byte_order_mark_quotes_and_unicode(folder: Path) -> None:
+    """A BOM, quoted commas, doubled quotes, Windows line ends and any script are text like other text."""
+    rows = table.read(write(folder, '\ufeffpath,label\r\n"Grüße, 猫.jpg","cat, ""tabby"""\r\na.jpg,犬\r\n'.encode()))
+    assert [("Grüße, 猫.jpg", 'cat, "tabby"'), ("a.jpg", "犬")] == [(row.path, row.label) for row in rows]
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_other_separators(folder: Path, separator: str) -> None:
+    """Tables with semicolons or tabs are understood."""
+    rows = table.read(write(folder, "path,label\na.jpg,cat\nb.jpg,dog\n".replace(",", separator)))
+    assert ["cat", "dog"] == [row.label for row in rows]
+
+
+def test_paths_are_spelled_in_one_way(folder: Path) -> None:
+    """Absolute paths, ./ and Windows separators become paths relative to the table."""
+    rows = table.read(write(folder, f"path,label\n./a.jpg,x\nsub\\d.jpg,x\n{folder}/b.jpg,y\nsub/../c.jpg,y\n"))
+    assert ["a.jpg", "sub/d.jpg", "b.jpg", "c.jpg"] == [row.path for row in rows]
+
+
+def test_labels_in_two_unicode_forms_are_one_class(folder: Path) -> None:
+    """é as one letter and as e with an accent is the same label."""
+    rows = table.read(write(folder, "path,label\na.jpg,caf\u00e9\nb.jpg,cafe\u0301\n"))
+    assert 1 == len({row.label for row in rows})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("path,label\na.jpg,cat\nb.jpg,\n", "line 3: empty label"),
+        ("path,label\n,cat\n", "line 2: empty path"),
+        ("path,label\na.jpg,cat\nb.jpg\n", "line 3: 1 values under 2 columns"),
+        ("path,label\na.jpg,cat, tabby\n", "line 2: 3 values under 2 columns"),
+        ("path,label,split\na.jpg,cat,train\nb.jpg,cat,\n", "line 3: split ''"),
+        ("path,label,split\na.jpg,cat,dev\n", "line 2: split 'dev'"),
+        ("path,label\na.jpg,cat\n./a.jpg,cat\n", "lines 2 and 3: a.jpg is listed twice"),
+        ("file,class\na.jpg,cat\n", "no column 'path' and no column 'label'; it has 'file', 'class'"),
+        ("path\na.jpg\n", "no column 'label'"),
+        ("path,path,label\na.jpg,a.jpg,cat\n", "column 'path' appears twice"),
+        ("path,label\n", "holds no images"),
+        ("", "it has no header"),
+        ('path,label\na.jpg,"cat\n', "line 2"),
+        (b"path,label\na.jpg,caf\xe9\n", "not UTF-8"),
+    ],
+)
+def test_faults_are_named_with_their_line(folder: Path, text: str | bytes, says: str) -> None:
+    """What a table gets wrong is said with the line and the value."""
+    assert says in refused(folder, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("path,label\na.jpg,cat\na.jpg,dog\n", "a.jpg is 'cat' and 'dog'"),
+        ("path,label\na.jpg,cat|dog\n", "'cat|dog'"),
+        ("path,label\na.jpg,cat;dog\n", "'cat;dog'"),
+        ("path,label\na.jpg,\"['cat', 'dog']\"\n", "['cat', 'dog']"),
+        ('path,label\na.jpg,"cat,dog"\nb.jpg,cat\nc.jpg,dog\n', "'cat,dog'"),
+        ("path,label,label\na.jpg,cat,dog\n", "'label' appears twice"),
+        ("path,label,label2\na.jpg,cat,dog\n", "column label2"),
+        ("path,label_1,label_2\na.jpg,cat,dog\n", "columns label_1, label_2"),
+        ("path,labels\na.jpg,cat dog\n", "column labels"),
+        ("path,cat,dog,bird\na.jpg,1,0,1\nb.jpg,0,1,0\n", "0/1 columns cat, dog, bird"),
+        ("path,label,cat,dog\na.jpg,cat,1,0\nb.jpg,dog,1,1\n", "0/1 column 'cat'"),
+    ],
+)
+def test_multi_label_tables_are_refused_by_name(folder: Path, text: str, says: str) -> None:
+    """Several labels an image, in any usual form, are called multi-label and refused."""
+    message = refused(folder, text)
+    assert "multi-label" in message
+    assert says in message
+
+
+def test_comma_in_a_class_name_is_no_list(folder: Path) -> None:
+    """A label with a comma is one class unless its parts are classes themselves."""
+    rows = table.read(write(folder, 'path,label\na.jpg,"tench, Tinca tinca"\nb.jpg,goldfish\n'))
+    assert "tench, Tinca tinca" == rows[0].label
+
+
+def test_missing_files_are_counted_and_the_first_named(folder: Path) -> None:
+    """Files that are not there, and folders in their place, are counted; three are named with their lines."""
+    message = refused(folder, "path,label\na.jpg,x\n" + "".join(f"no{i}.jpg,x\n" for i in range(4)) + "sub,y\n")
+    assert "5 of 6 files are missing: no0.jpg (line 3); no1.jpg (line 4); no2.jpg (line 5) …" in message
+    assert f"relative to {folder}" in message
+
+
+def test_table_that_is_not_there(tmp_path: Path) -> None:
+    """A table that cannot be opened is a user's error."""
+    with pytest.raises(UserError, match="cannot be read"):
+        table.read(tmp_path / "no.csv")
