@@ -1,8 +1,8 @@
 """Regraft: a new head on a pretrained image backbone, judged beside its SVM baseline.
 
-    import finetune
-    run = finetune.fit("photos/")
-    finetune.load(run.path).predict(["img.jpg"])
+import finetune
+run = finetune.fit("photos/")
+finetune.load(run.path).predict(["img.jpg"])
 """
 
 from __future__ import annotations

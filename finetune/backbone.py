@@ -19,7 +19,7 @@ import torch
 import torchvision.models
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 (the field's name)
 from torch.utils.hooks import RemovableHandle
 
 from finetune import files
@@ -73,6 +73,7 @@ def load(name: str, weights: str = "auto", size: int | None = None) -> Backbone:
         )
     source = weights_home.find(name, weights)
     module, classifier = _torchvision_model(name, source) if name in TORCHVISION else _timm_model(name, source, size)
+    part: Any  # timm's and torchvision's modules carry attributes that nn.Module does not declare
     for part in module.modules():
         if hasattr(part, "inplace"):
             part.inplace = False  # an in-place ReLU would rewrite the tensor that a tap before it has read
@@ -91,9 +92,10 @@ def load(name: str, weights: str = "auto", size: int | None = None) -> Backbone:
     return Backbone(module, network, stages, classifier)
 
 
-def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tuple[nn.Module, str]:
+def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tuple[Any, str]:
     # Networks with position tables need the size when they are created; the others take any.
-    extra = {"img_size": size} if size and _takes_img_size(name) else {}
+    extra: dict[str, Any] = {"img_size": size} if size and _takes_img_size(name) else {}
+    module: Any
     if source.kind in ("hub", "cache"):
         overlay = {"file": str(source.path)} if source.path else None
         try:
@@ -174,7 +176,7 @@ def _readable(module: nn.Module, stages: Sequence[Stage], side: int) -> tuple[St
 
 
 def _describe(
-    name: str, module: nn.Module, stages: tuple[Stage, ...], source: weights_home.Source, config: dict[str, Any], side: int
+    name: str, module: Any, stages: tuple[Stage, ...], source: weights_home.Source, config: dict[str, Any], side: int
 ) -> Network:
     tag = "in1k" if name in TORCHVISION else str(module.pretrained_cfg.get("tag") or "in1k")
     pretraining = {"random": "random", "file": "other"}.get(source.kind) or ("imagenet" if PHOTO_TAGS.search(tag) else "other")
@@ -196,7 +198,6 @@ def _describe(
     reader = Reader(Backbone(module, bare, stages, ""), taps)
     with torch.inference_mode():
         outputs = reader(torch.zeros(1, side, side, 3, dtype=torch.uint8))
-    reader.close()
     return replace(bare, widths={str(tap): int(output.shape[1]) for tap, output in zip(taps, outputs, strict=True)})
 
 
@@ -299,7 +300,8 @@ def forward_seconds(backbone: Backbone, batch: int = 8) -> float:
 class Reader(nn.Module):
     """Reads taps: uint8 pixels `(n, size, size, 3)` in, one float32 array `(n, width)` a tap out.
 
-    Normalisation is part of the graph, so that a converted copy needs nothing from outside.
+    Normalisation is part of the graph, so that a converted copy needs nothing from outside. The backbone is hooked only
+    while a reader runs: between two calls it is as it was, and training it leaves nothing behind here.
     """
 
     def __init__(self, backbone: Backbone, taps: Sequence[Tap]) -> None:
@@ -310,22 +312,29 @@ class Reader(nn.Module):
         self._moments: list[Tensor] = []
         self._layout = tap_layout(backbone.module)
         paths = {stage.name: stage.end for stage in backbone.stages if stage.end} | _wide_modules(backbone.module)
-        self.hooks: list[RemovableHandle] = []
+        self._ends: dict[str, str] = {}
         for name in sorted({tap.stage for tap in self.taps} - {"pooled", "moments"}):
             if name not in paths:
                 raise UserError(
                     f"{backbone.network.name} has no tap {name}", where="tap", fix=f"it has: pooled, {', '.join(map(str, paths))}"
                 )
-            module = backbone.module.get_submodule(str(paths[name]))
-            self.hooks.append(module.register_forward_hook(functools.partial(self._capture, name)))
-        if any(tap.stage == "moments" for tap in self.taps):
-            for part in backbone.module.modules():
-                if isinstance(part, BATCH_NORMS):
-                    self.hooks.append(part.register_forward_pre_hook(self._capture_moments))
+            self._ends[name] = str(paths[name])
         pre = backbone.network.preprocess
         scale = 1 / (255 * torch.tensor(pre.std))
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("shift", -(torch.tensor(pre.mean) * 255 * scale).view(1, 3, 1, 1), persistent=False)
+
+    def _hook(self) -> list[RemovableHandle]:
+        hooks = [
+            self.trunk.get_submodule(path).register_forward_hook(functools.partial(self._capture, name))
+            for name, path in self._ends.items()
+        ]
+        if any(tap.stage == "moments" for tap in self.taps):
+            norms = [part for part in self.trunk.modules() if isinstance(part, BATCH_NORMS)]
+            hooks += [part.register_forward_pre_hook(self._capture_moments) for part in norms]
+        return hooks
 
     def _capture(self, name: str, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._captured[name] = output[0] if isinstance(output, (tuple, list)) else output
@@ -342,7 +351,12 @@ class Reader(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         self._captured.clear()
         self._moments.clear()
-        end = self.trunk(self.normalise(pixels))
+        hooks = self._hook()
+        try:
+            end = self.trunk(self.normalise(pixels))
+        finally:
+            for hook in hooks:
+                hook.remove()
         outputs = []
         for tap in self.taps:
             if tap.stage == "pooled":
@@ -354,11 +368,6 @@ class Reader(nn.Module):
         self._captured.clear()
         self._moments.clear()
         return tuple(outputs)
-
-    def close(self) -> None:
-        """Take the hooks off the backbone again."""
-        for hook in self.hooks:
-            hook.remove()
 
 
 def tap_layout(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -63,7 +63,7 @@ def _key(name: str, source: str, size: int | None) -> str | None:
 
 
 def here() -> list[dict[str, Any]]:
-    """Backbones that load on this machine without the network: name, where the weights are, the pip line of those that are not."""
+    """Backbones that load without the network: name, whether the weights are here, and where, or how to get them."""
     rows = []
     for name, package in weights.PACKAGES.items():
         installed = package.path() is not None
@@ -82,3 +82,16 @@ def here() -> list[dict[str, Any]]:
         if config is not None and config.hf_hub_id in cached:
             rows.append({"name": name, "here": True, "weights": f"the hub's cache ({config.hf_hub_id})"})
     return rows
+
+
+def others() -> str:
+    """What else can be named, in words."""
+    import timm
+
+    from finetune.backbone import TORCHVISION
+
+    count = len(timm.list_models(pretrained=True))
+    return (
+        f"With the network: {count} timm models with weights on the hub, and torchvision's {' and '.join(TORCHVISION)}.\n"
+        "Any of them with a file of yours: --backbone NAME --weights FILE.safetensors"
+    )

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from finetune import engine, features, files
 from finetune.errors import UserError
-from finetune.images import Fault, ImageSet
+from finetune.images import Fault, ImageSet, load_unlabelled
 from finetune.network import Network, Tap
 
 if TYPE_CHECKING:
@@ -147,23 +147,37 @@ class Classifier:
     def classes(self) -> tuple[str, ...]:
         return self.head.classes
 
-    def predict(self, images: ImageSet, *, on_bad: str = "stop", progress: features.Progress | None = None) -> Predictions:
+    def predict(
+        self, images: ImageSet | Sequence[str | Path], *, on_bad: str = "stop", progress: features.Progress | None = None
+    ) -> Predictions:
         """Probabilities of every image, past the feature store: the one path of `predict`, `evaluate` and predictions.csv.
 
-        Raises `UserError` naming all unreadable images where `on_bad` is stop; `skip` leaves them to `faults`.
+        `images` are a set, or paths of files and folders. Raises `UserError` naming all unreadable images where `on_bad`
+        is stop; `skip` leaves them to `faults`.
         """
+        if not isinstance(images, ImageSet):
+            images = load_unlabelled(images)
         runner = engine.open_runner(self.network, self.head.taps, self.load, engine=self.engine, precision=self.precision)
         faults: dict[int, Fault] = {}
         total = np.zeros((len(images), len(self.classes)), dtype=np.float32)
         for view in self.views:
-            for batch, blocks in features.stream(images, range(len(images)), self.network, runner, faults, view=view, progress=progress):
-                total[batch] += self.head.scores(blocks)
+            for batch, blocks in features.stream(
+                images, range(len(images)), self.network, runner, faults, view=view, progress=progress
+            ):
+                total[batch] += self._scores(blocks)
         if faults and on_bad == "stop":
             features.refuse(list(faults.values()), images.name)
         keep = np.array([i for i in range(len(images)) if i not in faults], dtype=np.int64)
         kept = images if len(keep) == len(images) else images.subset(keep)
         probabilities = softmax(total[keep] / len(self.views), self.head.temperature)
         return Predictions(kept, self.classes, probabilities, tuple(faults.values()))
+
+    def _scores(self, blocks: Sequence[Array]) -> Array:
+        # Always a full batch: BLAS may sum in another order for another number of rows, and one image alone must get the
+        # same bits as in a batch.
+        count = len(blocks[0])
+        full = [np.concatenate([block, np.repeat(block[-1:], engine.BATCH - count, axis=0)]) for block in blocks]
+        return self.head.scores(full)[:count]
 
 
 # ------------------------------------------------------------------------------------------------------ on the disk
@@ -243,7 +257,9 @@ def load(folder: Path, *, engine_name: str | None = None, precision: str | None 
 
         own = backbone.load(network.name, str(folder / "model.safetensors"), network.preprocess.size)
         if own.network.digest != network.digest:
-            raise UserError("the weights are not those of this run", where=folder / "model.safetensors", fix="fit again with --force")
+            raise UserError(
+                "the weights are not those of this run", where=folder / "model.safetensors", fix="fit again with --force"
+            )
         return dataclasses.replace(own, network=network)
 
     return Classifier(network, head, load_backbone, used, precision or about["precision"], views)

@@ -48,7 +48,12 @@ looking = options(
 deciding = options(
     click.option("--strategy", metavar="NAME", help=f"{STRATEGIES} [auto]"),
     click.option("--epochs", type=click.IntRange(min=1), help="of fine-tuning [the policy decides]"),
-    click.option("--budget", type=click.FloatRange(min=0, min_open=True), metavar="MINUTES", help="what the job may cost: the plan weighs it"),
+    click.option(
+        "--budget",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="MINUTES",
+        help="what the job may cost: the plan weighs it",
+    ),
     click.option("--no-flip", is_flag=True, help="a mirrored image belongs to another class (letters, signs)"),
     click.option("--recipe", "source", metavar="FILE", help="a recipe file, or the name of a shipped one"),
     click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="one value of the recipe, as in train.lr=1e-3"),
@@ -105,9 +110,13 @@ def fit(data: str | None, source: str | None, assignments: tuple[str, ...], forc
 
     outcome = job.fit(data, source=source, assignments=assignments, force=force, say=_say, bar=console.progress, **_plain(given))
     if json_:
-        _print_json({"run": str(outcome.path), "shipped": outcome.shipped, "metrics": outcome.metrics, "verdict": outcome.verdict})
+        _print_json(
+            {"run": str(outcome.path), "shipped": outcome.shipped, "metrics": outcome.metrics, "verdict": outcome.verdict}
+        )
     else:
-        click.echo(f"\n{outcome.verdict}\n\n  report   {outcome.path / 'report.html'}\n  predict  finetune predict {outcome.path} IMAGE…")
+        click.echo(
+            f"\n{outcome.verdict}\n\n  report   {outcome.path / 'report.html'}\n  predict  finetune predict {outcome.path} IMAGE…"
+        )
 
 
 @cli.command()
@@ -155,7 +164,9 @@ def svm(context: click.Context, **given: Any) -> None:
 @click.argument("data")
 @looking
 @click.option("--taps", default="pooled", show_default=True, metavar="TAP[,TAP]", help="as in pooled,stage6/3x3,fc7")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="an .npz with X, y, paths and classes; or .parquet")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="an .npz with X, y, paths and classes; or .parquet"
+)
 def extract(data: str, output: Path, **given: Any) -> None:
     """Features of images, with a manifest of what made them.
 
@@ -189,7 +200,9 @@ def predict(
     """
     from finetune import predict as home
 
-    rows, faults = home.predict(run, images, engine_name=engine, precision=precision, on_bad=on_bad_image or "stop", unsure=unsure, bar=console.progress)
+    rows, faults = home.predict(
+        run, images, engine_name=engine, precision=precision, on_bad=on_bad_image or "stop", unsure=unsure, bar=console.progress
+    )
     if output:
         home.write_csv(output, rows)
         click.echo(f"{len(rows)} predictions written to {output}")
@@ -218,7 +231,9 @@ def evaluate(run: Path, data: str, engine: str | None, precision: str | None, on
     """
     from finetune import predict as home
 
-    result = home.evaluate(run, data, engine_name=engine, precision=precision, on_bad=on_bad_image or "stop", bar=console.progress)
+    result = home.evaluate(
+        run, data, engine_name=engine, precision=precision, on_bad=on_bad_image or "stop", bar=console.progress
+    )
     if json_:
         _print_json(result)
     else:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from finetune.backbone import Backbone
 
 BATCH = 16  # static: a permuted or padded batch then gives the same bits
-FORMAT = 1  # of the converted networks; a change makes the old ones unused
+FORMAT = 2  # of the converted networks, and of how they are run; a change makes the old ones unused
 ENGINES = ("auto", "openvino", "torch")
 PRECISIONS = ("auto", "bf16", "float32")
 
@@ -50,24 +50,28 @@ class Runner:
 
     def __call__(self, pixels: Pixels) -> Blocks:
         """Features of any number of images `(n, size, size, 3)` uint8: one `(n, width)` float32 array a tap."""
-        batches = (pixels[i : i + BATCH] for i in range(0, len(pixels), BATCH))
+        batches = (pixels[i : i + BATCH] for i in range(0, max(len(pixels), 1), BATCH))
         parts = list(self.stream(batches))
         return [np.concatenate(blocks) for blocks in zip(*parts, strict=True)]
 
 
-def resolve(engine: str = "auto", precision: str = "auto") -> tuple[str, str]:
-    """The engine and precision that will be used here: part of the key of every feature.
+def resolve(engine: str = "auto", precision: str = "auto", taps: Sequence[Tap] = ()) -> tuple[str, str]:
+    """The engine and precision that will be used here for `taps`: part of the key of every feature.
 
     Raises `UserError` where OpenVINO is asked for and not installed, and for unknown words.
     """
     if engine not in ENGINES:
         raise UserError(f"no engine is called {engine!r}", where="--engine", fix=f"choose one of {', '.join(ENGINES)}")
     if precision not in PRECISIONS:
-        raise UserError(f"no precision is called {precision!r}", where="--precision", fix=f"choose one of {', '.join(PRECISIONS)}")
+        raise UserError(
+            f"no precision is called {precision!r}", where="--precision", fix=f"choose one of {', '.join(PRECISIONS)}"
+        )
     if engine == "openvino" and not has_openvino():
         raise UserError("OpenVINO is not installed", where="--engine", fix="pip install openvino, or use --engine torch")
     if engine == "auto":
         engine = "openvino" if has_openvino() and not _has_gpu() else "torch"
+    if any(tap.stage == "moments" for tap in taps):
+        engine = "torch"  # the inputs of BatchNorm: OpenVINO folds them away
     if precision == "auto":
         precision = "bf16" if _fast_bf16(engine) else "float32"
     return engine, precision
@@ -114,12 +118,28 @@ def open_runner(
     """Open `network` for reading `taps`; `load` gives its torch backbone, and is called only where that is needed."""
     for tap in taps:
         network.width(tap)
-    engine, precision = resolve(engine, precision)
-    if any(tap.stage == "moments" for tap in taps):
-        engine = "torch"  # the inputs of BatchNorm: OpenVINO folds them away
+    engine, precision = resolve(engine, precision, taps)
     if engine == "openvino":
         return _open_openvino(network, tuple(taps), load, precision)
     return _open_torch(load(), tuple(taps), precision)
+
+
+def round_kernels(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round convolution kernels `(…, height, width)` to values that bfloat16 holds, and keep the sum of each kernel.
+
+    Rounded one by one, the weights of a kernel shift its sum, hence its answer to every smooth area of an image: in the
+    first depthwise layers of a network that is most of what bfloat16 costs. So the rounding error of each weight is
+    carried over to the next one of the same kernel.
+    """
+    kernels = np.array(weight, dtype=np.float32).reshape(*weight.shape[:-2], -1)
+    carry = np.zeros(kernels.shape[:-1], dtype=np.float32)
+    for i in range(kernels.shape[-1]):
+        exact = kernels[..., i] + carry
+        bits = exact.view(np.uint32)
+        # Half of the last bit that stays, and ties to even: the upper half of a float32 is the bfloat16.
+        kernels[..., i] = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+        carry = exact - kernels[..., i]
+    return kernels.reshape(weight.shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ torch
@@ -131,15 +151,25 @@ def _open_torch(backbone: Backbone, taps: tuple[Tap, ...], precision: str) -> Ru
     from finetune.backbone import Reader
 
     device = torch.device(_torch_device())
-    reader = Reader(backbone, taps).eval().to(device=device, memory_format=torch.channels_last)
+    reader: Any = Reader(backbone, taps).eval().to(device).to(memory_format=torch.channels_last)
     half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    rounded = {}
+    if precision == "bf16":
+        for name, value in reader.named_parameters():
+            if value.ndim == 4:
+                # A 1 × 1 kernel has nothing to carry to: there the sum over its inputs is kept. (OpenVINO folds BatchNorm
+                # into the weights before they are rounded, and comes out better without.)
+                order = (0, 1, 2, 3) if value.shape[-2:] != (1, 1) else (0, 2, 3, 1)
+                back = (0, 1, 2, 3) if value.shape[-2:] != (1, 1) else (0, 3, 1, 2)
+                kernels = torch.from_numpy(round_kernels(value.detach().cpu().permute(order).numpy()))
+                rounded[name] = kernels.permute(back).to(device).to(memory_format=torch.channels_last)
 
     def stream(batches: Iterable[Pixels]) -> Iterator[Blocks]:
         for pixels in batches:
             if reader.trunk.training:
                 raise RuntimeError("the backbone is in train mode: its features would depend on the batch")
             with torch.inference_mode(), half:
-                outputs = reader(torch.from_numpy(_padded(pixels)).to(device))
+                outputs = torch.func.functional_call(reader, rounded, (torch.from_numpy(_padded(pixels)).to(device),))
             yield [output[: len(pixels)].float().cpu().numpy() for output in outputs]
 
     return Runner(taps, "torch", precision, stream)
@@ -160,21 +190,26 @@ def _core() -> Any:
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
-    core = openvino.Core()
-    core.set_property({"CACHE_DIR": str(files.cache_dir("compiled", "blobs"))})
-    return core
+    return openvino.Core()
 
 
 def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone], precision: str) -> Runner:
     import openvino
 
     model = _converted(network, taps, load)
-    by_name = {next(iter(output.get_names())): output for output in model.outputs}
+    by_name = {name: output.get_node() for output in model.outputs for name in output.get_names()}
     names = [str(tap) for tap in taps]
-    if len(names) < len(by_name):
-        model = openvino.Model([by_name[name].get_node() for name in dict.fromkeys(names)], model.get_parameters(), "cut")
-    hints = {"PERFORMANCE_HINT": "THROUGHPUT", "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32"}
-    compiled = _core().compile_model(model, "CPU", hints)
+    wanted = {by_name[name].get_friendly_name(): by_name[name] for name in names}  # two taps may be one output
+    if len(wanted) < len(model.outputs):
+        model = openvino.Model(list(wanted.values()), model.get_parameters(), "cut")
+    if precision == "bf16":
+        _round_weights(model)
+    options = {
+        "PERFORMANCE_HINT": "THROUGHPUT",
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "CACHE_DIR": str(files.cache_dir("compiled", "blobs")),
+    }
+    compiled = _core().compile_model(model, "CPU", options)
     requests = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
     order = [compiled.output(name) for name in names]
 
@@ -200,6 +235,17 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
     return Runner(taps, "openvino", precision, stream)
 
 
+def _round_weights(model: Any) -> None:
+    import openvino
+
+    for node in model.get_ops():
+        if node.get_type_name() in ("Convolution", "GroupConvolution"):
+            weight = node.input_value(1).get_node()
+            if weight.get_type_name() == "Constant" and tuple(weight.shape)[-2:] != (1, 1):
+                rounded = openvino.op.Constant(round_kernels(weight.data))
+                node.input(1).replace_source_output(rounded.output(0))
+
+
 def standard(network: Network) -> tuple[Tap, ...]:
     """All the taps of a network that its `widths` name: they are converted together, once."""
     return tuple(Tap.parse(text) for text in network.widths if text != "moments")
@@ -211,9 +257,8 @@ def _converted(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backb
 
     every = standard(network)
     wanted = every if set(taps) <= set(every) else tuple(dict.fromkeys(taps))
-    key = files.digest_json(
-        [FORMAT, openvino.__version__, BATCH, network.name, network.digest, network.to_json()["preprocess"], [str(tap) for tap in wanted]]
-    )
+    made_of = [FORMAT, openvino.__version__, BATCH, network.name, network.digest, network.to_json()["preprocess"]]
+    key = files.digest_json([*made_of, [str(tap) for tap in wanted]])
     folder = files.cache_dir("compiled")
     path = folder / f"{network.name}-{key[:24]}.xml"
     if not path.exists():
@@ -246,11 +291,19 @@ def _convert(backbone: Backbone, taps: tuple[Tap, ...], path: Path) -> None:
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of every shape that it fixes: fixed shapes are what we want
         model = openvino.convert_model(reader, example_input=example, input=shape)
-    reader.close()
+    for output in model.outputs:
+        output.get_tensor().set_names(set())
     for tap, output in zip(taps, model.outputs, strict=True):
-        output.get_tensor().set_names({str(tap)})
-    with files.disk_errors(path):
-        temporary = path.with_name(f".{path.stem}.{threading.get_native_id()}.xml")
-        openvino.save_model(model, str(temporary), compress_to_fp16=False)
-        temporary.with_suffix(".bin").replace(path.with_suffix(".bin"))
-        temporary.replace(path)
+        output.get_tensor().add_names({str(tap)})
+    temporary = path.with_name(f".{path.stem}.{threading.get_native_id()}.xml")
+    try:
+        with files.disk_errors(path):
+            openvino.save_model(model, str(temporary), compress_to_fp16=False)
+            temporary.with_suffix(".bin").replace(path.with_suffix(".bin"))
+            temporary.replace(path)
+    except RuntimeError as error:  # what OpenVINO raises for a full disk
+        fix = "free some space, or choose another folder for the cache with $REGRAFT_CACHE"
+        raise UserError(f"the converted network cannot be written ({str(error)[:100]})", where=path, fix=fix) from error
+    finally:
+        temporary.with_suffix(".bin").unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

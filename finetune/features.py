@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import json
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import decode, engine, images
+from finetune import decode, engine, files, images
 from finetune.errors import UserError
-from finetune.images import ImageSet
+from finetune.images import Fault, ImageSet
 from finetune.network import Network, Tap
 from finetune.store import Rows, Space, Store
 
@@ -44,7 +47,7 @@ class Features:
     blocks: dict[Tap, Rows]
     images: ImageSet
     digests: tuple[str, ...]
-    faults: tuple[images.Fault, ...]
+    faults: tuple[Fault, ...]
     spaces: dict[Tap, str]
 
     def __len__(self) -> int:
@@ -77,10 +80,10 @@ def extract(
     store = store or Store()
     try:
         ids = tuple(known) if known is not None else digests(source, store)
-        used, bits = engine.resolve(engine_name, precision)
+        used, bits = engine.resolve(engine_name, precision, taps)
         spaces = [store.space(about(network, tap, used, bits, view), network.width(tap)) for tap in taps]
         missing = _missing(store, spaces, ids)
-        faults: dict[int, images.Fault] = {}
+        faults: dict[int, Fault] = {}
         if missing:
             runner = engine.open_runner(network, taps, load, engine=used, precision=bits)
             faults = _run(source, ids, missing, runner, network, store, spaces, view, progress)
@@ -106,29 +109,30 @@ def about(network: Network, tap: Tap, engine_name: str, precision: str, view: st
 
 
 def digests(source: ImageSet, store: Store) -> tuple[str, ...]:
-    """SHA-256 of every image's bytes; files that the store remembers by path, size and time are not read again."""
+    """SHA-256 of every image's bytes; files that the store remembers by path, size and time are not read again.
+
+    Raises `UserError` naming the files that cannot be read.
+    """
     if source.in_memory:
-        return tuple(images.digest_of(source, range(len(source))))
-    stats = []
+        return tuple(images.digests(source))
+    stats: dict[str, tuple[int, int]] = {}
     for path in source.paths:
-        full = source.root / path
-        try:
-            info = full.stat()
-        except OSError as error:
-            raise UserError(
-                f"cannot be read ({error.strerror})", where=full, fix="mend or remove it; `finetune check` lists all such files"
-            ) from error
-        stats.append((os.fspath(full.absolute()), info.st_size, info.st_mtime_ns))
-    found = store.remembered(stats)
-    unread = [i for i, digest in enumerate(found) if digest is None]
-    for part in (unread[i : i + COMMIT_ROWS] for i in range(0, len(unread), COMMIT_ROWS)):
-        fresh = list(images.digest_of(source, part))
-        # A file written this very moment could change again within the clock's grain: it is not remembered.
-        settled = time.time_ns() - 2_000_000_000
-        store.remember([(*stats[i], digest) for i, digest in zip(part, fresh, strict=True) if stats[i][2] < settled])
-        for i, digest in zip(part, fresh, strict=True):
-            found[i] = digest
-    return tuple(digest for digest in found if digest is not None)
+        with contextlib.suppress(OSError):  # it cannot be read either, and is named below together with the others
+            info = (source.root / path).stat()
+            stats[os.fspath((source.root / path).absolute())] = info.st_size, info.st_mtime_ns
+    entries = [(path, size, changed) for path, (size, changed) in stats.items()]
+    known = dict(zip(stats, store.remembered(entries), strict=True))
+    found = images.digests(source, lambda path: known.get(os.fspath(path.absolute())))
+    # A file written this very moment could change again within the clock's grain: it is not remembered.
+    settled = time.time_ns() - 2_000_000_000
+    fresh = [
+        (full, *stats[full], digest)
+        for path, digest in zip(source.paths, found, strict=True)
+        if known.get(full := os.fspath((source.root / path).absolute())) is None and full in stats and stats[full][1] < settled
+    ]
+    if fresh:
+        store.remember(fresh)
+    return tuple(found)
 
 
 def _missing(store: Store, spaces: Sequence[Space], ids: Sequence[str]) -> list[int]:
@@ -137,8 +141,8 @@ def _missing(store: Store, spaces: Sequence[Space], ids: Sequence[str]) -> list[
     for space in spaces:
         absent |= store.find(space, ids) < 0
     first: dict[str, int] = {}
-    for i in np.flatnonzero(absent):
-        first.setdefault(ids[i], int(i))
+    for i in np.flatnonzero(absent).tolist():
+        first.setdefault(ids[i], i)
     return list(first.values())
 
 
@@ -152,9 +156,9 @@ def _run(
     spaces: Sequence[Space],
     view: str,
     progress: Progress | None,
-) -> dict[int, images.Fault]:
+) -> dict[int, Fault]:
     """Decode, run and store the missing images; returns those that could not be decoded."""
-    faults: dict[int, images.Fault] = {}
+    faults: dict[int, Fault] = {}
     waiting: list[tuple[list[int], engine.Blocks]] = []
 
     def commit() -> None:
@@ -181,7 +185,7 @@ def stream(
     positions: Sequence[int],
     network: Network,
     runner: engine.Runner,
-    faults: dict[int, images.Fault],
+    faults: dict[int, Fault],
     *,
     view: str = "",
     progress: Progress | None = None,
@@ -195,7 +199,7 @@ def stream(
     def batches() -> Iterator[NDArray[np.uint8]]:
         good: list[tuple[int, NDArray[np.uint8]]] = []
         for i, result in decoded(source, positions, network):
-            if isinstance(result, images.Fault):
+            if isinstance(result, Fault):
                 faults[i] = result
                 continue
             good.append((i, result[:, ::-1] if view == "flip" else result))
@@ -215,22 +219,20 @@ def stream(
                 name = source.paths[batch[int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])]]
                 raise UserError(f"the network gives NaN for {name}", where=network.name, fix="try --precision float32")
         done += len(batch)
-        if progress:
-            progress(done + len(faults), len(positions))
         yield batch, outputs
+        if progress:  # after the batch is taken: whoever stops the work from here loses none of it
+            progress(done + len(faults), len(positions))
 
 
-def decoded(
-    source: ImageSet, positions: Iterable[int], network: Network
-) -> Iterator[tuple[int, NDArray[np.uint8] | images.Fault]]:
+def decoded(source: ImageSet, positions: Iterable[int], network: Network) -> Iterator[tuple[int, NDArray[np.uint8] | Fault]]:
     """Network input `(size, size, 3)` uint8 of images, in order, decoded ahead in threads; a `Fault` where that fails."""
     pre = network.preprocess
 
-    def one(i: int) -> NDArray[np.uint8] | images.Fault:
+    def one(i: int) -> NDArray[np.uint8] | Fault:
         try:
             return decode.to_input(source.read(i), pre)
         except decode.DecodeError as error:
-            return images.Fault(source.paths[i], error.kind, error.detail)
+            return Fault(source.paths[i], error.kind, error.detail)
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as pool:
         running: deque[tuple[int, concurrent.futures.Future[Any]]] = deque()
@@ -254,11 +256,11 @@ def _gather(
     taps: Sequence[Tap],
     store: Store,
     spaces: Sequence[Space],
-    faults: dict[int, images.Fault],
+    faults: dict[int, Fault],
     on_bad: str,
 ) -> Features:
     reasons = {ids[i]: fault for i, fault in faults.items()}
-    bad = [images.Fault(source.paths[i], reasons[d].kind, reasons[d].detail) for i, d in enumerate(ids) if d in reasons]
+    bad = [Fault(source.paths[i], reasons[d].kind, reasons[d].detail) for i, d in enumerate(ids) if d in reasons]
     if bad and on_bad == "stop":
         refuse(bad, source.name)
     keep = np.array([i for i, d in enumerate(ids) if d not in reasons], dtype=np.int64)
@@ -268,9 +270,41 @@ def _gather(
     return Features(blocks, kept, good, tuple(bad), {tap: space.key for tap, space in zip(taps, spaces, strict=True)})
 
 
-def refuse(faults: Sequence[images.Fault], where: str) -> NoReturn:
+def refuse(faults: Sequence[Fault], where: str) -> NoReturn:
     """Name the images that could not be read, and how to go on."""
-    raise UserError(images.list_faults(faults), where=where, fix="mend or remove them, or go on without them: --on-bad-image skip")
+    raise UserError(
+        images.list_faults(faults), where=where, fix="mend or remove them, or go on without them: --on-bad-image skip"
+    )
+
+
+def save(output: Path, X: Rows, source: ImageSet, manifest: dict[str, Any]) -> None:
+    """Write features to `.npz` (arrays `X`, `y`, `paths`, `classes`, and `manifest` as JSON text; no pickle) or `.parquet`.
+
+    Raises `UserError` where pyarrow, which writes Parquet, is not installed.
+    """
+    with files.atomic(output) as temporary:
+        if output.suffix == ".npz":
+            with temporary.open("wb") as file:
+                np.savez(
+                    file,
+                    X=X,
+                    y=source.labels,
+                    paths=np.array(source.paths),
+                    classes=np.array(source.classes),
+                    manifest=np.array(json.dumps(manifest)),
+                )
+            return
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(
+                "writing Parquet needs pyarrow", where=output, fix="pip install pyarrow, or name the file .npz"
+            ) from error
+        labels = [source.classes[label] if label >= 0 else None for label in source.labels]
+        flat = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.ascontiguousarray(X).reshape(-1)), X.shape[1])
+        table = pyarrow.table({"path": list(source.paths), "label": labels, "features": flat})
+        pyarrow.parquet.write_table(table.replace_schema_metadata({"regraft": json.dumps(manifest)}), temporary)
 
 
 def neighbours(
@@ -291,12 +325,25 @@ def neighbours(
         rows = np.arange(len(similarity))
         if leave_one_out:
             similarity[rows, start + rows] = -np.inf
-        best = np.argpartition(-similarity, min(k, similarity.shape[1] - 1), axis=1)[:, :k]
-        order = np.lexsort((best, -np.take_along_axis(similarity, best, 1)), axis=1)
-        best = np.take_along_axis(best, order, 1)
+        best = _largest(similarity, k)
         positions[start : start + block] = best
         scores[start : start + block] = np.take_along_axis(similarity, best, 1)
-    return scores, positions
+    return np.clip(scores, -1, 1), positions
+
+
+def _largest(similarity: Rows, k: int) -> NDArray[np.int64]:
+    """Positions of the k largest of every row, the largest first, the lower position first among equals: `(q, k)`."""
+    if k < 1:
+        return np.empty((len(similarity), 0), dtype=np.int64)
+    last = similarity.shape[1] - k
+    best = np.argpartition(similarity, last, axis=1)[:, last:]
+    bound = np.take_along_axis(similarity, best, 1).min(axis=1)
+    # The partition takes any of those that equal the k-th; where there are more of them than places, choose again.
+    for row in np.flatnonzero((similarity >= bound[:, None]).sum(axis=1) > k):
+        at = np.flatnonzero(similarity[row] >= bound[row])
+        best[row] = at[np.argsort(-similarity[row, at], kind="stable")[:k]]
+    order = np.lexsort((best, -np.take_along_axis(similarity, best, 1)), axis=1)
+    return np.take_along_axis(best, order, 1)
 
 
 def _unit(X: Rows) -> Rows:

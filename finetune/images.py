@@ -15,20 +15,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from finetune import decode, folders, named, splits, table
 from finetune.errors import UserError
+from finetune.faults import FEW, Fault, Report, some
+from finetune.faults import list_faults as list_faults
 
 Ints = NDArray[np.int64]
 T = TypeVar("T")
+Progress = Callable[[int, int], None]
 
 BATCH = 64  # files a thread takes at once
 CHECK_SIDE = 256  # `check` decodes large JPEGs at a reduced scale that keeps this short side; all their bytes are read
-FEW = 20  # training images: a class with fewer is pointed out
 WHAT_IS_READ = "give a folder with a folder per class (or train/, val/, test/ of them), a CSV with path,label, or a named set"
 
 
@@ -85,38 +87,6 @@ class ImageSet:
             groups=None if self.groups is None else tuple(self.groups[i] for i in at),
             split=None if self.split is None else self.split[at],
         )
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What is wrong with one file: `kind` in a word or two, `detail` with the value."""
-
-    path: str
-    kind: str
-    detail: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `check` found.
-
-    `classes` counts images a class, `parts` the same a split; `duplicates` are groups of paths with the same bytes,
-    `across_splits` those of them in more than one split; `imbalance` is the largest class over the smallest that has
-    images; `few` are the classes with less than `FEW` training images.
-    """
-
-    name: str
-    images: int
-    faults: tuple[Fault, ...]
-    classes: dict[str, int]
-    parts: dict[str, dict[str, int]]
-    duplicates: tuple[tuple[str, ...], ...]
-    across_splits: tuple[tuple[str, ...], ...]
-    imbalance: float
-    few: dict[str, int]
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -241,7 +211,7 @@ def digests(images: ImageSet, remembered: Callable[[Path], str | None] | None = 
 
     found = list(_in_threads(one, range(len(images))))
     if failed:
-        what = f"{len(failed)} of {len(images)} images fail; {_some(sorted(failed))}"
+        what = f"{len(failed)} of {len(images)} images fail; {some(sorted(failed))}"
         raise UserError(what, where=images.name, fix="mend or remove them; `finetune check` lists all such files")
     return found
 
@@ -265,7 +235,7 @@ def make_splits(images: ImageSet, digests: Sequence[str], *, seed: int, test: fl
     if (images.labels < 0).any():
         raise UserError("images without labels cannot be split", where=images.name, fix=WHAT_IS_READ)
     if torn := _two_labels(images, digests):
-        what = f"{len(torn)} file{'s' * (len(torn) > 1)} under two labels: {_some([_in_words(images, group) for group in torn])}"
+        what = f"{len(torn)} file{'s' * (len(torn) > 1)} under two labels: {some([_in_words(images, group) for group in torn])}"
         raise UserError(what, where=images.name, fix="remove the wrong one of each; `finetune check` lists them all")
     _need_training_images(images)
     made = splits.assign(images.labels, group_ids(images, digests), images.split, seed=seed, test=test, val=val)
@@ -293,7 +263,7 @@ def _need_training_images(images: ImageSet) -> None:
     train = images.labels if images.split is None else images.labels[images.split == "train"]
     counts = np.bincount(train, minlength=len(images.classes))
     if empty := [name for name, count in zip(images.classes, counts, strict=True) if not count]:
-        what = f"{len(empty)} class{'es' * (len(empty) > 1)} without training images: {_some(empty)}"
+        what = f"{len(empty)} class{'es' * (len(empty) > 1)} without training images: {some(empty)}"
         raise UserError(what, where=images.name, fix="add images, or remove the folder")
 
 
@@ -303,11 +273,6 @@ def _two_labels(images: ImageSet, digests: Sequence[str]) -> list[list[int]]:
 
 def _in_words(images: ImageSet, group: Sequence[int]) -> str:
     return " = ".join(f"{images.paths[i]} ({images.classes[images.labels[i]]})" for i in group)
-
-
-def _some(items: Sequence[str], most: int = 3) -> str:
-    """The first few, and how many more there are."""
-    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
 
 
 def _in_threads(work: Callable[[int], T], positions: Iterable[int]) -> Iterator[T]:
@@ -321,14 +286,28 @@ def _in_threads(work: Callable[[int], T], positions: Iterable[int]) -> Iterator[
 # ----------------------------------------------------------------------------------------------------------- the check
 
 
-def check(
-    images: ImageSet, digests: Sequence[str] | None = None, *, progress: Callable[[int, int], None] | None = None
-) -> Report:
+def check_data(data: str | Path, *, seed: int = 0, progress: Progress | None = None) -> Report:
+    """Check what `data` names, divided as a job with this seed would divide it; where it cannot be, that is a fault."""
+    found = load(data)
+    contents, faults = _inspect(found, None, progress)
+    try:
+        found = make_splits(found, contents, seed=seed)
+    except UserError as error:
+        faults.append(Fault(found.name, "cannot be split", error.what))
+    return _report(found, contents, faults)
+
+
+def check(images: ImageSet, digests: Sequence[str] | None = None, *, progress: Progress | None = None) -> Report:
     """Decode every image fully and list what is wrong; nothing is raised for a bad file.
 
     Without `digests` they are taken on the way, so that each file is read once. `progress(done, total)` is called as
     images are done.
     """
+    return _report(images, *_inspect(images, digests, progress))
+
+
+def _inspect(images: ImageSet, digests: Sequence[str] | None, progress: Progress | None) -> tuple[list[str], list[Fault]]:
+    """The digest of every image ("" where it cannot be read), and what reading and decoding runs into."""
 
     def one(i: int) -> tuple[str, Fault | None]:
         digest = ""
@@ -349,7 +328,7 @@ def check(
         faults += [fault] if fault else []
         if progress:
             progress(len(contents), len(images))
-    return _report(images, contents, faults)
+    return contents, faults
 
 
 def _report(images: ImageSet, digests: Sequence[str], faults: list[Fault]) -> Report:
@@ -387,11 +366,6 @@ def _report(images: ImageSet, digests: Sequence[str], faults: list[Fault]) -> Re
 def _counts(images: ImageSet, mask: NDArray[np.bool_]) -> dict[str, int]:
     labels = images.labels[mask]
     return dict(zip(images.classes, np.bincount(labels[labels >= 0], minlength=len(images.classes)).tolist(), strict=True))
-
-
-def list_faults(faults: Sequence[Fault]) -> str:
-    """In one line: how many images are bad, and the first few with what is wrong."""
-    return f"{len(faults)} bad image{'s' * (len(faults) != 1)}: {_some([f'{f.path} ({f.kind}: {f.detail})' for f in faults])}"
 
 
 def short_side(images: ImageSet, i: int) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune import classifier, engine, files, images, look, metrics, page, recipe, run, splits, svm, weights
+from finetune import classifier, features, files, folders, images, look, metrics, page, recipe, report, run, splits, svm, weights
 from finetune.classifier import AnyHead, Classifier, Head, Predictions
 from finetune.errors import UserError
 from finetune.look import Bar, Floats, Ints, Look, Say, clock, no_bar, quiet
@@ -127,6 +127,50 @@ def advise(
         store.close()
 
 
+def extract(
+    data: str | Path,
+    output: Path,
+    *,
+    taps: tuple[str, ...] | list[str] = ("pooled",),
+    say: Say = quiet,
+    bar: Bar = no_bar,
+    **options: Any,
+) -> str:
+    """Write features of every image of `data` (labelled or not) to `output`; returns a line that says what was written.
+
+    `.npz` holds `X` (n, d) float32, the taps side by side and not normalised, `y`, `paths`, `classes` and, as JSON, a
+    `manifest` of what made them; `.parquet` the same as a table (needs pyarrow). The rows follow `paths`.
+    """
+    if output.suffix not in (".npz", ".parquet"):
+        raise UserError(
+            f"features are not written as {output.suffix or 'a file without ending'!r}",
+            where=output,
+            fix="name it .npz or .parquet",
+        )
+    settings = build_recipe(data, None, (), taps=list(taps), **options)
+    store = Store()
+    try:
+        source = images.load_unlabelled(data) if _is_flat(Path(data)) else images.load(str(data))
+        ids = features.digests(source, store)
+        named = look.open_backbone(settings, say)
+        found = look.extract(settings, source, ids, named, [Tap.parse(text) for text in taps], store, say, bar)
+        X = np.concatenate([np.asarray(block) for block in found.blocks.values()], axis=1)
+        manifest = {
+            "network": named.network.to_json(),
+            "taps": [str(tap) for tap in found.blocks],
+            "spaces": list(found.spaces.values()),
+        }
+        features.save(output, X, found.images, manifest | {"digests": list(found.digests)})
+    finally:
+        store.close()
+    return f"{X.shape[0]} × {X.shape[1]} features written to {output}"
+
+
+def _is_flat(data: Path) -> bool:
+    """Whether images lie in the folder itself: then there are no classes."""
+    return data.is_dir() and any(entry.suffix.lower() in folders.EXTENSIONS for entry in data.iterdir() if entry.is_file())
+
+
 # --------------------------------------------------------------------------------------------------------- the job
 
 
@@ -214,7 +258,8 @@ def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -
         scores = _scores(tuned, seen, choosing)
     result = tuned.result
     say(
-        f"fine-tune  {seen.plan.strategy}: {result.steps} steps, best epoch {result.best_epoch}, {seen.seconds['fine-tune']:.1f} s ({result.stopped})"
+        f"fine-tune  {seen.plan.strategy}: {result.steps} steps, best epoch {result.best_epoch}, "
+        f"{seen.seconds['fine-tune']:.1f} s ({result.stopped})"
     )
     for warning in result.warnings:
         say(f"           {warning}")
@@ -322,7 +367,7 @@ def _finish(
     """Write the model, judge it once on the test part through the path of `predict`, and write the report."""
     from finetune import backbone
 
-    used, bits = engine.resolve(seen.recipe.backbone.engine, seen.recipe.backbone.precision)
+    used, bits = seen.how
     if trained is None:
         model = Classifier(seen.named.network, svm_head, seen.named.load, used, bits)
         backbone.save(seen.named.load(), folder.path / "model.safetensors")
@@ -342,14 +387,18 @@ def _finish(
     folder.write_json("plan.json", _plan_json(seen, baseline, pair))
     seen.seconds["all"] = time.monotonic() - began
     verdict = _verdict(seen, judged, baseline, pair, trained is not None)
-    folder.write_text(
-        "report.html", page.render(page.collect(seen, baseline, tuned, pair, trained, found, judged, verdict, folder.path))
+    beside = Estimate.from_json(judged["test/svm"]) if "test/svm" in judged else None
+    plain = metrics.judge(found.images.labels, found.probabilities, found.classes, found.images.groups)
+    data = page.collect(
+        seen, baseline, tuned.result if tuned else None, pair, model.head, found, plain, beside, verdict, folder.path
     )
+    folder.write_text("report.html", report.render(data))
     shipped = f"fine-tuned ({seen.plan.strategy})" if trained else svm_head.kind
     folder.finish(
         {
             "shipped": shipped,
-            "verdict": verdict,
+            "recipe": seen.recipe.model_dump(mode="json"),
+            "verdict": " ".join(verdict),
             "stages": seen.seconds,
             "network": model.network.to_json(),
             "test_evaluations": 1,
@@ -393,27 +442,29 @@ def _short(judged: dict[str, Any]) -> str:
     return f"accuracy {top1['value']:.1%} ({top1['low']:.1%}–{top1['high']:.1%}) on {top1['n']} test images"
 
 
-def _verdict(seen: Look, judged: dict[str, Any], baseline: SvmResult, pair: Paired | None, fine_tuned: bool) -> str:
+def _verdict(seen: Look, judged: dict[str, Any], baseline: SvmResult, pair: Paired | None, fine_tuned: bool) -> tuple[str, str]:
     """Two sentences: what to ship and how good it is; how it stands beside the other model."""
     name = (
         f"the fine-tuned model ({seen.plan.strategy})" if fine_tuned else f"the SVM on {' + '.join(map(str, baseline.head.taps))}"
     )
-    first = f"Ship {name}: {_short(judged)}, where always saying the largest class gives {judged['test/majority']:.1%}."
+    first = f"Ship {name}: {_short(judged)}."
     if pair is None:
-        second = f"Nothing was fine-tuned: {seen.plan.because[-1]}."
+        largest = f"Always saying the largest class gives {judged['test/majority']:.1%}."
+        second = f"{largest} Nothing was fine-tuned: {seen.plan.because[-1]}."
     else:
         numbers = (
             f"{100 * pair.difference.value:+.1f} points ({100 * pair.difference.low:+.1f} to {100 * pair.difference.high:+.1f})"
         )
         on = f"on {pair.difference.n} images that neither was fitted on"
         why = "more than" if fine_tuned else "not more than"
-        second = f"Fine-tuning moved the accuracy by {numbers} over the SVM {on}, {why} one paired standard error ({100 * pair.standard_error:.1f})."
+        error = f"{why} one paired standard error ({100 * pair.standard_error:.1f})"
+        second = f"Fine-tuning moved the accuracy by {numbers} over the SVM {on}, {error}."
     loud = (
         " THE BACKBONE'S WEIGHTS ARE RANDOM: this says nothing about transfer."
         if seen.named.network.pretraining == "random"
         else ""
     )
-    return f"{first} {second}{loud}"
+    return first, f"{second}{loud}"
 
 
 def outcome(path: Path) -> Outcome:

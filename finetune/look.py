@@ -68,6 +68,11 @@ class Look:
         assert self.images.split is not None
         return self.images.split
 
+    @property
+    def how(self) -> tuple[str, str]:
+        """The engine and the precision that read the features."""
+        return engine.resolve(self.recipe.backbone.engine, self.recipe.backbone.precision)
+
     def blocks(self, index: Ints) -> dict[Tap, Floats]:
         return {tap: np.asarray(block[index]) for tap, block in self.features.blocks.items()}
 
@@ -106,10 +111,10 @@ def take(
 ) -> Look:
     """Extract features once, measure similarity, decide."""
     seconds: dict[str, float] = {}
-    named = _open(settings, say)
+    named = open_backbone(settings, say)
     with clock(seconds, "features"):
         taps = [Tap("pooled")] if pooled_only else _taps(settings, named.network)
-        found = _extract(settings, pictures, ids, named, taps, store, say, bar)
+        found = extract(settings, pictures, ids, named, taps, store, say, bar)
     pictures, ids = found.images, found.digests
     assert pictures.split is not None
     train = np.flatnonzero(pictures.split == "train")
@@ -118,11 +123,12 @@ def take(
         near = similarity.second_opinion(near, np.asarray(found.blocks[Tap("pooled")][train]), pictures.labels[train])
     _say_similarity(near, say)
     plan = _plan(settings, pictures, train, near, named, tuple(str(tap) for tap in taps))
-    say(f"policy     {plan.row} × {plan.column} → {plan.strategy}: {plan.because[-1]}")
+    say(f"policy     {plan.because[0].partition(':')[0]}, {plan.column} → {plan.because[-1]}")
     return Look(settings, pictures, ids, images.group_ids(pictures, ids), named, found, near, plan, seconds)
 
 
-def _open(settings: Recipe, say: Say) -> Named:
+def open_backbone(settings: Recipe, say: Say) -> Named:
+    """The backbone of a recipe, and a line that says where its weights come from."""
     about = settings.backbone
     named = catalog.open_named(about.names[0], about.weights)
     say(f"backbone   {named.network.name}: {named.network.source}")
@@ -153,7 +159,7 @@ def policy_taps(network: Network) -> list[Tap]:
     return [Tap("pooled"), *(Tap(name) for name in wide), *(Tap(name, grid=grid) for name in later for grid in (1, 3))]
 
 
-def _extract(
+def extract(
     settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Named, taps: list[Tap], store: Store, say: Say, bar: Bar
 ) -> Features:
     used, bits = engine.resolve(settings.backbone.engine, settings.backbone.precision)
@@ -162,7 +168,8 @@ def _extract(
     if bytes_of_all > BYTES_OF_FEATURES and len(taps) > 1:
         taps = _early_look(settings, pictures, ids, named, taps, how, bar)
         say(
-            f"taps       {', '.join(map(str, taps))}: chosen on {SUBSET} images, since all taps would take {bytes_of_all / 1e9:.0f} GB"
+            f"taps       {', '.join(map(str, taps))}: chosen on {SUBSET} images, "
+            f"since all taps would take {bytes_of_all / 1e9:.0f} GB"
         )
     start = time.monotonic()
     with bar("features") as progress:
@@ -225,7 +232,8 @@ def _say_similarity(near: Similarity, say: Say) -> None:
         return
     knn = f"; {similarity.KNN}-NN on the features is right for {near.knn:.0%}" if near.knn is not None else ""
     say(
-        f"similarity {near.word}: distance {near.distance:.3f} ({near.low:.3f}–{near.high:.3f}, n = {near.n}) to ImageNet's photographs{knn}"
+        f"similarity {near.word}: distance {near.distance:.3f} ({near.low:.3f}–{near.high:.3f}, n = {near.n}) "
+        f"to ImageNet's photographs{knn}"
     )
     for note in near.notes:
         say(f"           {note}")

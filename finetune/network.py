@@ -29,6 +29,10 @@ class Tap:
     grid: int = 1
     pool: str = "mean"
 
+    def __post_init__(self) -> None:
+        if self.grid != 1 and self.pool != "mean":
+            raise ValueError(f"a tap has a grid or a pool: {self.stage}, {self.grid}, {self.pool}")
+
     def __str__(self) -> str:
         if self.grid != 1:
             return f"{self.stage}/{self.grid}x{self.grid}"
@@ -100,11 +104,8 @@ class Network:
     def width(self, tap: Tap) -> int:
         """The number of features at `tap`, or a `UserError` that lists the taps of this network."""
         base = self.widths.get(str(tap))
-        if base is None and tap.pool != "mean":
-            base = self.widths.get(tap.stage)
-        if base is None and tap.grid not in (1, 3):
-            base = self.widths.get(tap.stage)
-            base = None if base is None else base * tap.grid**2
+        if base is None and f"{tap.stage}/3x3" in self.widths:  # a map: every grid and pool can be read from it
+            base = self.widths[tap.stage] * tap.grid**2
         if base is None:
             raise UserError(f"{self.name} has no tap {tap}", where="tap", fix=f"it has: {', '.join(self.widths)}")
         return base

@@ -104,6 +104,7 @@ MATRIX: dict[tuple[str, str], Cell] = {
     ("large", "far"): Cell("full", "much data, unlike photographs: everything may adapt"),
 }
 
+FEW = 20  # images: a class with fewer is named in the advice
 ENOUGH = 100  # images per class that the advice asks for: where the matrix first lets the backbone move
 TINY = 64  # pixels: sources below gain nothing from a large input, and fine-tuning pays for it
 UNKNOWN_COLUMN = "moderate"  # where similarity is unknown: the middle
@@ -248,32 +249,36 @@ def _cheaper(strategy: str) -> str:
 
 def _advice(counts: dict[str, int], row: str) -> tuple[str, ...]:
     """Advice in words: which classes are too small, and what more images would change."""
-    advice = [
-        f"{n} images in class '{name}': collect at least {ENOUGH} per class"
-        for name, n in sorted(counts.items(), key=lambda item: item[1])
-        if n < 20
-    ]
-    if len(advice) > 5:
-        advice = [*advice[:5], f"… and {len(advice) - 5} more classes with fewer than 20 images"]
-    small = sum(20 <= n < ENOUGH for n in counts.values())
+    few = sorted((n, name) for name, n in counts.items() if n < FEW)
+    advice = [f"{n} images in class '{name}': collect at least {ENOUGH} per class" for n, name in few[:5]]
+    if len(few) > 5:
+        advice.append(f"… and {len(few) - 5} more classes with fewer than {FEW} images")
+    small = sum(FEW <= n < ENOUGH for n in counts.values())
     if row in ("few", "small") and small:
-        advice.append(
-            f"{small} of {len(counts)} classes have 20 to {ENOUGH - 1} images: from {ENOUGH} per class on, adapting the backbone begins to pay"
-        )
+        pay = f"with {ENOUGH} each, adapting the backbone may pay"
+        advice.append(f"{small} of {len(counts)} classes have {FEW} to {ENOUGH - 1} images: {pay}")
     largest, smallest = max(counts.values()), min(counts.values())
-    if smallest and largest / smallest >= 5:
-        advice.append(
-            f"the largest class has {largest / smallest:.0f} times the images of the smallest: judge by balanced accuracy, and collect for the small ones"
-        )
+    if smallest and largest >= 5 * smallest:
+        times = f"the largest class has {largest / smallest:.0f} times the images of the smallest"
+        advice.append(f"{times}: judge by balanced accuracy, and collect for the small ones")
     return tuple(advice)
+
+
+def row_words() -> dict[str, str]:
+    """The rows of the matrix by name, with the images per class that they cover."""
+    return {name: f"{name} ({low} to {high - 1})" if high else f"{name} ({low} or more)" for name, low, high in ROWS}
 
 
 def matrix_text(plan: Plan) -> str:
     """The matrix for a terminal, the chosen cell marked, with reasons and advice."""
     width = max(len(cell.strategy) for cell in MATRIX.values()) + 4
-    names = {name: f"{name} ({low} to {high - 1})" if high else f"{name} ({low} or more)" for name, low, high in ROWS}
+    names = row_words()
     left = max(map(len, names.values())) + 2
-    lines = ["images per class ↓   similarity to ImageNet's photographs →", "", " " * left + "".join(f"{name:<{width}}" for name in COLUMNS)]
+    lines = [
+        "images per class ↓   similarity to ImageNet's photographs →",
+        "",
+        " " * left + "".join(f"{name:<{width}}" for name in COLUMNS),
+    ]
     for name, _, _ in ROWS:
         cells = []
         for column in COLUMNS:

@@ -431,6 +431,8 @@ def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, Mapping) and "difference" in value:  # two classifiers on the same images
+        return _cell(value["difference"])
     if isinstance(value, Mapping) and {"value", "low", "high"} <= set(value):
         return f"{value['value']:.3f} ({value['low']:.3f}–{value['high']:.3f})"
     if isinstance(value, float):

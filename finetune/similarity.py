@@ -129,7 +129,12 @@ def _running_statistics(backbone: Backbone) -> Layers:
     from finetune.backbone import BATCH_NORMS
 
     norms = [part for part in backbone.module.modules() if isinstance(part, BATCH_NORMS)]
-    return [(norm.running_mean.double().numpy(), norm.running_var.double().numpy(), float(norm.eps)) for norm in norms]
+    layers = []
+    for norm in norms:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        layers.append((norm.running_mean.double().numpy(), norm.running_var.double().numpy(), float(norm.eps)))
+    return layers
 
 
 def _sample(n: int, seed: int) -> NDArray[np.int64]:

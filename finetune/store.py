@@ -69,7 +69,8 @@ class Store:
         key = files.digest_json([FORMAT, about])
         with self._writing():
             self.db.execute(
-                "insert into spaces (key, width, about, used) values (?, ?, ?, ?) on conflict (key) do update set used = excluded.used",
+                "insert into spaces (key, width, about, used) values (?, ?, ?, ?) "
+                "on conflict (key) do update set used = excluded.used",
                 (key, width, json.dumps(about, sort_keys=True), time.time()),
             )
         number, known = self.db.execute("select id, width from spaces where key = ?", (key,)).fetchone()
@@ -116,9 +117,11 @@ class Store:
         # What stands behind the committed rows was left by a killed writer: it is written over.
         handle = os.open(self._file(space), os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            if os.fstat(handle).st_size < start * space.width * 4:
+                raise _damaged(self._file(space))
             os.ftruncate(handle, start * space.width * 4)
             os.lseek(handle, 0, os.SEEK_END)
-            data = memoryview(block).cast("B") if block.size else memoryview(b"")
+            data = memoryview(block.tobytes())
             while data:
                 data = data[os.write(handle, data) :]
             os.fsync(handle)
@@ -132,11 +135,9 @@ class Store:
             return np.zeros((0, space.width), dtype=np.float32)
         path = self._file(space)
         if not path.exists() or path.stat().st_size < count * space.width * 4:
-            raise UserError(
-                "the feature store is damaged: rows are missing",
-                where=path,
-                fix="run `finetune cache --clear`, then the same command again",
-            )
+            raise _damaged(path)
+        if rows.min() < 0 or rows.max() >= count:
+            raise UserError("rows have gone: another command cleared the cache", where=path, fix="run the same command again")
         table = np.memmap(path, dtype=np.float32, mode="r", shape=(count, space.width))
         start = int(rows[0])
         if np.array_equal(rows, np.arange(start, start + len(rows))):
@@ -155,7 +156,8 @@ class Store:
             part = [path for path, _, _ in stats[i : i + LOOKUP]]
             marks = ",".join("?" * len(part))
             query = f"select path, size, mtime, digest from seen where path in ({marks})"
-            found.update({path: rest for path, *rest in self.db.execute(query, part)})  # type: ignore[misc]
+            with database_errors(self.folder):
+                found.update({path: (size, mtime, digest) for path, size, mtime, digest in self.db.execute(query, part)})
         result = []
         for path, size, mtime in stats:
             known = found.get(path)
@@ -202,9 +204,15 @@ class Store:
             try:
                 yield
             except BaseException:
-                self.db.execute("rollback")
+                if self.db.in_transaction:  # SQLite itself rolls back where the disk is full
+                    self.db.execute("rollback")
                 raise
             self.db.execute("commit")
+
+
+def _damaged(path: Path) -> UserError:
+    fix = "run `finetune cache --clear`, then the same command again"
+    return UserError("the feature store is damaged: rows are missing", where=path, fix=fix)
 
 
 @contextlib.contextmanager
@@ -225,12 +233,67 @@ def database_errors(where: Path) -> Iterator[None]:
         raise UserError(f"the index cannot be used ({words})", where=where, fix=fix) from error
 
 
-def clear() -> None:
-    """Delete the whole cache: features, converted networks, all of it can be made again."""
+# ----------------------------------------------------------------------------------------------------- the whole cache
+
+
+def clear() -> int:
+    """Delete the whole cache (features, converted networks: all of it can be made again); returns the bytes freed."""
     root = files.cache_dir()
+    freed = _size(root)
     with files.disk_errors(root):
         for entry in root.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+    return freed
+
+
+def prune(unused_days: float) -> int:
+    """Delete features and converted networks that were not used for `unused_days`; returns the bytes freed."""
+    store = Store()
+    try:
+        freed = store.prune(unused_days)
+    finally:
+        store.close()
+    limit = time.time() - unused_days * 86400
+    with files.disk_errors(files.cache_dir("compiled")):
+        for path in files.cache_dir("compiled").rglob("*"):
+            if path.is_file() and max(path.stat().st_atime, path.stat().st_mtime) <= limit:
+                freed += path.stat().st_size
+                path.unlink()
+    return freed
+
+
+def overview() -> dict[str, Any]:
+    """What the cache holds: its folder, the bytes of each part, and a row a space of features."""
+    store = Store()
+    try:
+        spaces = store.summary()
+    finally:
+        store.close()
+    root = files.cache_dir()
+    return {
+        "folder": str(root),
+        "bytes": {entry.name: _size(entry) for entry in sorted(root.iterdir()) if entry.is_dir()},
+        "spaces": spaces,
+    }
+
+
+def overview_text() -> str:
+    """The overview for a person: features by network, the last used first."""
+    found = overview()
+    lines = [found["folder"], *(f"  {name:<12}{size / 1e6:>9.1f} MB" for name, size in found["bytes"].items())]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for space in found["spaces"]:
+        groups.setdefault((space["backbone"], space["precision"]), []).append(space)
+    for (backbone, precision), spaces in groups.items():
+        rows, size = max(space["rows"] for space in spaces), sum(space["bytes"] for space in spaces)
+        days = (time.time() - max(space["used"] for space in spaces)) / 86400
+        words = f"{rows} images, {len(spaces)} taps and views, {size / 1e6:.1f} MB, last used {days:.1f} days ago"
+        lines.append(f"  {backbone} in {precision}: {words}")
+    return "\n".join(lines)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

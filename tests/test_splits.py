@@ -148,6 +148,20 @@ def test_thirds_are_tested_rather_than_nothing() -> None:
     assert 33 == (split == "test").sum()
 
 
+def test_class_in_one_group_trains() -> None:
+    """A class whose images are all one group stays in the training part, however much the fraction wants."""
+    labels, groups = many([3, 40]), np.concatenate([np.zeros(3, dtype=int), np.arange(1, 41)])
+    for seed in range(5):
+        assert ["train"] * 3 == splits.assign(labels, groups, None, seed=seed, test=0.6, val=0.0)[:3].tolist()
+
+
+def test_size_is_met_where_small_groups_can_meet_it() -> None:
+    """A group that overshoots is left where smaller ones make up the fraction."""
+    groups = np.concatenate([np.zeros(9, dtype=int), np.arange(1, 17)])
+    for seed in range(20):
+        assert 5 == (splits.assign(np.zeros(25, dtype=int), groups, None, seed=seed, test=0.2, val=0.0) == "test").sum()
+
+
 def test_groups_are_drawn_whatever_their_size() -> None:
     """Large groups are not preferred: over seeds, the mean size of the groups in the test part is that of all groups."""
     sizes = np.array([1, 9] * 50)

@@ -1,0 +1,74 @@
+"""What can be wrong with a set of images: faults of single files, and the report of a check, as plain data and in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FEW = 20  # training images: a class with fewer is pointed out
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one file: `kind` in a word or two, `detail` with the value."""
+
+    path: str
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check of `images` images found.
+
+    `classes` counts images a class, `parts` the same a split; `duplicates` are groups of paths with the same bytes,
+    `across_splits` those of them in more than one split; `imbalance` is the largest class over the smallest that has
+    images; `few` are the classes with less than `FEW` training images.
+    """
+
+    name: str
+    images: int
+    faults: tuple[Fault, ...]
+    classes: dict[str, int]
+    parts: dict[str, dict[str, int]]
+    duplicates: tuple[tuple[str, ...], ...]
+    across_splits: tuple[tuple[str, ...], ...]
+    imbalance: float
+    few: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_text(self) -> str:
+        """Everything that was found, for reading: a line a fault, a class and a group of duplicates."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        yield f"{self.name}: {self.images:,} images" + (f" in {len(self.classes)} classes" if self.classes else "")
+        yield from (f"  {part}: {sum(counts.values()):,} images" for part, counts in self.parts.items())
+        if self.classes:
+            width = max(map(len, self.classes))
+            yield from (f"  {name:<{width}}  {count:,}" for name, count in self.classes.items())
+            yield f"largest class over smallest: {self.imbalance:.1f}"
+        if self.few:
+            yield f"classes with less than {FEW} training images: " + ", ".join(f"{name} ({n})" for name, n in self.few.items())
+        yield from _titled("faults", [f"{fault.path}: {fault.kind} ({fault.detail})" for fault in self.faults])
+        yield from _titled("duplicates across splits", [" = ".join(group) for group in self.across_splits])
+        yield from _titled("duplicates", [" = ".join(group) for group in self.duplicates if group not in self.across_splits])
+
+
+def list_faults(faults: Sequence[Fault]) -> str:
+    """In one line: how many images are bad, and the first few with what is wrong."""
+    return f"{len(faults)} bad image{'s' * (len(faults) != 1)}: {some([f'{f.path} ({f.kind}: {f.detail})' for f in faults])}"
+
+
+def some(items: Sequence[str], most: int = 3) -> str:
+    """The first few, and how many more there are."""
+    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+
+
+def _titled(title: str, lines: Sequence[str]) -> Iterator[str]:
+    yield f"{title}: {len(lines) or 'none'}"
+    yield from (f"  {line}" for line in lines)

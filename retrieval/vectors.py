@@ -1,0 +1,197 @@
+"""Vectors before and beside any index, in NumPy alone: made ready for cosine search, whitened, compared pair by pair."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from finetune import files
+from finetune.errors import UserError
+
+Rows = NDArray[np.float32]
+Progress = Callable[[float, str], None]
+
+BLOCK = 65_536  # rows read at once
+NAMED = 10  # bad rows that a message names
+ROUNDING = 1e-6  # float32 inner products of unit vectors are this sure
+
+
+class BadRows(UserError):
+    """Rows that cannot be searched for: NaN, infinite, or all zeros. `rows` are their numbers, for the caller to name."""
+
+    def __init__(self, rows: list[int], total: int) -> None:
+        self.rows = rows
+        shown = ", ".join(map(str, rows[:NAMED])) + (", …" if len(rows) > NAMED else "")
+        super().__init__(
+            f"{len(rows)} of {total} vectors hold NaN, infinity or only zeros: rows {shown}",
+            fix="leave these out, or compute them again",
+        )
+
+
+def prepare(X: ArrayLike) -> Rows:
+    """A copy of `X` `(n, d)` made ready for search: float32, C-contiguous, every row at unit length.
+
+    Inner products of such rows are cosines. Raises `BadRows` for rows that have no direction, `UserError` for anything
+    that is not a table of real numbers.
+    """
+    given = np.asarray(X)
+    if (
+        given.ndim != 2
+        or given.shape[1] == 0
+        or not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer))
+    ):
+        raise UserError(f"vectors of shape {given.shape} and type {given.dtype}", fix="give a table (rows, numbers) of floats")
+    wide = given if given.dtype == np.float64 else given.astype(np.float32)
+    largest = np.abs(wide).max(axis=1, initial=0)
+    bad = ~(np.isfinite(largest) & (largest > 0))
+    if bad.any():
+        raise BadRows(np.flatnonzero(bad).tolist(), len(given))
+    scaled = wide / largest[:, None]  # first by the largest entry: squares of very large or small ones leave float32's range
+    scaled /= np.linalg.norm(scaled, axis=1, keepdims=True)
+    return np.ascontiguousarray(scaled, dtype=np.float32)
+
+
+def blocks(n: int, size: int = BLOCK) -> Iterator[slice]:
+    """Slices that cover `n` rows, `size` at a time."""
+    for start in range(0, n, size):
+        yield slice(start, min(n, start + size))
+
+
+def check_prepared(X: Rows) -> None:
+    """Refuse a table that `prepare` did not make. Reads it block by block, so that it may be memory-mapped."""
+    if X.ndim != 2 or X.dtype != np.float32 or 0 in X.shape:
+        raise UserError(
+            f"vectors of shape {X.shape} and type {X.dtype}", fix="give float32 rows at unit length, as `prepare` makes them"
+        )
+    for part in blocks(len(X)):
+        norms = np.einsum("ij,ij->i", X[part], X[part])
+        wrong = ~(np.abs(norms - 1) < 1e-3)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise UserError(
+                f"row {part.start + row} has length {math.sqrt(abs(norms[row])):.6g}, not 1", fix="use `prepare` first"
+            )
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def near_duplicates(X: Rows, threshold: float, *, block: int = 2048, limit: int = 5_000_000) -> list[tuple[int, int, float]]:
+    """All pairs of rows of `X` (from `prepare`) whose cosine is at least `threshold`: `(i, j, score)` with i < j, best first.
+
+    Exact: every pair is compared. Memory is linear in n and in the number of pairs; more than `limit` pairs are a
+    `UserError`. A score within float32's rounding (1e-6) of the threshold counts as reaching it.
+    """
+    if not -1 <= threshold <= 1:
+        raise UserError(f"a cosine of {threshold}", where="threshold", fix="give a number from −1 to 1, such as 0.95")
+    found: list[tuple[NDArray[np.int64], NDArray[np.int64], Rows]] = []
+    total, lowest = 0, np.float32(threshold - ROUNDING)
+    for left in blocks(len(X), block):
+        for right in blocks(len(X) - left.start, block):
+            scores = X[left] @ X[left.start + right.start : left.start + right.stop].T
+            flat = np.flatnonzero(scores >= lowest)
+            i, j = flat // scores.shape[1], flat % scores.shape[1] + right.start
+            keep = j > i  # both count from left.start: the diagonal and what lies below it goes
+            i, j = i[keep], j[keep]
+            total += len(i)
+            if total > limit:
+                fix = "raise the threshold: so many pairs are groups, not near-duplicates"
+                raise UserError(f"more than {limit:,} pairs reach {threshold}", where="threshold", fix=fix)
+            if len(i):
+                found.append((i + left.start, j + left.start, scores[i, j - right.start]))
+    if not found:
+        return []
+    i, j, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.lexsort((j, i, -score))
+    return list(zip(i[order].tolist(), j[order].tolist(), np.clip(score[order], -1, 1).tolist(), strict=True))
+
+
+# --- whitening ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """PCA-whitening, `x → (x - mean) @ matrix`: `mean` `(d,)`, `matrix` `(d, dim)`, both float32.
+
+    What comes out is not at unit length: `prepare` it. `shrinkage` is how far the covariance was drawn to a sphere.
+    """
+
+    mean: Rows
+    matrix: Rows
+    shrinkage: float
+
+    def __call__(self, X: Rows) -> Rows:
+        """`X` `(n, d)` whitened, `(n, dim)`."""
+        if X.ndim != 2 or X.shape[1] != len(self.mean):
+            raise UserError(
+                f"vectors of shape {X.shape}", where="whitening", fix=f"it was fitted on vectors of {len(self.mean)} numbers"
+            )
+        return np.ascontiguousarray((X - self.mean) @ self.matrix, dtype=np.float32)
+
+    def save(self, path: Path) -> None:
+        """Write it as safetensors, whole or not at all."""
+        from safetensors.numpy import save
+
+        arrays = {"mean": self.mean, "matrix": self.matrix, "shrinkage": np.array([self.shrinkage])}
+        files.write_bytes(path, save(arrays))
+
+    @classmethod
+    def load(cls, path: Path) -> Whitening:
+        """Read what `save` wrote; a missing or damaged file is a `UserError`."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            arrays = load(path.read_bytes())
+            made = cls(arrays["mean"], arrays["matrix"], float(arrays["shrinkage"][0]))
+        except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+            raise UserError(f"no whitening can be read ({error})", where=path, fix="fit it again") from error
+        right = made.matrix.ndim == 2 and made.mean.shape == made.matrix.shape[:1] and np.isfinite(made.matrix).all()
+        if not (right and made.mean.dtype == made.matrix.dtype == np.float32):
+            raise UserError(f"damaged: mean {made.mean.shape}, matrix {made.matrix.shape}", where=path, fix="fit it again")
+        return made
+
+
+def whiten(X: ArrayLike, dim: int, shrinkage: float | None = None) -> Whitening:
+    """Fit PCA-whitening to `dim` dimensions on `X` `(n, d)`.
+
+    The covariance is `(1 - s) S + s tr(S)/d I` before its eigenvectors are scaled: without s, the directions that few
+    samples say little about are blown up. `shrinkage` None takes the s of Ledoit & Wolf, "A well-conditioned estimator
+    for large-dimensional covariance matrices", 2004. Where n < d the n × n Gram matrix is decomposed instead. Raises
+    `UserError` where the sample has fewer than `dim` directions.
+    """
+    data = np.asarray(X, dtype=np.float64)
+    if data.ndim != 2 or len(data) < 2 or not np.isfinite(data).all():
+        raise UserError(f"whitening needs at least two finite vectors, not shape {data.shape}", where="whitening")
+    if shrinkage is not None and not 0 <= shrinkage <= 1:
+        raise UserError(f"shrinkage {shrinkage}", where="whitening", fix="give a number from 0 to 1")
+    n, d = data.shape
+    mean = data.mean(axis=0)
+    data = data - mean
+    few = n < d
+    small = (data @ data.T if few else data.T @ data) / n
+    values, vectors = np.linalg.eigh(small)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    directions = int(np.count_nonzero(values > values[0] * 1e-9)) if values[0] > 0 else 0
+    if not 1 <= dim <= directions:
+        fix = f"ask for 1 to {directions}, or fit on more images" if directions else "these vectors are all equal"
+        raise UserError(f"{dim} dimensions from {n} vectors that span {directions}", where="whitening", fix=fix)
+    s = _ledoit_wolf(data, values, d) if shrinkage is None else shrinkage
+    if few:
+        vectors = data.T @ vectors[:, :dim] / np.sqrt(n * values[:dim])
+    scale = np.sqrt((1 - s) * values[:dim] + s * values.sum() / d)
+    return Whitening(mean.astype(np.float32), (vectors[:, :dim] / scale).astype(np.float32), float(s))
+
+
+def _ledoit_wolf(centred: NDArray[np.float64], values: NDArray[np.float64], d: int) -> float:
+    """The shrinkage of Ledoit & Wolf (2004), from the eigenvalues of S: no d × d matrix a sample is formed."""
+    n = len(centred)
+    squares = float((values**2).sum())
+    distance = squares - float(values.sum()) ** 2 / d
+    noise = (float((np.einsum("ij,ij->i", centred, centred) ** 2).sum()) / n - squares) / n
+    return float(np.clip(noise / distance, 0, 1)) if distance > 0 else 1.0

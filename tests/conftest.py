@@ -1,0 +1,164 @@
+"""Guards around every test, and the networks and images that several test files share.
+
+No test writes outside its temporary folder or reaches beyond this machine: the cache and the home folder are temporary,
+and sockets to other machines are refused. A test that lets code try the network takes the fixture `no_network` and
+clears it; any other attempt fails the test.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is imported
+
+if TYPE_CHECKING:
+    from finetune.backbone import Backbone
+
+SHAPES = ("circle", "square", "triangle")
+
+
+# ----------------------------------------------------------------------------------------------------------- guards
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is slow to make and the same for every test: converted networks and their descriptions, by content."""
+    return tmp_path_factory.mktemp("shared-cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What fixtures of the session write goes to a temporary cache and home folder, too."""
+    base = tmp_path_factory.mktemp("session")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGRAFT_CACHE", str(base / "cache"))
+        patch.setenv("HOME", str(base))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache and a home folder for this test alone (but for the parts of the cache that are shared)."""
+    base = tmp_path_factory.mktemp("own")
+    for name in ("home", "cache"):
+        (base / name).mkdir()
+    for part in ("compiled", "networks"):
+        (shared_cache / part).mkdir(exist_ok=True)
+        (base / "cache" / part).symlink_to(shared_cache / part, target_is_directory=True)
+    monkeypatch.setenv("REGRAFT_CACHE", str(base / "cache"))
+    monkeypatch.setenv("HOME", str(base / "home"))
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME", "TORCH_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def is_here(address: Any) -> bool:
+    """Whether a socket address, or a host name, stays on this machine."""
+    host = address[0] if isinstance(address, tuple) else address
+    if host is None or isinstance(host, bytes) or str(host) in ("", "localhost") or str(host).startswith("/"):
+        return True
+    try:
+        return ipaddress.ip_address(str(host).partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Refuse every way to another machine, and list who tried."""
+    attempts: list[str] = []
+
+    def guarded(original: Any, at: int) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            address = args[at] if len(args) > at else kwargs.get("address", kwargs.get("host"))
+            if not is_here(address):
+                attempts.append(str(address))
+                raise ConnectionRefusedError(f"a test tried the network: {address}")
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name), 2 if name == "sendto" else 1))
+    for name in ("create_connection", "getaddrinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, guarded(getattr(socket, name), 0))
+    yield attempts
+    assert [] == attempts, "the code under test tried to reach another machine"
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def draw(kind: str, rng: np.random.Generator, side: int = 64) -> Image.Image:
+    """One filled shape of a random colour, size and place on a plain ground."""
+    ground, colour = (tuple(int(c) for c in rng.integers(0, 256, 3)) for _ in range(2))
+    image = Image.new("RGB", (side, side), ground)
+    r = int(rng.integers(side // 6, side // 3))
+    x, y = (int(v) for v in rng.integers(r, side - r, 2))
+    canvas = ImageDraw.Draw(image)
+    if kind == "circle":
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+    elif kind == "square":
+        canvas.rectangle((x - r, y - r, x + r, y + r), fill=colour)
+    else:
+        canvas.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
+    return image
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder per class with 20 drawn PNGs each; the same pixels in every session. Do not write into it."""
+    root = tmp_path_factory.mktemp("shapes")
+    rng = np.random.default_rng(0)
+    for kind in SHAPES:
+        (root / kind).mkdir()
+        for i in range(20):
+            draw(kind, rng).save(root / kind / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 32 JPEGs of 500 × 375 pixels: crops of scikit-learn's two sample photographs."""
+    from sklearn.datasets import load_sample_images
+
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(32):
+        whole = Image.fromarray(load_sample_images().images[i % 2])
+        scale = rng.uniform(0.5, 1.0)
+        width, height = int(500 * scale), int(375 * scale)
+        x, y = int(rng.integers(0, whole.width - width + 1)), int(rng.integers(0, whole.height - height + 1))
+        crop = whole.crop((x, y, x + width, y + height)).resize((500, 375), Image.Resampling.BICUBIC)
+        crop.save(root / f"{i:02d}.jpg", quality=90)
+    return root
+
+
+# --------------------------------------------------------------------------------------------------------- networks
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Backbone:
+    """A small network with seeded random weights, for the tests that need none. Do not train it: `load` another."""
+    import torch
+
+    from finetune import backbone
+
+    torch.manual_seed(0)
+    return backbone.load("test_efficientnet", "random")
+
+
+@pytest.fixture(scope="session")
+def lite0() -> Backbone:
+    """EfficientNet-Lite0 with its real weights. Do not train it: `load` another."""
+    from finetune import backbone
+
+    return backbone.load("tf_efficientnet_lite0")

@@ -1,0 +1,195 @@
+"""The main job end to end, small: what it writes, what it ships, and what happens when it is cut short."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import finetune
+from finetune import classifier, files, images, job, run
+from finetune.errors import UserError
+
+TINY: dict[str, Any] = {"backbone": ["test_efficientnet"], "weights": "random", "engine": "torch", "precision": "float32"}
+
+
+@pytest.fixture
+def done(shapes: Path, tmp_path: Path) -> job.Outcome:
+    return job.fit(shapes, out=tmp_path / "run", strategy="svm", **TINY)
+
+
+def test_a_run_holds_everything_that_the_design_names(done: job.Outcome) -> None:
+    """Recipe, plan, metrics, predictions, weights, head, report, and run.json; no checkpoints stay."""
+    names = {path.name for path in done.path.iterdir()}
+
+    assert {
+        "recipe.yaml",
+        "plan.json",
+        "metrics.json",
+        "predictions.csv",
+        "model.safetensors",
+        "config.json",
+        "head.safetensors",
+        "report.html",
+        "run.json",
+    } <= names
+    assert "checkpoints" not in names
+
+
+def test_predict_reproduces_the_runs_predictions_bit_for_bit(done: job.Outcome, shapes: Path) -> None:
+    """The probabilities in predictions.csv are those that `load(run).predict` gives for the same files."""
+    written = run.read_predictions(done.path / "predictions.csv")
+    again = finetune.load(done.path).predict([shapes / path for path in written.paths])
+
+    assert np.array_equal(written.probabilities, again.probabilities.astype(np.float64))
+
+
+def test_the_other_engine_agrees_within_a_tolerance(done: job.Outcome, shapes: Path) -> None:
+    """A run made by torch in float32 predicts the same with OpenVINO in float32, to 1e-3 in probability."""
+    pytest.importorskip("openvino")
+    written = run.read_predictions(done.path / "predictions.csv")
+    again = finetune.load(done.path, engine_name="openvino").predict([shapes / path for path in written.paths])
+
+    assert float(np.abs(written.probabilities - again.probabilities).max()) < 1e-3
+
+
+def test_anyone_can_recompute_the_accuracy(done: job.Outcome) -> None:
+    """predictions.csv holds what metrics.json says."""
+    told = run.read_predictions(done.path / "predictions.csv")
+    best = [told.classes[i] for i in told.probabilities.argmax(1)]
+
+    assert done.metrics["test/top1"]["value"] == pytest.approx(np.mean([a == b for a, b in zip(best, told.labels, strict=True)]))
+    assert len(told.paths) == done.metrics["test/top1"]["n"]
+
+
+def test_random_weights_are_said_loudly(done: job.Outcome) -> None:
+    """The verdict and the report both say that the weights are random."""
+    assert "RANDOM" in done.verdict
+    assert "RANDOM" in (done.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_same_seed_gives_the_same_run(shapes: Path, tmp_path: Path, done: job.Outcome) -> None:
+    """A second run elsewhere has the same predictions, to the bit."""
+    again = job.fit(shapes, out=tmp_path / "again", strategy="svm", **TINY)
+
+    assert (done.path / "predictions.csv").read_bytes() == (again.path / "predictions.csv").read_bytes()
+
+
+def test_a_finished_run_is_returned_and_not_made_again(done: job.Outcome, shapes: Path) -> None:
+    """Asking again prints the verdict that stands there; run.json is not touched."""
+    before = (done.path / "run.json").stat().st_mtime_ns
+    again = job.fit(shapes, out=done.path, strategy="svm", **TINY)
+
+    assert done.verdict == again.verdict
+    assert before == (done.path / "run.json").stat().st_mtime_ns
+
+
+def test_other_settings_do_not_overwrite_a_run(done: job.Outcome, shapes: Path) -> None:
+    """The same folder with another seed is refused, naming --force."""
+    with pytest.raises(UserError, match="--force"):
+        job.fit(shapes, out=done.path, strategy="svm", seed=1, **TINY)
+
+
+def test_the_recipe_of_a_run_makes_the_run_again(done: job.Outcome, tmp_path: Path) -> None:
+    """recipe.yaml feeds back into fit and gives the same predictions."""
+    again = job.fit(source=done.path / "recipe.yaml", out=tmp_path / "from-recipe")
+
+    assert (done.path / "predictions.csv").read_bytes() == (again.path / "predictions.csv").read_bytes()
+
+
+def test_a_run_can_be_moved(done: job.Outcome, shapes: Path, tmp_path: Path) -> None:
+    """A run is self-contained: it predicts from another folder."""
+    moved = done.path.rename(tmp_path / "moved")
+    image = next((shapes).glob("*/*.png"))
+
+    assert 1 == len(finetune.load(moved).predict([image]).probabilities)
+
+
+def test_one_shot_is_fitted_with_the_default_and_says_so(shapes: Path, tmp_path: Path) -> None:
+    """--shots 1 leaves nothing to cross-validate: the policy's default is used, in words."""
+    said: list[str] = []
+    outcome = job.fit(shapes, out=tmp_path / "one", shots=1, strategy="svm", say=said.append, **TINY)
+
+    assert (outcome.path / "run.json").exists()
+    assert any("cross-valid" in line for line in said)
+
+
+def test_fine_tuning_writes_curves_and_a_comparison(shapes: Path, tmp_path: Path) -> None:
+    """With stages:1 the log holds the epochs, and plan.json the paired comparison on unseen images."""
+    outcome = job.fit(shapes, out=tmp_path / "tuned", strategy="stages:1", epochs=2, **TINY)
+    lines = [json.loads(line) for line in (outcome.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    plan = files.read_json(outcome.path / "plan.json")
+
+    assert any("train/loss" in line for line in lines)
+    assert {"difference", "standard_error", "p_value"} <= set(plan["choice"])
+    assert "stages:1" == plan["plan"]["strategy"]
+
+
+def test_a_fine_tuned_model_that_ships_opens_in_timm(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with one pooled, unnormalised head is in timm's own local layout, and scores the same there."""
+    import timm
+    import torch
+
+    from finetune import decode
+
+    monkeypatch.setattr(job, "_clearly_better", lambda pair: True)
+    outcome = job.fit(shapes, out=tmp_path / "tuned", strategy="full", epochs=2, assignments=("train.patience=0",), **TINY)
+    if outcome.shipped == "svm":
+        pytest.skip("no epoch beat the start on this machine")
+    model = timm.create_model(f"local-dir:{outcome.path}", pretrained=True).eval()
+    opened = classifier.load(outcome.path)
+    picture = next(shapes.glob("*/*.png"))
+    pre = opened.network.preprocess
+    pixels = torch.from_numpy(decode.to_input(picture.read_bytes(), pre)).permute(2, 0, 1)[None].float() / 255
+    with torch.inference_mode():
+        scores = model((pixels - torch.tensor(pre.mean).view(3, 1, 1)) / torch.tensor(pre.std).view(3, 1, 1))
+    ours = opened.predict(images.load_unlabelled([picture])).probabilities
+
+    assert np.allclose(classifier.softmax(scores.numpy(), opened.head.temperature), ours, atol=1e-4)
+
+
+def test_an_unfinished_run_is_refused_by_predict(done: job.Outcome) -> None:
+    """Without run.json there is no run to predict with."""
+    (done.path / "run.json").unlink()
+
+    with pytest.raises(UserError, match="run"):
+        finetune.load(done.path)
+
+
+def test_a_damaged_run_is_refused_by_name(done: job.Outcome) -> None:
+    """A changed byte in the head is found before anything is predicted."""
+    path = done.path / "head.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(UserError, match="head"):
+        finetune.load(done.path)
+
+
+@pytest.mark.parametrize("after", [1.0, 4.0, 7.0])
+@pytest.mark.slow
+def test_a_killed_fit_goes_on_and_ends_the_same(shapes: Path, tmp_path: Path, after: float) -> None:
+    """kill -9 in the middle, the same command again: the predictions equal those of an uninterrupted run."""
+    script = (
+        "import sys\nfrom finetune import job\n"
+        f"job.fit({str(shapes)!r}, out=sys.argv[1], strategy='stages:2', epochs=4, **{TINY!r})"
+    )
+    whole = subprocess.run([sys.executable, "-c", script, str(tmp_path / "whole")], check=False)
+    victim = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "cut")])
+    try:
+        victim.wait(timeout=after)
+    except subprocess.TimeoutExpired:
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.wait()
+    again = subprocess.run([sys.executable, "-c", script, str(tmp_path / "cut")], check=False)
+
+    assert (0, 0) == (whole.returncode, again.returncode)
+    assert (tmp_path / "whole" / "predictions.csv").read_bytes() == (tmp_path / "cut" / "predictions.csv").read_bytes()

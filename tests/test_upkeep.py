@@ -1,0 +1,524 @@
+"""Making and changing galleries: identity by content, work for what is new alone, one commit, merging."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import galleries
+import numpy as np
+import pytest
+from galleries import ENCODER, Asked, vector_of, words, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from finetune.errors import UserError
+from retrieval import changes, merge, segments, upkeep, writer
+from retrieval.changes import Change
+from retrieval.gallery import Gallery
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    return galleries.install(monkeypatch.setattr)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four files of three contents, two of them of one base name."""
+    return write(tmp_path / "photos", {"a/1.png": "one", "b/1.png": "two", "c.png": "three", "copy.png": "one"})
+
+
+@pytest.fixture
+def index(photos: Path, tmp_path: Path) -> Path:
+    upkeep.build([photos], tmp_path / "photos.index", ENCODER)
+    return tmp_path / "photos.index"
+
+
+def counts(change: Change) -> dict[str, int]:
+    """The counts that are not zero, `images` aside."""
+    names = ("added", "changed", "moved", "removed", "unchanged", "encoded")
+    return {name: getattr(change, name) for name in names if getattr(change, name)}
+
+
+def held(index: Path) -> dict[str, int]:
+    """Path → id."""
+    with Gallery(index) as gallery:
+        return dict(gallery.now.db.execute("select path, image from path").fetchall())
+
+
+def contents(index: Path) -> list[tuple[tuple[str, ...], list[float]]]:
+    """What a gallery holds, ids aside: the paths of every image and its vector."""
+    with Gallery(index) as gallery:
+        gallery.now.verify()
+        positions, ids = gallery.now.everything()
+        paths = gallery.now.paths(ids.tolist())
+        vectors = gallery.now.vectors(positions).round(5).tolist()
+        return sorted((paths[number], vector) for number, vector in zip(ids.tolist(), vectors, strict=True))
+
+
+def refusal(call: object, *args: object, **how: object) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args, **how)  # type: ignore[operator]
+    return str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------------- build
+
+
+def test_one_content_is_one_image_with_its_paths(index: Path) -> None:
+    """The same bytes twice are one vector with two paths; equal base names in two folders are two images."""
+    expected = [(("a/1.png", "copy.png"), "one"), (("b/1.png",), "two"), (("c.png",), "three")]
+    assert [paths for paths, _ in expected] == [paths for paths, _ in contents(index)]
+    for (_, word), (_, vector) in zip(expected, contents(index), strict=True):
+        np.testing.assert_allclose(vector_of(word), vector, atol=1e-5)
+
+
+def test_each_content_is_looked_at_once(asked: Asked, index: Path) -> None:
+    """The network sees a content once, however many files hold it."""
+    assert ["one", "three", "two"] == sorted(asked.contents)
+    assert index.exists()
+
+
+def test_the_manifest_says_what_made_it(index: Path) -> None:
+    """The manifest, and its copy as a file, name network, weights, preprocessing, tap, pooling, normalisation, versions."""
+    with Gallery(index) as gallery:
+        manifest = gallery.manifest
+    vector = {"backbone", "weights", "preprocess", "taps", "pooling", "normalisation", "engine", "precision", "whitening"}
+    assert vector <= set(manifest["vector"])
+    assert ("tiny", ["pooled"], "l2") == tuple(manifest["vector"][key] for key in ("backbone", "taps", "normalisation"))
+    assert "numpy" in manifest["versions"]
+    assert (index / "manifest.json").exists()
+
+
+def test_an_index_is_not_overwritten_unasked(index: Path, photos: Path) -> None:
+    """A second build at the same place needs `force`; then it replaces the first, and contents keep their ids."""
+    assert "--force" in refusal(upkeep.build, [photos], index, ENCODER)
+    before = held(index)
+    (photos / "c.png").unlink()
+    upkeep.build([photos], index, ENCODER, force=True)
+    assert {path: number for path, number in before.items() if path != "c.png"} == held(index)
+    assert ["2.f32"] == [path.name for path in (index / "segments").iterdir()]
+
+
+def test_a_failed_rebuild_leaves_the_index(index: Path, photos: Path) -> None:
+    """`force` replaces in one moment: when the new build fails, the old index still answers."""
+    write(photos, {"new.png": "broken"})
+    assert "new.png" in refusal(upkeep.build, [photos], index, ENCODER, force=True)
+    assert 3 == len(contents(index))
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    """A build of nothing says so and leaves nothing behind."""
+    (tmp_path / "nothing").mkdir()
+    assert "no images" in refusal(upkeep.build, [tmp_path / "nothing"], tmp_path / "x.index", ENCODER)
+    assert not (tmp_path / "x.index").exists()
+
+
+def test_an_index_inside_its_folder_is_not_scanned(photos: Path) -> None:
+    """Pictures inside the index, such as thumbnails, are no part of it."""
+    index = photos / "photos.index"
+    upkeep.build([photos], index, ENCODER)
+    write(index, {"thumbnails/1.png": "thumb"})
+    assert {"unchanged": 4} == counts(upkeep.sync(index))
+
+
+def test_several_folders_and_files(tmp_path: Path) -> None:
+    """Folders and files given together have their common folder as root, and only the given folders are scanned later."""
+    write(tmp_path, {"x/1.png": "one", "y/2.png": "two", "z/3.png": "three", "z/4.png": "four"})
+    index = tmp_path / "all.index"
+    upkeep.build([tmp_path / "x", tmp_path / "y", tmp_path / "z" / "3.png"], index, ENCODER)
+    assert ["x/1.png", "y/2.png", "z/3.png"] == sorted(held(index))
+    write(tmp_path, {"x/new.png": "five"})
+    assert {"added": 1, "unchanged": 3, "encoded": 1} == counts(upkeep.sync(index))
+
+
+# ---------------------------------------------------------------------------------------------------------------- sync
+
+
+def test_a_renamed_file_keeps_its_id(asked: Asked, index: Path, photos: Path) -> None:
+    """A moved or renamed file is found by its content: same id, no work for the network."""
+    number = held(index)["c.png"]
+    asked.contents.clear()
+    (photos / "d").mkdir()
+    (photos / "c.png").rename(photos / "d" / "renamed.png")
+    assert {"moved": 1, "unchanged": 3} == counts(upkeep.sync(index))
+    assert (number, []) == (held(index)["d/renamed.png"], asked.contents)
+    assert "c.png" not in held(index)
+
+
+def test_changed_content_is_another_image(index: Path, photos: Path) -> None:
+    """New content under an old path gets a new id, and the old one goes when no path is left."""
+    before = held(index)
+    write(photos, {"c.png": "changed!"})
+    assert {"changed": 1, "unchanged": 3, "encoded": 1} == counts(upkeep.sync(index))
+    after = held(index)
+    assert after["c.png"] not in before.values()
+    with Gallery(index) as gallery:
+        assert (3, ()) == (len(gallery), gallery.paths(before["c.png"]))
+
+
+def test_two_files_change_places(asked: Asked, index: Path, photos: Path) -> None:
+    """Two files that swap their names swap their ids; nothing is encoded."""
+    before = held(index)
+    asked.contents.clear()
+    (photos / "c.png").rename(photos / "x")
+    (photos / "b" / "1.png").rename(photos / "c.png")
+    (photos / "x").rename(photos / "b" / "1.png")
+    assert {"changed": 2, "unchanged": 2} == counts(upkeep.sync(index))
+    after = held(index)
+    assert (before["c.png"], before["b/1.png"], []) == (after["b/1.png"], after["c.png"], asked.contents)
+
+
+def test_a_path_of_two_goes(index: Path, photos: Path) -> None:
+    """An image with two paths stays while one of them is left."""
+    number = held(index)["copy.png"]
+    (photos / "a" / "1.png").unlink()
+    assert {"removed": 1, "unchanged": 3} == counts(upkeep.sync(index))
+    assert number == held(index)["copy.png"]
+
+
+def test_an_image_that_comes_back_keeps_its_id(asked: Asked, index: Path, photos: Path) -> None:
+    """What was removed and comes back before its segment was merged is the same image, without the network."""
+    number = held(index)["c.png"]
+    write(photos, words(5))
+    upkeep.sync(index)
+    (photos / "c.png").unlink()
+    assert 7 == upkeep.sync(index).images
+    asked.contents.clear()
+    write(photos, {"back.png": "three"})
+    assert {"added": 1, "unchanged": 8} == counts(upkeep.sync(index))
+    assert (number, []) == (held(index)["back.png"], asked.contents)
+
+
+def test_only_files_that_differ_are_read(index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files whose size and time are as before are not read; a touched one is read and stays what it is."""
+    for path in photos.rglob("*.png"):
+        os.utime(path, (1e9, 1e9))
+    upkeep.sync(index)
+    read: list[str] = []
+    digests = changes.features.digests
+    monkeypatch.setattr(changes.features, "digests", lambda source, store: read.extend(source.paths) or digests(source, store))
+    assert {"unchanged": 4} == counts(upkeep.sync(index))
+    assert [] == read
+    os.utime(photos / "c.png", (2e9, 1.1e9))
+    assert {"unchanged": 4} == counts(upkeep.sync(index))
+    assert ["c.png"] == read
+
+
+def test_a_change_within_the_clock_s_grain_is_seen(index: Path, photos: Path) -> None:
+    """A file that was just written is read again, since its size and time may hide another change."""
+    info = (photos / "c.png").stat()
+    write(photos, {"c.png": "THREE"})
+    os.utime(photos / "c.png", ns=(info.st_atime_ns, info.st_mtime_ns))
+    assert {"changed": 1, "unchanged": 3, "encoded": 1} == counts(upkeep.sync(index))
+
+
+def test_a_folder_that_is_not_mounted_empties_nothing(index: Path, photos: Path) -> None:
+    """A missing folder, and one without any image, are errors and not removals; `allow_empty` says that it is right."""
+    photos.rename(photos.with_name("away"))
+    assert "not there" in refusal(upkeep.sync, index)
+    photos.mkdir()
+    assert "all 4 would be removed" in refusal(upkeep.sync, index)
+    assert 4 == len(held(index))
+    assert {"removed": 4} == counts(upkeep.sync(index, allow_empty=True))
+    with Gallery(index) as gallery:
+        assert (0, [()]) == (len(gallery), gallery.search(vector_of("one")[None]))
+
+
+def test_a_moved_folder_is_told(index: Path, photos: Path) -> None:
+    """`root` says where the folder is now; from then on the gallery knows."""
+    photos.rename(photos.with_name("away"))
+    assert {"unchanged": 4} == counts(upkeep.sync(index, root=photos.with_name("away")))
+    assert {"unchanged": 4} == counts(upkeep.sync(index))
+
+
+def test_index_and_folder_move_together(index: Path, photos: Path, tmp_path: Path) -> None:
+    """A gallery that is moved together with its images finds them beside it; moved alone, where they were."""
+    (tmp_path / "new").mkdir()
+    shutil.copytree(photos, tmp_path / "new" / "photos")
+    shutil.move(index, tmp_path / "new" / "photos.index")
+    with Gallery(tmp_path / "new" / "photos.index") as gallery:
+        assert tmp_path / "new" / "photos" == gallery.root
+    shutil.rmtree(tmp_path / "new" / "photos")
+    with Gallery(tmp_path / "new" / "photos.index") as gallery:
+        assert photos == gallery.root
+
+
+# ------------------------------------------------------------------------------------------------------- add and remove
+
+
+def test_add_costs_what_is_new(asked: Asked, index: Path, tmp_path: Path) -> None:
+    """Files and folders elsewhere are added by their way from the root; known contents cost nothing."""
+    more = write(tmp_path / "more", {"new.png": "four", "known.png": "one"})
+    asked.contents.clear()
+    assert {"added": 2, "encoded": 1} == counts(upkeep.add(index, [more]))
+    assert ["four"] == asked.contents
+    assert {"../more/new.png", "../more/known.png"} <= set(held(index))
+    assert held(index)["copy.png"] == held(index)["../more/known.png"]
+    assert {"unchanged": 2} == counts(upkeep.add(index, [more]))
+
+
+def test_sync_scans_added_folders_and_keeps_added_files(index: Path, tmp_path: Path) -> None:
+    """After `add`, sync knows the new folder, and a single file outside of all folders as long as it exists."""
+    write(tmp_path, {"more/1.png": "four", "single/2.png": "five", "single/3.png": "six"})
+    upkeep.add(index, [tmp_path / "more", tmp_path / "single" / "2.png"])
+    write(tmp_path, {"more/4.png": "seven"})
+    assert {"added": 1, "unchanged": 6, "encoded": 1} == counts(upkeep.sync(index))
+    (tmp_path / "single" / "2.png").unlink()
+    assert {"removed": 1, "unchanged": 6} == counts(upkeep.sync(index))
+
+
+def test_remove_by_path_file_and_folder(index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths as answers show them, files as the shell gives them, and folders; what is not there is an error."""
+    assert "not in the gallery" in refusal(upkeep.remove, index, ["nothing.png"])
+    assert {"removed": 1} == counts(upkeep.remove(index, ["c.png"]))
+    monkeypatch.chdir(photos / "b")
+    assert {"removed": 1} == counts(upkeep.remove(index, ["1.png"]))
+    assert {"removed": 1} == counts(upkeep.remove(index, ["../a/"]))
+    assert ["copy.png"] == list(held(index))
+    assert (photos / "c.png").exists()
+
+
+def test_remove_is_all_or_nothing(index: Path) -> None:
+    """One unknown path among several: nothing is removed."""
+    refusal(upkeep.remove, index, ["c.png", "nothing.png"])
+    assert 4 == len(held(index))
+
+
+def test_a_dot_is_the_working_folder(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.` means where the user stands, not the root of the gallery."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "not in the gallery" in refusal(upkeep.remove, index, ["."])
+
+
+def test_a_removed_folder_is_no_longer_scanned(index: Path, tmp_path: Path) -> None:
+    """Removing an added folder forgets it, also when its files are gone already."""
+    more = write(tmp_path / "more [x]", {"new.png": "four"})
+    upkeep.add(index, [more])
+    shutil.rmtree(more)
+    assert "not there" in refusal(upkeep.sync, index)
+    assert {"removed": 1} == counts(upkeep.remove(index, [more]))
+    assert {"unchanged": 4} == counts(upkeep.sync(index))
+
+
+def test_removed_files_come_back_with_sync(index: Path) -> None:
+    """`sync` makes the gallery equal to its folders, removed files included."""
+    upkeep.remove(index, ["a/1.png"])
+    assert {"added": 1, "unchanged": 3} == counts(upkeep.sync(index))
+
+
+# -------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_unreadable_files_stop_or_are_named(index: Path, photos: Path) -> None:
+    """By default an unreadable file stops the command and nothing changes; with skip it is listed, and the rest goes on."""
+    write(photos, {"bad.png": "broken", "new.png": "four"})
+    assert "bad.png" in refusal(upkeep.sync, index)
+    assert 4 == len(held(index))
+    change = upkeep.sync(index, on_bad="skip")
+    assert ({"added": 1, "unchanged": 4, "encoded": 1}, ["bad.png"]) == (counts(change), [fault.path for fault in change.faults])
+    assert "bad.png" not in held(index)
+
+
+def test_a_skipped_file_is_not_decoded_again(asked: Asked, index: Path, photos: Path) -> None:
+    """An unreadable file that has not changed is listed again without work; when it is mended, it comes in."""
+    write(photos, {"bad.png": "broken"})
+    os.utime(photos / "bad.png", (1e9, 1e9))
+    upkeep.sync(index, on_bad="skip")
+    asked.contents.clear()
+    assert ["bad.png"] == [fault.path for fault in upkeep.sync(index, on_bad="skip").faults]
+    assert [] == asked.contents
+    write(photos, {"bad.png": "mended"})
+    change = upkeep.sync(index, on_bad="skip")
+    assert ({"added": 1, "unchanged": 4, "encoded": 1}, ()) == (counts(change), change.faults)
+
+
+def test_a_file_that_breaks_leaves_the_gallery(index: Path, photos: Path) -> None:
+    """A known path whose new content cannot be read is no longer in the gallery under its old content."""
+    write(photos, {"c.png": "broken"})
+    change = upkeep.sync(index, on_bad="skip")
+    assert ({"removed": 1, "unchanged": 3}, ["c.png"]) == (counts(change), [fault.path for fault in change.faults])
+    assert "c.png" not in held(index)
+
+
+def test_features_of_zeros_are_refused_by_name(index: Path, photos: Path) -> None:
+    """An image whose features are all zero has no direction: it is a fault like any other."""
+    write(photos, {"black.png": "zero"})
+    assert "black.png" in refusal(upkeep.sync, index)
+    assert ["black.png"] == [fault.path for fault in upkeep.sync(index, on_bad="skip").faults]
+
+
+def test_a_dangling_link_is_named(index: Path, photos: Path) -> None:
+    """A link to nothing is an unreadable file, and no crash."""
+    (photos / "link.png").symlink_to("nowhere.png")
+    assert "link.png" in refusal(upkeep.sync, index)
+    assert ["link.png"] == [fault.path for fault in upkeep.sync(index, on_bad="skip").faults]
+
+
+# -------------------------------------------------------------------------------------------------------------- merging
+
+
+def test_many_small_additions_are_merged(index: Path, photos: Path) -> None:
+    """More than `MOST_SEGMENTS` segments are merged; nothing else changes."""
+    for name, word in words(merge.MOST_SEGMENTS).items():
+        write(photos, {name: word})
+        before = len(list((index / "segments").iterdir()))
+        upkeep.sync(index)
+    assert merge.MOST_SEGMENTS == before
+    assert 1 == len(list((index / "segments").iterdir()))
+    fresh = index.with_name("fresh.index")
+    upkeep.build([photos], fresh, ENCODER)
+    assert contents(fresh) == contents(index)
+
+
+def test_merging_leaves_large_segments(index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment much larger than the small ones together is not copied for their sake."""
+    monkeypatch.setattr(merge, "MOST_SEGMENTS", 3)
+    write(photos, words(60))
+    upkeep.sync(index)
+    for i in range(3):
+        write(photos, words(1, start=100 + i))
+        upkeep.sync(index)
+    with Gallery(index) as gallery:
+        assert 60 in [len(table) for table in gallery.now.tables]
+        assert 66 == len(gallery)
+
+
+def test_dead_rows_are_dropped(photos: Path, tmp_path: Path) -> None:
+    """When a fifth of the rows is dead, they are dropped; below that they stay."""
+    write(photos, words(17))
+    index = tmp_path / "photos.index"
+    upkeep.build([photos], index, ENCODER)
+    upkeep.remove(index, [f"{i:04d}.png" for i in range(4)])
+    with Gallery(index) as gallery:
+        assert (20, 16) == (len(gallery.now.dead), len(gallery))
+    ids = held(index)
+    upkeep.remove(index, ["0004.png"])
+    with Gallery(index) as gallery:
+        assert (15, 15) == (len(gallery.now.dead), len(gallery))
+    assert {path: number for path, number in ids.items() if path != "0004.png"} == held(index)
+
+
+def test_compact_by_hand(index: Path, photos: Path) -> None:
+    """`compact` leaves one segment without dead rows, the same ids and the same vectors."""
+    write(photos, words(3))
+    upkeep.sync(index)
+    upkeep.remove(index, ["0001.png"])
+    before, ids = contents(index), held(index)
+    assert 5 == upkeep.compact(index).images
+    assert (before, ids) == (contents(index), held(index))
+    with Gallery(index) as gallery:
+        assert (1, 5) == (len(gallery.now.tables), len(gallery.now.dead))
+    generation = segments_generation(index)
+    upkeep.compact(index)
+    assert generation == segments_generation(index)
+
+
+def segments_generation(index: Path) -> int:
+    with contextlib.closing(segments.read(index)) as now:
+        return now.generation
+
+
+def test_everything_removed_and_compacted(index: Path, photos: Path) -> None:
+    """A gallery without images has no segment, and can be filled again with new ids."""
+    last = max(held(index).values())
+    upkeep.remove(index, [photos])
+    upkeep.compact(index)
+    assert [] == list((index / "segments").iterdir())
+    assert {} == counts(upkeep.sync(index))
+    assert {"added": 4, "encoded": 3} == counts(upkeep.add(index, [photos]))
+    assert last < min(held(index).values())
+
+
+def test_a_damaged_segment_is_not_merged(index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A merge reads every byte that it copies, so that damage never gets a new digest."""
+    monkeypatch.setattr(segments, "VERIFIED_BYTES", 0)
+    write(photos, words(1))
+    upkeep.sync(index)
+    path = index / "segments" / "1.f32"
+    path.write_bytes(b"\x01" + path.read_bytes()[1:])
+    assert str(path) in refusal(upkeep.compact, index)
+
+
+def test_a_failed_merge_is_a_note(index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The change is safe before the merge begins: when that fails, the command has not failed."""
+
+    def full(*_: object) -> None:
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(merge, "_merge", full)
+    change = upkeep.remove(index, ["c.png"])
+    assert ({"removed": 1}, 1) == (counts(change), len(change.notes))
+    assert "c.png" not in held(index)
+    assert photos.exists()
+
+
+# --------------------------------------------------------------------------------------------------- a history or a build
+
+NAMES = ("a.png", "b.png", "d/a.png", "d/b.png", "../more/a.png")
+STEPS = st.one_of(
+    st.tuples(st.just("write"), st.sampled_from(NAMES), st.sampled_from(("one", "two", "three", "four"))),
+    st.tuples(st.just("delete"), st.sampled_from(NAMES), st.just("")),
+    st.tuples(st.just("rename"), st.sampled_from(NAMES), st.sampled_from(NAMES)),
+    st.tuples(st.just("add"), st.sampled_from(NAMES), st.just("")),
+    st.tuples(st.just("remove"), st.sampled_from(NAMES), st.just("")),
+    st.tuples(st.just("sync"), st.just(""), st.just("")),
+    st.tuples(st.just("compact"), st.just(""), st.just("")),
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(steps=st.lists(STEPS, max_size=10))
+def test_any_history_equals_a_fresh_build(tmp_path: Path, steps: list[tuple[str, str, str]]) -> None:
+    """After any sequence of changes, a sync leaves what a build from nothing would: the same paths and vectors."""
+    base = tmp_path / "history"
+    shutil.rmtree(base, ignore_errors=True)
+    photos = write(base / "photos", {"always.png": "always"})
+    write(base / "more", {"always.png": "more"})
+    index = base / "x.index"
+    upkeep.build([photos], index, ENCODER)
+    upkeep.add(index, [base / "more"])
+    for step, name, other in steps:
+        _take(step, photos, index, name, other)
+    upkeep.sync(index)
+    upkeep.build([photos], base / "fresh.index", ENCODER)
+    upkeep.add(base / "fresh.index", [base / "more"])
+    assert contents(base / "fresh.index") == contents(index)
+
+
+def _take(step: str, photos: Path, index: Path, name: str, other: str) -> None:
+    path = Path(os.path.normpath(photos / name))
+    if step == "write":
+        write(photos, {name: other})
+    elif step == "delete":
+        path.unlink(missing_ok=True)
+    elif step == "rename" and path.exists():
+        target = Path(os.path.normpath(photos / other))
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    elif step == "add" and path.exists():
+        upkeep.add(index, [path])
+        assert name in held(index)
+    elif step == "remove" and name in held(index):
+        upkeep.remove(index, [name])
+        assert name not in held(index)
+    elif step == "sync":
+        upkeep.sync(index)
+        assert {"always.png", "../more/always.png"} <= set(held(index))
+    elif step == "compact":
+        upkeep.compact(index)
+
+
+def test_writers_wait_for_nobody(index: Path, photos: Path) -> None:
+    """While one process writes, every other change is refused at once, and queries go on."""
+    with writer.writing(index):
+        for call in (upkeep.sync, upkeep.compact):
+            assert "another process" in refusal(call, index)
+        assert "another process" in refusal(upkeep.add, index, [photos])
+        assert "another process" in refusal(upkeep.build, [photos], index, ENCODER, force=True)
+        with Gallery(index) as gallery:
+            assert 1 == len(gallery.search(vector_of("two")[None], 1)[0])
