@@ -465,11 +465,14 @@ def freeze(backbone: Backbone, trainable: Iterable[str], *, norm_moves: bool = F
 
 
 def _still_modules(backbone: Backbone, trainable: set[str], norm_moves: bool) -> list[nn.Module]:
-    """Modules that stay in eval mode: those of frozen stages by position, and BatchNorm unless it may move."""
+    """Modules that stay in eval mode: those of frozen stages by position, and BatchNorm unless it may move.
+
+    The network itself goes with its last stage: what it does on its own (timm's dropout before the classifier) is there.
+    """
     _, stage_of = _by_position(backbone.module)
     still = []
     for path, part in backbone.module.named_modules():
-        frozen = path != "" and stage_of(path) not in trainable
+        frozen = (stage_of(path) if path else backbone.stages[-1].name) not in trainable
         if frozen or (isinstance(part, BATCH_NORMS) and not norm_moves):
             still.append(part)
     return still

@@ -10,7 +10,7 @@ import functools
 import importlib.metadata
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from finetune import files, weights
@@ -48,6 +48,21 @@ def open_named(name: str = DEFAULT, source: str = "auto", size: int | None = Non
     if path is not None:
         files.write_json(path, network.to_json())
     return Named(network, load)
+
+
+FRAMES = ("crop", "whole")
+
+
+def framed(network: Network, frame: str) -> Network:
+    """The same network looking at images in another frame.
+
+    `crop` is the evaluation transform of the weights: the short side resized, the centre cut out. `whole` resizes both
+    sides to the input size instead: nothing at the borders is lost, but the aspect ratio is.
+    """
+    if frame == "crop":
+        return network
+    pre = network.preprocess
+    return replace(network, preprocess=replace(pre, resize=pre.size, squash=True))
 
 
 def _key(name: str, source: str, size: int | None) -> str | None:

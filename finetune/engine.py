@@ -184,24 +184,25 @@ def _padded(pixels: Pixels) -> Pixels:
 # --------------------------------------------------------------------------------------------------------- OpenVINO
 
 
-@functools.cache
-def _core() -> Any:
-    # OpenVINO's converter sends telemetry and writes into the home folder unless that module cannot be imported.
+def _openvino() -> Any:
+    """The module openvino, and the one place that imports it."""
+    # It sends telemetry and writes into the home folder unless this module cannot be imported when it is first.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
-    return openvino.Core()
+    return openvino
+
+
+@functools.cache
+def _core() -> Any:
+    return _openvino().Core()
 
 
 def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone], precision: str) -> Runner:
-    import openvino
-
     model = _converted(network, taps, load)
-    by_name = {name: output.get_node() for output in model.outputs for name in output.get_names()}
-    names = [str(tap) for tap in taps]
-    wanted = {by_name[name].get_friendly_name(): by_name[name] for name in names}  # two taps may be one output
-    if len(wanted) < len(model.outputs):
-        model = openvino.Model(list(wanted.values()), model.get_parameters(), "cut")
+    results = {name: output.get_node() for output in model.outputs for name in output.get_names()}
+    wanted = {results[str(tap)].get_friendly_name(): results[str(tap)] for tap in taps}  # two taps may be one output
+    model = _openvino().Model(list(wanted.values()), model.get_parameters(), "cut")
     if precision == "bf16":
         _round_weights(model)
     options = {
@@ -211,7 +212,7 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
     }
     compiled = _core().compile_model(model, "CPU", options)
     requests = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
-    order = [compiled.output(name) for name in names]
+    order = [compiled.output(list(wanted).index(results[str(tap)].get_friendly_name())) for tap in taps]
 
     def stream(batches: Iterable[Pixels]) -> Iterator[Blocks]:
         free = [compiled.create_infer_request() for _ in range(requests)]
@@ -220,8 +221,7 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
             if not free:
                 yield finish(running, free)
             request = free.pop()
-            # The request keeps the tensor; the array behind it must live as long (shared memory).
-            request.start_async({0: _padded(pixels)}, share_inputs=False)
+            request.start_async({0: _padded(pixels)}, share_inputs=False)  # a copy: the array need not outlive the call
             running.append((request, len(pixels)))
         while running:
             yield finish(running, free)
@@ -236,13 +236,11 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
 
 
 def _round_weights(model: Any) -> None:
-    import openvino
-
     for node in model.get_ops():
         if node.get_type_name() in ("Convolution", "GroupConvolution"):
             weight = node.input_value(1).get_node()
             if weight.get_type_name() == "Constant" and tuple(weight.shape)[-2:] != (1, 1):
-                rounded = openvino.op.Constant(round_kernels(weight.data))
+                rounded = _openvino().op.Constant(round_kernels(weight.data))
                 node.input(1).replace_source_output(rounded.output(0))
 
 
@@ -253,11 +251,10 @@ def standard(network: Network) -> tuple[Tap, ...]:
 
 def _converted(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone]) -> Any:
     """The OpenVINO model with at least `taps` as outputs, named by them: from the cache, else converted now."""
-    import openvino
-
     every = standard(network)
     wanted = every if set(taps) <= set(every) else tuple(dict.fromkeys(taps))
-    made_of = [FORMAT, openvino.__version__, BATCH, network.name, network.digest, network.to_json()["preprocess"]]
+    pre = network.preprocess  # how an image is cut to its input is no part of the graph
+    made_of = [FORMAT, _openvino().__version__, BATCH, network.name, network.digest, pre.size, pre.mean, pre.std]
     key = files.digest_json([*made_of, [str(tap) for tap in wanted]])
     folder = files.cache_dir("compiled")
     path = folder / f"{network.name}-{key[:24]}.xml"
@@ -278,19 +275,19 @@ _converting = threading.Lock()
 
 def _convert(backbone: Backbone, taps: tuple[Tap, ...], path: Path) -> None:
     """Convert the reader of `taps` to OpenVINO's format; the .xml is renamed last, so its existence means both are there."""
-    _core()
-    import openvino
     import torch
 
     from finetune.backbone import Reader
 
+    openvino = _openvino()
     side = backbone.network.preprocess.size
     reader = Reader(backbone, taps).eval()
     example = torch.zeros(BATCH, side, side, 3, dtype=torch.uint8)
     shape = [(openvino.PartialShape([BATCH, side, side, 3]), openvino.Type.u8)]
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of every shape that it fixes: fixed shapes are what we want
-        model = openvino.convert_model(reader, example_input=example, input=shape)
+        # Traced here: convert_model would trace twice more, to check that the network gives the same each time.
+        model = openvino.convert_model(torch.jit.trace(reader, example, check_trace=False), input=shape)
     for output in model.outputs:
         output.get_tensor().set_names(set())
     for tap, output in zip(taps, model.outputs, strict=True):

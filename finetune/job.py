@@ -14,7 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune import classifier, features, files, folders, images, look, metrics, page, recipe, report, run, splits, svm, weights
+from finetune import (
+    catalog,
+    classifier,
+    features,
+    files,
+    folders,
+    images,
+    look,
+    metrics,
+    page,
+    recipe,
+    report,
+    run,
+    splits,
+    svm,
+    weights,
+)
 from finetune.classifier import AnyHead, Classifier, Head, Predictions
 from finetune.errors import UserError
 from finetune.look import Bar, Floats, Ints, Look, Say, clock, no_bar, quiet
@@ -195,7 +211,7 @@ def _fit(settings: Recipe, store: Store, force: bool, say: Say, bar: Bar) -> Out
     with folder:
         folder.write_text("recipe.yaml", recipe.dump(settings))
         seen = look.take(settings, pictures, ids, store, say, bar)
-        baseline = _baseline(seen, say, bar)
+        baseline = _baseline(seen, say)
         tuned = _tune(seen, baseline, folder, say, bar)
         pair = _compare(seen, baseline, tuned, say)
         winner = tuned if pair is not None and _clearly_better(pair) and tuned is not None and tuned.result.best_epoch else None
@@ -216,14 +232,14 @@ def _job_digest(settings: Recipe, pictures: images.ImageSet, ids: tuple[str, ...
     return files.digest(recipe.digest(settings.model_copy(update={"out": None})), *pictures.classes, *rows)
 
 
-def _baseline(seen: Look, say: Say, bar: Bar) -> SvmResult:
+def _baseline(seen: Look, say: Say) -> SvmResult:
     """The SVM, chosen and fitted inside the training part."""
     train, about = seen.part("train"), seen.recipe.svm
     kernels = ("linear", "logistic", "rbf", "knn") if about.kernels == "auto" else tuple(about.kernels)
     blocks = seen.blocks(train)
     if seen.plan.strategy == "probe":
         kernels, blocks = ("logistic",), {tap: block for tap, block in blocks.items() if tap == Tap("pooled")}
-    with clock(seen.seconds, "svm"), bar("svm") as progress:
+    with clock(seen.seconds, "svm"):
         result = svm.choose(
             blocks,
             seen.images.labels[train],
@@ -232,10 +248,9 @@ def _baseline(seen: Look, say: Say, bar: Bar) -> SvmResult:
             folds=about.folds,
             seed=seen.recipe.data.seed,
             kernels=kernels,
-            default_taps=(Tap("pooled"),),
+            default_taps=tuple(tap for tap in seen.default_taps if tap in blocks),
             grid=None if about.C == "auto" else tuple(about.C),
-            class_weight=seen.recipe.train.class_weight,
-            progress=progress,
+            class_weight=None if seen.recipe.train.class_weight == "none" else seen.recipe.train.class_weight,
         )
     best = result.candidates[0] if result.candidates else None
     words = f"{' + '.join(map(str, result.head.taps))}, {result.head.kind}"
@@ -277,6 +292,9 @@ def _train(
         training = dataclasses.replace(training, epochs=epochs)
     weights = "random" if seen.plan.strategy == "scratch" else about.weights
     own = backbone.load(seen.named.network.name, weights, training.input_size)
+    own = dataclasses.replace(
+        own, network=catalog.framed(own.network, "whole" if seen.named.network.preprocess.squash else "crop")
+    )
     result = train.fit(
         own,
         seen.images,

@@ -27,6 +27,7 @@ from finetune.similarity import Similarity
 from finetune.store import Store
 
 BYTES_OF_FEATURES = 4e9  # more than this for all taps together: a subset chooses the taps first
+FRAME_SAMPLE = 500  # training images that choose between the centre crop and the whole image
 SUBSET = 2000  # images that choose the taps of a large set
 
 Say = Callable[[str], None]
@@ -73,6 +74,11 @@ class Look:
         """The engine and the precision that read the features."""
         return engine.resolve(self.recipe.backbone.engine, self.recipe.backbone.precision)
 
+    @property
+    def default_taps(self) -> tuple[Tap, ...]:
+        """The taps of the policy where nothing can be cross-validated: earlier ones where the images are unlike photographs."""
+        return default_taps(self.named.network, self.similarity.word)
+
     def blocks(self, index: Ints) -> dict[Tap, Floats]:
         return {tap: np.asarray(block[index]) for tap, block in self.features.blocks.items()}
 
@@ -112,6 +118,9 @@ def take(
     """Extract features once, measure similarity, decide."""
     seconds: dict[str, float] = {}
     named = open_backbone(settings, say)
+    with clock(seconds, "frame"):
+        frame = _frame(settings, pictures, ids, named, store, say, bar)
+        named = Named(catalog.framed(named.network, frame), named.load)
     with clock(seconds, "features"):
         taps = [Tap("pooled")] if pooled_only else _taps(settings, named.network)
         found = extract(settings, pictures, ids, named, taps, store, say, bar)
@@ -133,6 +142,39 @@ def open_backbone(settings: Recipe, say: Say) -> Named:
     named = catalog.open_named(about.names[0], about.weights)
     say(f"backbone   {named.network.name}: {named.network.source}")
     return named
+
+
+def _frame(settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Named, store: Store, say: Say, bar: Bar) -> str:
+    """Whether the network sees the centre crop of its weights or the whole image: cross-validated on training images.
+
+    The whole image is taken unless the crop is better by more than one paired standard error: a picture's border is lost
+    for good, while a squashed one keeps everything.
+    """
+    asked = settings.backbone.frame
+    if asked != "auto":
+        return asked
+    assert pictures.split is not None
+    rng = np.random.default_rng([settings.data.seed, 7])
+    part = np.sort(rng.permutation(np.flatnonzero(pictures.split == "train"))[:FRAME_SAMPLE])
+    sample, known = pictures.subset(part), [ids[i] for i in part]
+    used, bits = engine.resolve(settings.backbone.engine, settings.backbone.precision)
+    taps = policy_taps(named.network)
+    right = {}
+    for name in catalog.FRAMES:
+        with bar(f"frame: {name}") as progress:
+            how: dict[str, Any] = {"store": store, "engine_name": used, "precision": bits, "on_bad": "skip", "progress": progress}
+            found = features.extract(sample, catalog.framed(named.network, name), taps, named.load, known=known, **how)
+        groups = images.group_ids(found.images, found.digests)
+        right[name] = svm.quick(found.blocks, found.images.labels, groups=groups, seed=settings.data.seed)
+    if any(mask is None for mask in right.values()):
+        say("frame      whole: too few images to cross-validate")
+        return "whole"
+    gain = right["crop"].astype(float) - right["whole"]
+    error = float(gain.std() / np.sqrt(len(gain)))
+    chosen = "crop" if gain.mean() > error else "whole"
+    numbers = ", ".join(f"{name} {mask.mean():.1%}" for name, mask in right.items())
+    say(f"frame      {chosen}: {numbers} out of fold on {len(gain)} training images")
+    return chosen
 
 
 def _taps(settings: Recipe, network: Network) -> list[Tap]:
@@ -157,6 +199,15 @@ def policy_taps(network: Network) -> list[Tap]:
     later = later[(len(later) + 1) % 2 :: 2] if len(later) > 8 else later
     wide = [name for name in ("fc6",) if name in network.widths]
     return [Tap("pooled"), *(Tap(name) for name in wide), *(Tap(name, grid=grid) for name in later for grid in (1, 3))]
+
+
+def default_taps(network: Network, word: str) -> tuple[Tap, ...]:
+    """The pooled end for photographs, the third stage from the end on a 3×3 grid for what is unlike them, else both."""
+    stages = [name for name in network.widths if name.startswith("stage") and "/" not in name]
+    earlier = (Tap(stages[-3] if len(stages) > 3 else stages[0], grid=3),) if stages else ()
+    if word == "near" or not earlier:
+        return (Tap("pooled"),)
+    return earlier if word == "far" else (Tap("pooled"), *earlier)
 
 
 def extract(

@@ -205,6 +205,11 @@ def update_ratios(groups: Sequence[Group], before: Sequence[Sequence[Tensor]]) -
         if not pairs:
             ratios[group["name"]] = "warming"
             continue
-        moved = math.sqrt(sum(float((new - old).square().sum()) for old, new in pairs))
-        ratios[group["name"]] = moved / math.sqrt(sum(float(old.square().sum()) for old, _ in pairs))
+        moved = math.hypot(*(_norm(new - old) for old, new in pairs))
+        ratios[group["name"]] = moved / math.hypot(*(_norm(old) for old, _ in pairs))
     return ratios
+
+
+def _norm(tensor: Tensor) -> float:
+    """Euclidean norm in float64, in which the squares of large weights do not overflow."""
+    return float(tensor.cpu().double().norm())

@@ -79,6 +79,9 @@ class Backbone(Section):
     weights: Text = Field(default="auto", description="auto, random, or the path of a .safetensors or .pth file")
     engine: Literal["auto", "openvino", "torch"] = Field(default="auto", description="auto, openvino or torch")
     precision: Literal["auto", "bf16", "float32"] = Field(default="auto", description="auto, bf16 or float32")
+    frame: Literal["auto", "crop", "whole"] = Field(
+        default="auto", description="auto (cross-validated), crop (the weights' own centre crop) or whole (squashed, nothing cut)"
+    )
     taps: Literal["auto"] | Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
         default="auto", description="auto, or a list of taps such as [pooled, stage5/3x3]"
     )

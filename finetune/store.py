@@ -242,7 +242,7 @@ def clear() -> int:
     freed = _size(root)
     with files.disk_errors(root):
         for entry in root.iterdir():
-            if entry.is_dir():
+            if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()

@@ -311,10 +311,12 @@ def _loop(
                 loss = loss + optim.l2_sp(pairs, training.l2_sp)
             optimizer.zero_grad()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, training.clip or math.inf).item()
-            if not math.isfinite(loss.item() + norm):
-                what = f"the loss is {loss.item():.3g} and the norm of its gradient {norm:.3g}"
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if not math.isfinite(loss.item() + norm.item()):
+                what = f"the loss is {loss.item():.3g} and the norm of its gradient {norm.item():.3g}"
                 raise _diverged(what, state.step, epoch, groups)
+            if training.clip:
+                nn.utils.clip_grads_with_norm_(parameters, training.clip, norm)
             if state.step == 0:
                 _first_loss(job, state, value)
             before = optim.copies(groups) if number == len(plan) else None

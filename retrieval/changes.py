@@ -59,6 +59,12 @@ class Change:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    def to_text(self) -> str:
+        """One line: what is not zero, and how many images there are now."""
+        counts = {name: getattr(self, name) for name in ("added", "changed", "moved", "removed", "unchanged")}
+        words = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing to do"
+        return f"{words}{f', {len(self.faults)} left out' if self.faults else ''}; {self.images} images"
+
 
 @dataclass(frozen=True)
 class Found:

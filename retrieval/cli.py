@@ -59,14 +59,15 @@ def cli() -> None:
 @click.option(
     "--recall", type=click.FloatRange(0, 1, min_open=True), default=0.99, help="what an approximate index has to reach [0.99]"
 )
+@click.option("--memory", "memory_mb", type=click.FloatRange(0, min_open=True), metavar="MB", help="of its codes [no limit]")
 @click.option("--engine", type=click.Choice(["auto", "openvino", "torch"]), help="what runs the network [auto]")
 @click.option("--precision", type=click.Choice(["auto", "bf16", "float32"]), help="[auto: bf16 where the hardware has it]")
 @bad_images
 @click.option("--force", is_flag=True, help="replace the index that is there")
 @as_json
 def build(
-    images: tuple[Path, ...], out: Path, whiten: int | None, factory: str, recall: float, on_bad: str, force: bool,
-    json_: bool, **network: Any,
+    images: tuple[Path, ...], out: Path, whiten: int | None, factory: str, recall: float, memory_mb: float | None, on_bad: str,
+    force: bool, json_: bool, **network: Any,
 ) -> None:  # fmt: skip
     """Make an index of the images in folders, or of image files.
 
@@ -77,13 +78,18 @@ def build(
     """
     from retrieval import upkeep
 
+    upkeep.check_build(images, out, force)
     encoder = _encoder(**network)
     change = upkeep.build(
-        images, out, encoder, whiten=whiten, factory=factory, recall=recall, on_bad=on_bad, force=force, bar=console.progress
-    )
+        images, out, encoder, whiten=whiten, factory=factory, recall=recall, memory_mb=memory_mb, on_bad=on_bad, force=force,
+        bar=console.progress,
+    )  # fmt: skip
     _print_change(change, out, json_)
     if not json_:
-        click.echo(f"\n  query  retrieve query {out} IMAGE")
+        from retrieval.gallery import Gallery
+
+        with Gallery(out) as gallery:
+            click.echo(f"  search  {gallery.info()['search']}\n  query   retrieve query {out} IMAGE")
 
 
 def _encoder(
@@ -153,7 +159,8 @@ def query(
         from finetune import files
         from retrieval import sheet
 
-        files.write_text(html, sheet.page(answers, root, f"{index.name}: {len(answers)} queries"))
+        title = f"{index.name}: {answers[0].query if len(answers) == 1 else f'{len(answers)} queries'}"
+        files.write_text(html, sheet.page(answers, root, title))
     if json_:
         _print_json([answer.to_json() for answer in answers])
     elif html is not None:
@@ -273,19 +280,7 @@ def evaluate(index: Path, queries: Path | None, labels: str, ks: str, limit: int
             judged = home.by_folder(gallery, queries, ks=cuts, limit=limit, seed=seed)
         else:
             judged = home.by_pairs(gallery, Path(labels), ks=cuts)
-    _print_json(judged.to_json()) if json_ else click.echo(_judged_text(judged))
-
-
-def _judged_text(judged: Any) -> str:
-    lines = [f"{judged.queries} queries on {judged.images} images (95 % intervals: bootstrap over queries)"]
-    lines += [f"  {name:<14} {one.value:.3f}  [{one.low:.3f}, {one.high:.3f}]" for name, one in judged.metrics.items()]
-    without = next(iter(judged.metrics.values())).left_out
-    if without:
-        lines.append(f"  {without} queries have nothing to find and are left out of the means")
-    if judged.left_out:
-        lines.append(f"  {judged.left_out} images are in no folder, or in two, and were no queries")
-    lines.append(f"search: {judged.search}; it finds {judged.search_recall:.1%} of what exact search finds")
-    return "\n".join(lines)
+    _print_json(judged.to_json()) if json_ else click.echo(judged.to_text())
 
 
 @cli.command()
@@ -401,10 +396,7 @@ def _print_change(change: Change, index: Path, json_: bool) -> None:
     if json_:
         _print_json(change.to_json())
         return
-    counts = {name: getattr(change, name) for name in ("added", "changed", "moved", "removed", "unchanged")}
-    words = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "nothing to do"
-    left_out = f", {len(change.faults)} left out" if change.faults else ""
-    click.echo(f"{index}: {words}{left_out}; {change.images} images")
+    click.echo(f"{index}: {change.to_text()}")
 
 
 def main() -> NoReturn:

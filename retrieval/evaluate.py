@@ -52,6 +52,17 @@ class Judged:
         values = {name: {key: _number(value) for key, value in asdict(one).items()} for name, one in self.metrics.items()}
         return {**asdict(self), "metrics": values}
 
+    def to_text(self) -> str:
+        """The figures, a line each, and what they leave out."""
+        lines = [f"{self.queries} queries on {self.images} images (95 % intervals: bootstrap over queries)"]
+        lines += [f"  {name:<14} {one.value:.3f}  [{one.low:.3f}, {one.high:.3f}]" for name, one in self.metrics.items()]
+        if without := next(iter(self.metrics.values())).left_out:
+            lines.append(f"  {without} queries have nothing to find and are left out of the means")
+        if self.left_out:
+            lines.append(f"  {self.left_out} images are in no folder, or in two, and were no queries")
+        lines.append(f"search: {self.search}; it finds {self.search_recall:.1%} of what exact search finds")
+        return "\n".join(lines)
+
 
 def _number(value: float) -> float | None:
     return None if value != value else value  # NaN: JSON has none
@@ -213,7 +224,7 @@ def _judge(gallery: Gallery, positions: Ints, queries: _Queries, ks: Sequence[in
     names |= {f"mAP{end}": metrics.average_precision(hits, totals), f"MRR{end}": metrics.reciprocal_rank(hits, totals)}
     summaries = {name: metrics.summarise(values) for name, values in names.items()}
     recall = _search_recall(gallery, queries, best, k)
-    kind = "exact" if gallery.index is None else str(gallery.index.spec)
+    kind = "exact" if gallery.index is None else gallery.index.spec.factory
     return Judged(len(own), n, depth, summaries, left_out, kind, recall)
 
 

@@ -6,6 +6,7 @@ are ranked by exact cosine, also where a search index proposed them. `retrieval.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Collection, Sequence
@@ -68,18 +69,12 @@ class Gallery:
         self.folder = folder
         self._lock = threading.RLock()
         self._runners: tuple[Runner, ...] | None = None
-        self._open()
+        self._show(*_read(folder))
 
-    def _open(self) -> None:
-        self.now: Snapshot = segments.read(self.folder)
-        self.index: Index | None = None
-        self._covered = 0
-        search = self.now.meta.get("search")
-        if search:
-            from retrieval import index
-
-            self.index = index.load(self.folder / search["file"])
-            self._covered = int(search["rows"])
+    def _show(self, now: Snapshot, index: Index | None) -> None:
+        self.now, self.index = now, index
+        self._covered = int(now.meta["search"]["rows"]) if index is not None else 0
+        self._gone = None if index is None else index.exclusion(now.dead[: self._covered])
 
     def __enter__(self) -> Gallery:
         return self
@@ -96,15 +91,15 @@ class Gallery:
     def refresh(self) -> bool:
         """Go on to the present state; whether there was anything new."""
         with self._lock:
-            fresh = segments.read(self.folder)
-            if fresh.meta == self.now.meta:
+            fresh, index = _read(self.folder)
+            before = self.now
+            if fresh.meta == before.meta:
                 fresh.close()
                 return False
-            if fresh.meta["manifest"] != self.manifest:
+            if fresh.meta["manifest"] != before.meta["manifest"]:
                 self._runners = None
-            fresh.close()
-            self.now.close()
-            self._open()
+            self._show(fresh, index)
+            before.close()
             return True
 
     @property
@@ -282,9 +277,9 @@ class Gallery:
     def nearest(self, vectors: Rows, m: int) -> list[Ints]:
         """At least the `m` best candidates for each of `vectors`, in no order: positions of images that count."""
         found = [np.empty(0, np.int64) for _ in vectors]
-        if self.index is not None:
-            _, proposed = self.index.search(vectors, min(m, self._covered), exclude=self.now.dead[: self._covered])
-            found = [row[row >= 0].astype(np.int64) for row in proposed]
+        if self.index is not None and m > 0:
+            _, proposed = self.index.search(vectors, m, exclude=self._gone)
+            found = [row[row >= 0] for row in proposed]
         rest = self.exact(vectors, m, self._covered)
         return [np.concatenate(both) for both in zip(found, rest, strict=True)]
 
@@ -365,7 +360,8 @@ class Gallery:
             "width": about["width"],
             "vector": about["vector"],
             "run": about.get("run"),
-            "search": {key: search[key] for key in ("spec", "recall", "rows")} if search else "exact",
+            "search": search["words"] if search else "exact",
+            "search rows": search["rows"] if search else None,
             "segments": len(now.segments),
             "removed rows": int(np.count_nonzero(now.dead)),
             "bytes": size,
@@ -374,6 +370,24 @@ class Gallery:
             "versions": about["versions"],
             "warnings": list(self.warnings()),
         }
+
+
+def _read(folder: Path) -> tuple[Snapshot, Index | None]:
+    """A gallery as it is now, with its search index. A writer that sweeps the index away meanwhile is no damage."""
+    while True:
+        now = segments.read(folder)
+        search = now.meta.get("search")
+        if not search:
+            return now, None
+        from retrieval import index
+
+        try:
+            return now, index.load(folder / search["file"])
+        except UserError:
+            now.close()
+            with contextlib.closing(segments.read(folder)) as later:
+                if later.generation == now.generation:
+                    raise
 
 
 def find_root(meta: dict[str, Any], folder: Path) -> Path:

@@ -7,20 +7,21 @@ there is too much of anything (removed rows, segments, rows outside of the index
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from retrieval import segments
+from retrieval import kinds, segments
 from retrieval.segments import Ints, Rows, Snapshot, Stored
 from retrieval.writer import Writer
 
-EXACT_ROWS = 50_000  # up to here every query is compared with every vector, unless a search index was asked for
 MOST_SEGMENTS = 16
 DEAD_SHARE = 0.2  # of all rows
 UNCOVERED_SHARE = 0.25  # of the rows that the search index covers
 ROWS = 4096  # copied at once
+EXACT = "Flat"  # the vectors are here already: an index of this kind would be a second copy of them
 MEASURED_AT = 10  # the k of an approximate index's recall
 
 
@@ -60,7 +61,7 @@ def _due(now: Snapshot, everything: bool) -> list[int]:
 
 def _index_is_due(now: Snapshot) -> bool:
     """Whether a search index is wanted, and missing or behind."""
-    if not len(now) or (now.meta["search settings"]["factory"] == "auto" and len(now) <= EXACT_ROWS):
+    if not len(now) or _factory(len(now), int(now.meta["manifest"]["width"]), now.meta["search settings"]) == EXACT:
         return False
     covered = (now.meta.get("search") or {}).get("rows", 0)
     return len(now.dead) - covered > UNCOVERED_SHARE * covered
@@ -108,15 +109,30 @@ def _make_index(writer: Writer) -> None:
         writer.keep(stored)
 
 
+def _factory(n: int, d: int, settings: dict[str, Any]) -> str:
+    """The faiss factory string for n vectors of d numbers; `EXACT` where every query is compared with every vector."""
+    asked: str = settings["factory"]
+    return kinds.choose(n, d, settings["memory_mb"]) if asked == "auto" else asked
+
+
 def index_file(
-    writer: Writer, table: Rows, numbers: Sequence[int], settings: dict[str, Any]
+    writer: Writer,
+    table: Rows,
+    numbers: Sequence[int],
+    settings: dict[str, Any],
+    progress: Callable[[float, str], None] | None = None,
 ) -> tuple[Stored, dict[str, Any]] | None:
-    """Build and write a search index over `table`, the rows of the segments `numbers`; None where exact search serves."""
-    if settings["factory"] == "auto" and len(table) <= EXACT_ROWS:
+    """Build and write a search index over `table`, the rows of the segments `numbers`; None where exact search serves.
+
+    `settings` holds `factory`, `recall` and `memory_mb`, as `index.build` takes them.
+    """
+    factory = _factory(table.shape[0], table.shape[1], settings)
+    if factory == EXACT:
         return None
     from retrieval import index
 
-    made = index.build(table, factory=settings["factory"], recall=settings["recall"], k=MEASURED_AT)
+    made = index.build(table, factory=factory, recall=settings["recall"], k=MEASURED_AT, progress=progress)
     name = f"search/{writer.meta['generation'] + 1}.faiss"
     stored = writer.write_file(name, made.save)
-    return stored, {"file": name, "spec": str(made.spec), "rows": len(table), "segments": list(numbers)}
+    about = {"file": name, "rows": len(table), "segments": list(numbers), "spec": asdict(made.spec), "words": str(made.spec)}
+    return stored, about

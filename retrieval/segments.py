@@ -173,6 +173,15 @@ def read(folder: Path) -> Snapshot:
             raise
 
 
+def is_index(folder: Path) -> bool:
+    """Whether a finished index is in `folder`, damaged or not."""
+    try:
+        open_database(folder).close()
+    except UserError as error:
+        return "no index here" not in error.what and "no such folder" not in error.what
+    return True
+
+
 def open_database(folder: Path) -> sqlite3.Connection:
     path = folder / DATABASE
     if not path.is_file():
@@ -182,7 +191,10 @@ def open_database(folder: Path) -> sqlite3.Connection:
     with database_errors(folder):
         try:
             return _connect(f"{uri}?mode=ro", folder)
-        except sqlite3.OperationalError:  # a folder that cannot be written holds no writer: it needs no lock
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+                raise
+            # A folder that cannot be written holds no writer, so that no lock is needed.
             return _connect(f"{uri}?mode=ro&immutable=1", folder)
 
 

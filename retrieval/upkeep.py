@@ -29,6 +29,7 @@ from retrieval.gallery import find_root
 from retrieval.segments import Stored
 from retrieval.writer import Writer, writing
 
+HERE_ALREADY = "bring it up to date with `retrieve sync`, or build it again with --force"
 WHITENING_SAMPLE = 50_000  # vectors that a whitening is fitted on
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -42,6 +43,7 @@ def build(
     whiten: int | None = None,
     factory: str = "auto",
     recall: float = 0.99,
+    memory_mb: float | None = None,
     on_bad: str = "stop",
     force: bool = False,
     bar: Bar = no_bar,
@@ -49,27 +51,27 @@ def build(
     """Make a gallery in `folder` of the images in files and folders.
 
     `whiten` is the number of dimensions that PCA-whitening keeps, `factory` a faiss factory string or `auto`, `recall` what
-    an approximate index has to reach. A gallery that is there already is only replaced with `force`, in one moment, and
-    its contents keep their ids. Raises `UserError` for what a person can mend.
+    an approximate index has to reach, `memory_mb` what its codes may take. A gallery that is there already is only replaced
+    with `force`, in one moment, and its contents keep their ids. Raises `UserError` for what a person can mend.
     """
+    check_build(given, folder, force)
     root, paths, _ = folders.gather(given)
     with writing(folder, create=True, replace=force) as writer, contextlib.closing(Store()) as store:
         if not writer.is_new and not force:
-            fix = "bring it up to date with `retrieve sync`, or build it again with --force"
-            raise UserError("an index is here already", where=folder, fix=fix)
+            raise UserError("an index is here already", where=folder, fix=HERE_ALREADY)
         found, bad = changes.scan(root, paths, folder)
         plan = changes.compare(None, root, found, (), store, on_bad, bad, bar)
         made = _encode(plan, encoder, store, on_bad, bar)
         if made is None or not len(made.images):
-            raise UserError("holds no images that can be read", where=", ".join(map(str, given)), fix="give a folder of images")
+            raise UserError("no image here can be read", where=", ".join(map(str, given)), fix="give a folder of images")
         if whiten is not None:
             made = _whitened(made, whiten)
         number, stored = writer.write_vectors(made.blocks())
         kept, manifest = _manifest(writer, made.encoder)
-        settings = {"factory": factory, "recall": recall}
+        settings = {"factory": factory, "recall": recall, "memory_mb": memory_mb}
+        table = segments.open_table(folder / stored.name, made.encoder.width)
         with bar("search index") as progress:
-            progress(0, 1)
-            search = merge.index_file(writer, segments.open_table(folder / stored.name, made.encoder.width), [number], settings)
+            search = merge.index_file(writer, table, [number], settings, lambda part, _: progress(round(100 * part), 100))
         meta = {
             "manifest": manifest,
             "root": {"absolute": str(root), "relative": changes.way(root, folder)},
@@ -79,6 +81,14 @@ def build(
         files = [*kept, *([search[0]] if search else [])]
         segment = (number, stored)
         return changes.commit(writer, plan, made, segment, meta, sources=_sources(given, root), files=files, replace=True)
+
+
+def check_build(given: Sequence[str | Path], folder: Path, force: bool) -> None:
+    """Raise the `UserError` of a build that cannot succeed, before a network is loaded for it."""
+    if not folders.gather(given)[1]:
+        raise UserError("holds no images", where=", ".join(map(str, given)), fix="give a folder of images, or image files")
+    if not force and segments.is_index(folder):
+        raise UserError("an index is here already", where=folder, fix=HERE_ALREADY)
 
 
 def add(folder: Path, given: Sequence[str | Path], *, on_bad: str = "stop", bar: Bar = no_bar) -> Change:

@@ -14,6 +14,8 @@ from finetune import files
 from finetune.errors import UserError
 
 Rows = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 Progress = Callable[[float, str], None]
 
 BLOCK = 65_536  # rows read at once
@@ -21,7 +23,7 @@ NAMED = 10  # bad rows that a message names
 ROUNDING = 1e-6  # float32 inner products of unit vectors are this sure
 
 
-class BadRows(UserError):
+class BadRows(UserError):  # noqa: N818 — it says what is wrong with the rows, not that something went wrong
     """Rows that cannot be searched for: NaN, infinite, or all zeros. `rows` are their numbers, for the caller to name."""
 
     def __init__(self, rows: list[int], total: int) -> None:
@@ -76,6 +78,71 @@ def check_prepared(X: Rows) -> None:
             raise UserError(
                 f"row {part.start + row} has length {math.sqrt(abs(norms[row])):.6g}, not 1", fix="use `prepare` first"
             )
+
+
+# --- what every search does --------------------------------------------------------------------------------------------
+
+
+def unit_queries(Q: ArrayLike, k: int, d: int) -> Rows:
+    if k < 1:
+        raise UserError(f"k = {k}", where="k", fix="ask for at least 1 neighbour")
+    given = np.asarray(Q)
+    if given.ndim != 2 or given.shape[1] != d:
+        raise UserError(
+            f"queries of shape {given.shape}", where="query", fix=f"the index holds vectors of {d} numbers: give (q, {d})"
+        )
+    return prepare(given)
+
+
+def row_mask(exclude: ArrayLike | None, n: int) -> Mask | None:
+    """Rows to leave out as bool `(n,)`; None where there are none."""
+    if exclude is None:
+        return None
+    given = np.asarray(exclude)
+    if given.dtype == np.bool_:
+        if given.shape != (n,):
+            raise UserError(f"a mask of shape {given.shape}", where="exclude", fix=f"the index holds {n} vectors")
+        return given if given.any() else None
+    if not given.size:
+        return None
+    if not np.issubdtype(given.dtype, np.integer) or given.min() < 0 or given.max() >= n:
+        raise UserError(f"positions from {given.min()} to {given.max()}", where="exclude", fix=f"the index holds 0 to {n - 1}")
+    mask = np.zeros(n, np.bool_)
+    mask[given] = True
+    return mask
+
+
+def ordered(scores: Rows, positions: Ints) -> tuple[Rows, Ints]:
+    """Best first, equal scores by position, scores inside [−1, 1]; NaN goes last."""
+    clipped = np.clip(scores, -1, 1)
+    order = np.lexsort((positions, -clipped))
+    return np.take_along_axis(clipped, order, 1), np.take_along_axis(positions, order, 1)
+
+
+def repeated(positions: Ints) -> Mask:
+    """Where a line shows a position that it has shown before: some graphs do."""
+    order = np.argsort(positions, axis=1, kind="stable")
+    again = np.zeros(positions.shape, np.bool_)
+    line = np.take_along_axis(positions, order, 1)
+    np.put_along_axis(again, order[:, 1:], line[:, 1:] == line[:, :-1], 1)
+    return again
+
+
+def swaps(n: int, held: Ints) -> tuple[Ints, Ints]:
+    """Which slots hold another row than their own, sorted, and which row: held rows trade places with the last ones."""
+    tail = np.arange(n - len(held), n)
+    out, back = np.setdiff1d(held, tail), np.setdiff1d(tail, held)
+    moved, to = np.concatenate([out, back]), np.concatenate([back, out])
+    sort = np.argsort(moved)
+    return moved[sort], to[sort]
+
+
+def slot_order(n: int, held: Ints) -> Ints:
+    """The row in every slot: `(n,)`, the held rows last."""
+    order = np.arange(n)
+    moved, to = swaps(n, held)
+    order[moved] = to
+    return order
 
 
 # --- pairs ----------------------------------------------------------------------------------------------------------

@@ -127,12 +127,12 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 32 JPEGs of 500 × 375 pixels: crops of scikit-learn's two sample photographs."""
+    """A folder with 20 JPEGs of 500 × 375 pixels: crops of scikit-learn's two sample photographs."""
     from sklearn.datasets import load_sample_images
 
     root = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
-    for i in range(32):
+    for i in range(20):
         whole = Image.fromarray(load_sample_images().images[i % 2])
         scale = rng.uniform(0.5, 1.0)
         width, height = int(500 * scale), int(375 * scale)

@@ -177,7 +177,7 @@ def test_an_unknown_strength_is_named() -> None:
 def test_batches_do_not_depend_on_order_or_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A view of an image is the same in any batch, at any place, with one thread or many."""
     images = image_set(6)
-    together = list(augment.batches(images, [[(i, 1) for i in range(6)]], PRE, "medium", flip=True, seed=7))[0]
+    (together,) = augment.batches(images, [[(i, 1) for i in range(6)]], PRE, "medium", flip=True, seed=7)
     monkeypatch.setattr(augment.os, "cpu_count", lambda: 1)
     plan = [[(5, 1), (3, 1)], [(1, 1)], [(0, 1), (2, 1), (4, 1)]]
     apart = list(augment.batches(images, plan, PRE, "medium", flip=True, seed=7))
@@ -196,6 +196,15 @@ def test_batches_differ_by_view_and_seed_and_view_0_is_clean() -> None:
     assert np.array_equal(decode.to_input(images.read(0), PRE), clean[0])
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, reseeded)
+
+
+def test_equal_files_get_views_of_their_own() -> None:
+    """Two images with the same bytes are cropped differently: the position in the set is part of the seed."""
+    images = image_set(1)
+    twice = images.subset([0, 0])
+    first, second = next(augment.batches(twice, [[(0, 1), (1, 1)]], PRE, "light", flip=True, seed=0))
+
+    assert not np.array_equal(first, second)
 
 
 def test_a_bad_image_is_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import galleries
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from galleries import ENCODER, NETWORK, features_of, write
 
-from finetune import catalog, features
+from finetune import backbone, catalog, classifier, features, run
+from finetune.backbone import Backbone
 from finetune.errors import UserError
 from finetune.images import ImageSet, load_unlabelled
 from finetune.network import Tap
@@ -80,9 +82,11 @@ def test_faults_keep_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """An unreadable image among queries shifts no other; it and an image without direction have rows of zeros."""
     galleries.install(monkeypatch.setattr)
     source = load_unlabelled(write(tmp_path / "p", {"0.png": "a", "1.png": "broken", "2.png": "zero", "3.png": "b"}))
-    vectors, faults = encode.directly(ENCODER, source, encode.open_runners(ENCODER))
-    assert {1: "damaged", 2: "no features"} == {i: fault.kind for i, fault in faults.items()}
-    assert [True, False, False, True] == vectors.any(axis=1).tolist()
+    shifted = Whitening(np.ones(16, np.float32), np.eye(16, dtype=np.float32), 0.0)
+    for encoder in (dataclasses.replace(ENCODER, whitening=shifted), ENCODER):
+        vectors, faults = encode.directly(encoder, source, encode.open_runners(encoder))
+        assert {1: "damaged", 2: "no features"} == {i: fault.kind for i, fault in faults.items()}
+        assert [True, False, False, True] == vectors.any(axis=1).tolist()
     np.testing.assert_allclose(galleries.vector_of("b"), vectors[3], atol=1e-6)
 
 
@@ -176,8 +180,6 @@ def test_weights_that_changed_elsewhere_are_refused(pictures: Path, tmp_path: Pa
 def test_scales(pictures: Path, tmp_path: Path) -> None:
     """Several scales are several input sizes of one network, averaged; the manifest holds them all, and queries follow."""
     weights = tmp_path / "w.safetensors"
-    from finetune import backbone
-
     backbone.save(catalog.open_named(SMALL, "random").load(), weights)
     encoder = encode.open_named(SMALL, str(weights), scales=(1.0, 0.5), engine_name="torch")
     assert [160, 64] == [network.preprocess.size for network in encoder.networks]
@@ -198,3 +200,66 @@ def test_scales(pictures: Path, tmp_path: Path) -> None:
 def test_unknown_taps_are_refused_before_work() -> None:
     """A tap that the network does not have is refused with those that it has."""
     assert "stage99" in refusal(encode.open_named, SMALL, "random", taps=(Tap("stage99"),), engine_name="torch")
+
+
+def finished_run(folder: Path, tiny: Backbone) -> Path:
+    """A run whose head reads two taps of a small network."""
+    taps = (Tap("pooled"), Tap("stage2"))
+    width = sum(tiny.network.width(tap) for tap in taps)
+    head = classifier.Head(taps, ("a", "b"), np.zeros((2, width), np.float32), np.zeros(2, np.float32))
+    with run.open_run(folder, "made", "0" * 64) as made:
+        backbone.save(tiny, made.path / "model.safetensors")
+        classifier.save(made.path, classifier.Classifier(tiny.network, head, lambda: tiny, "torch", "float32"))
+        made.finish({})
+    return folder
+
+
+def test_a_run_goes_with_its_index(pictures: Path, shapes: Path, tiny: Backbone, tmp_path: Path) -> None:
+    """Built from a run, an index reads where the run's head reads, and carries the network: the run may go."""
+    folder = finished_run(tmp_path / "run", tiny)
+    index = tmp_path / "x.index"
+    encoder = encode.open_run(folder)
+    upkeep.build([pictures], index, encoder)
+    query = load_unlabelled([shapes / "circle" / "19.png"])
+    expected = encode.directly(encoder, query, encode.open_runners(encoder))[0]
+    with Gallery(index) as gallery:
+        assert (["pooled", "stage2"], ()) == (gallery.manifest["vector"]["taps"], gallery.warnings())
+        (folder / "run.json").write_text((folder / "run.json").read_text() + "\n")
+        assert "trained again" in gallery.warnings()[0]
+        shutil.rmtree(folder)
+        assert () == gallery.warnings()
+        np.testing.assert_allclose(expected, gallery.encode(query)[0], atol=1e-5)
+    assert [Tap("stage1")] == list(encode.open_run(finished_run(tmp_path / "two", tiny), taps=[Tap("stage1")]).taps)
+
+
+def test_gem_and_rmac(pictures: Path, tiny: Backbone) -> None:
+    """GeM and R-MAC pooling of a stage give vectors of its width that differ from the mean's."""
+    width = tiny.network.width(Tap("stage3"))
+    made = []
+    for pool in ("mean", "gem", "rmac"):
+        encoder = Encoder((tiny.network,), (lambda: tiny,), (Tap("stage3", pool=pool),), engine="torch", precision="float32")
+        made.append(encode.directly(encoder, load_unlabelled(pictures), encode.open_runners(encoder))[0])
+        assert (8, width) == made[-1].shape
+    assert not np.allclose(made[0], made[1], atol=1e-3)
+    assert not np.allclose(made[1], made[2], atol=1e-3)
+
+
+def test_whitening_of_a_gallery(pictures: Path, shapes: Path, tiny: Backbone, tmp_path: Path) -> None:
+    """A whitening is fitted at the build, stored with a digest, and used for queries and additions."""
+    index = tmp_path / "x.index"
+    encoder = Encoder((tiny.network,), (lambda: tiny,), (Tap("stage3"),), engine="torch", precision="float32")
+    upkeep.build([pictures], index, dataclasses.replace(encoder, save_weights=lambda path: backbone.save(tiny, path)), whiten=4)
+    assert {"whitening-1.safetensors", "model-1.safetensors"} == {path.name for path in (index / "network").iterdir()}
+    upkeep.add(index, [shapes / "triangle"])
+    with Gallery(index) as gallery:
+        again = encode.from_manifest(index, gallery.manifest)
+        plain = encode.directly(
+            dataclasses.replace(again, whitening=None), load_unlabelled(pictures), encode.open_runners(again)
+        )[0]
+        assert again.whitening is not None
+        np.testing.assert_allclose(unit(again.whitening(plain)), gallery.encode(load_unlabelled(pictures))[0], atol=1e-5)
+        positions, _ = gallery.now.everything()
+        assert (28, 4) == gallery.now.vectors(positions).shape
+        answers, _ = gallery.query(load_unlabelled([pictures / "circle" / "0.png"]), 1, keep_self=True)
+    assert 1.0 == pytest.approx(answers[0].hits[0].score)
+    assert "dimensions" in refusal(upkeep.build, [pictures], index, encoder, whiten=50, force=True)

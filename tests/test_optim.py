@@ -28,6 +28,11 @@ def any_backbone(request: pytest.FixtureRequest) -> Backbone:
     return home.load(request.param, "random")
 
 
+@pytest.fixture(scope="module")
+def small() -> Backbone:
+    return home.load("test_efficientnet", "random")
+
+
 def everything(backbone: Backbone, **changes: Any) -> tuple[list[optim.Group], nn.Module, Training]:
     """Groups with every stage trainable."""
     training = Training(tuple(stage.name for stage in backbone.stages), **changes)
@@ -92,28 +97,28 @@ def test_learning_rates_fall_by_stage(any_backbone: Backbone) -> None:
         assert expected == pytest.approx(group["lr"]), stage
 
 
-def test_l2_sp_replaces_weight_decay_in_the_trunk(tiny: Backbone) -> None:
+def test_l2_sp_replaces_weight_decay_in_the_trunk(small: Backbone) -> None:
     """What pulls to the start and what pulls to zero do not both act on the trunk; the head is still decayed."""
-    groups, _, _ = everything(tiny, weight_decay=0.05, l2_sp=0.01)
+    groups, _, _ = everything(small, weight_decay=0.05, l2_sp=0.01)
 
     assert {0.0} == {group["weight_decay"] for group in groups if group["name"] != "head"}
     assert [0.05] == [group["weight_decay"] for group in groups if group["name"] == "head"]
 
 
-def test_the_table_says_what_every_group_holds(tiny: Backbone) -> None:
+def test_the_table_says_what_every_group_holds(small: Backbone) -> None:
     """The log shows name, size, rate and decay of each group; the sizes add up to the model."""
-    groups, head, _ = everything(tiny, lr=0.01)
+    groups, head, _ = everything(small, lr=0.01)
     table = optim.group_table(groups)
 
     assert [group["name"] for group in groups] == [row["name"] for row in table]
-    assert sum(p.numel() for p in (*tiny.module.parameters(), *head.parameters())) == sum(row["parameters"] for row in table)
+    assert sum(p.numel() for p in (*small.module.parameters(), *head.parameters())) == sum(row["parameters"] for row in table)
     assert {"name": "head", "tensors": 1, "parameters": head.weight.numel(), "lr": 0.01, "weight_decay": 1e-4} == table[-2]
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_group_rates_keep_their_ratios_under_a_schedule(tiny: Backbone, name: str) -> None:
+def test_group_rates_keep_their_ratios_under_a_schedule(small: Backbone, name: str) -> None:
     """The rate of every group that the optimizer uses is its own times the factor, at every step."""
-    groups, _, training = everything(tiny, optimizer=name, schedule="cosine", warmup=0.2)
+    groups, _, training = everything(small, optimizer=name, schedule="cosine", warmup=0.2)
     optimizer, factor = optim.optimizer(groups, training), optim.schedule(training, 10)
     for step in range(10):
         optim.set_rates(optimizer.param_groups, factor(step))
@@ -137,9 +142,9 @@ def test_adamw_steps_as_torchs_default_does() -> None:
     assert torch.allclose(theirs, ours, rtol=1e-5, atol=1e-7)
 
 
-def test_unknown_names_are_refused(tiny: Backbone) -> None:
+def test_unknown_names_are_refused(small: Backbone) -> None:
     """A misspelt optimizer or schedule is named, with those that exist."""
-    groups, _, training = everything(tiny)
+    groups, _, training = everything(small)
     with pytest.raises(UserError, match=r"(?s)'adam'.*adamw or sgd"):
         optim.optimizer(groups, dataclasses.replace(training, optimizer="adam"))
     with pytest.raises(UserError, match=r"(?s)'cosin'.*cosine, step, linear, constant, rsqrt"):

@@ -284,9 +284,8 @@ def test_two_writers_two_processes(index: Path) -> None:
         "import pathlib, sys; from retrieval.writer import writing\n"
         "with writing(pathlib.Path(sys.argv[1])): print(1, flush=True); input()"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(index)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
+    command = [sys.executable, "-c", code, str(index)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert "1\n" == other.stdout.readline()
         assert f"(process {other.pid})" in refusal(enter, index)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import UserError
-from retrieval import changes, merge, segments, upkeep, writer
+from retrieval import changes, kinds, merge, segments, upkeep, writer
 from retrieval.changes import Change
 from retrieval.gallery import Gallery
 
@@ -55,6 +55,7 @@ def contents(index: Path) -> list[tuple[tuple[str, ...], list[float]]]:
         gallery.now.verify()
         positions, ids = gallery.now.everything()
         paths = gallery.now.paths(ids.tolist())
+        assert sum(map(len, paths.values())) == gallery.info()["paths"]
         vectors = gallery.now.vectors(positions).round(5).tolist()
         return sorted((paths[number], vector) for number, vector in zip(ids.tolist(), vectors, strict=True))
 
@@ -189,7 +190,8 @@ def test_an_image_that_comes_back_keeps_its_id(asked: Asked, index: Path, photos
     assert 7 == upkeep.sync(index).images
     asked.contents.clear()
     write(photos, {"back.png": "three"})
-    assert {"added": 1, "unchanged": 8} == counts(upkeep.sync(index))
+    change = upkeep.sync(index)
+    assert ({"added": 1, "unchanged": 8}, 8) == (counts(change), change.images)
     assert (number, []) == (held(index)["back.png"], asked.contents)
 
 
@@ -455,6 +457,135 @@ def test_a_failed_merge_is_a_note(index: Path, photos: Path, monkeypatch: pytest
     assert ({"removed": 1}, 1) == (counts(change), len(change.notes))
     assert "c.png" not in held(index)
     assert photos.exists()
+
+
+# --------------------------------------------------------------------------------------------------------- search index
+
+
+@pytest.fixture
+def graph(photos: Path, tmp_path: Path) -> Path:
+    """A gallery of 304 files that is searched through a graph."""
+    write(photos, words(300))
+    upkeep.build([photos], tmp_path / "graph.index", ENCODER, factory="HNSW16", recall=0.9)
+    return tmp_path / "graph.index"
+
+
+def search_file(index: Path) -> str | None:
+    with contextlib.closing(segments.read(index)) as now:
+        search = now.meta["search"]
+        return search and search["file"]
+
+
+def share_of_exact(index: Path) -> float:
+    """The share of the ten results that comparing everything gives, for every image, which the gallery's search gives."""
+    with Gallery(index) as gallery:
+        positions, _ = gallery.now.everything()
+        asked = gallery.now.vectors(positions)
+        own = [[int(position)] for position in positions]
+        found = gallery.ranked(asked, 10, own)
+        gallery.index, gallery._covered = None, 0
+        exact = gallery.ranked(asked, 10, own)
+    return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]))
+
+
+def test_an_index_beside_the_vectors(graph: Path) -> None:
+    """A search index that was asked for is built, measured, described and used; scores are exact all the same."""
+    assert ["1.faiss"] == [path.name for path in (graph / "search").iterdir()]
+    with Gallery(graph) as gallery:
+        assert gallery.index is not None
+        assert "HNSW16" in gallery.info()["search"]
+        assert "held-out queries" in gallery.info()["search"]
+        (hits,) = gallery.search(vector_of("word 7")[None], 1)
+        assert ("0007.png", pytest.approx(1.0, abs=1e-6)) == (hits[0].path, hits[0].score)
+    assert share_of_exact(graph) > 0.9
+
+
+def test_new_images_are_searched_beside_the_index(graph: Path, photos: Path) -> None:
+    """Images that were added after the index are compared one by one; removed ones do not come up; neither rebuilds it."""
+    write(photos, words(20, start=1000))
+    upkeep.sync(graph)
+    upkeep.remove(graph, [f"{i:04d}.png" for i in range(30)])
+    assert "search/1.faiss" == search_file(graph)
+    with Gallery(graph) as gallery:
+        assert "1003.png" == gallery.search(vector_of("word 1003")[None], 1)[0][0].path
+        shown = {hit.path for hit in gallery.search(vector_of("word 7")[None], 400)[0]}
+        assert (len(gallery), False) == (len(shown), "0007.png" in shown)
+    assert share_of_exact(graph) > 0.9
+
+
+def test_an_index_that_falls_behind_is_made_again(graph: Path, photos: Path) -> None:
+    """When a quarter as many rows stand beside the index as in it, it is made again over all of them."""
+    write(photos, words(100, start=1000))
+    upkeep.sync(graph)
+    assert search_file(graph) not in (None, "search/1.faiss")
+    with Gallery(graph) as gallery:
+        assert (403, 1) == (gallery.info()["search rows"], len(gallery.now.tables))
+    assert 1 == len(list((graph / "search").iterdir()))
+    assert share_of_exact(graph) > 0.9
+
+
+def test_merging_makes_the_index_again(graph: Path, photos: Path) -> None:
+    """When the rows that an index covers move, it is made again; small segments beside it are merged without it."""
+    upkeep.compact(graph)
+    assert "search/1.faiss" == search_file(graph)
+    for i in range(merge.MOST_SEGMENTS + 1):
+        write(photos, words(1, start=1000 + i))
+        upkeep.sync(graph)
+    with Gallery(graph) as gallery:
+        assert ("search/1.faiss", True) == (search_file(graph), len(gallery.now.tables) < merge.MOST_SEGMENTS)
+    upkeep.remove(graph, [f"{i:04d}.png" for i in range(100)])
+    assert search_file(graph) not in (None, "search/1.faiss")
+    with Gallery(graph) as gallery:
+        assert (220, 220, 0) == (len(gallery), gallery.info()["search rows"], gallery.info()["removed rows"])
+    assert share_of_exact(graph) > 0.9
+
+
+def test_all_images_that_the_index_covers_are_gone(graph: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index of dead rows alone finds nothing and breaks nothing."""
+    monkeypatch.setattr(merge, "DEAD_SHARE", 1.0)
+    upkeep.remove(graph, [photos])
+    write(photos, {"last.png": "last"})
+    upkeep.add(graph, [photos / "last.png"])
+    with Gallery(graph) as gallery:
+        assert ["last.png"] == [hit.path for hit in gallery.search(vector_of("word 7")[None], 10)[0]]
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "missing"])
+def test_a_damaged_search_index_is_refused(graph: Path, harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search index that is not what was written is refused by name, also in a large gallery."""
+    monkeypatch.setattr(segments, "VERIFIED_BYTES", 0)
+    path = graph / "search" / "1.faiss"
+    data = path.read_bytes()
+    path.unlink()
+    if harm != "missing":
+        path.write_bytes(data[:-9] if harm == "cut" else data[:500] + b"\xff" + data[501:])
+    assert str(path) in refusal(Gallery, graph)
+    upkeep.build([graph.with_name("photos")], graph, ENCODER, force=True)
+    assert 303 == len(contents(graph))
+
+
+def test_the_kind_follows_the_size(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small galleries have no search index, and no second copy of their vectors; larger ones get theirs as they grow."""
+    index = tmp_path / "x.index"
+    write(photos, words(97))
+    upkeep.build([photos], index, ENCODER)
+    assert search_file(index) is None
+    upkeep.build([photos], index, ENCODER, factory="Flat", force=True)
+    assert search_file(index) is None
+    upkeep.build([photos], index, ENCODER, force=True)
+    monkeypatch.setattr(kinds, "FLAT_NUMBERS", 110 * galleries.WIDTH)
+    assert (upkeep.compact(index).images, None) == (100, search_file(index))
+    write(photos, words(30, start=1000))
+    upkeep.sync(index)
+    with Gallery(index) as gallery:
+        assert "SQfp16" in gallery.info()["search"]
+    assert share_of_exact(index) > 0.9
+
+
+def test_an_impossible_index_is_refused(photos: Path, tmp_path: Path) -> None:
+    """A factory string that faiss does not know fails the build, and leaves nothing behind."""
+    assert "nonsense" in refusal(upkeep.build, [photos], tmp_path / "x.index", ENCODER, factory="nonsense")
+    assert not (tmp_path / "x.index").exists()
 
 
 # --------------------------------------------------------------------------------------------------- a history or a build
