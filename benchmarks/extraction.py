@@ -1,6 +1,6 @@
 """Files to pooled features: ours against a plain timm loop, and against the machine's own limit.
 
-    python benchmarks/extraction.py [--quick]
+python benchmarks/extraction.py [--quick]
 """
 
 from __future__ import annotations
@@ -46,7 +46,13 @@ def ours(folder: str, name: str, engine: str, precision: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
         found = features.extract(
-            source, named.network, [Tap("pooled")], named.load, store=Store(Path(scratch)), engine_name=engine, precision=precision
+            source,
+            named.network,
+            [Tap("pooled")],
+            named.load,
+            store=Store(Path(scratch)),
+            engine_name=engine,
+            precision=precision,
         )
         seconds = time.perf_counter() - start
     print(json.dumps({"n": len(found), "seconds": seconds, "model_only": model_only, "decode_only": decode_only}))

@@ -42,7 +42,9 @@ def side(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Ca
 
     def run() -> Measured:
         start = time.perf_counter()
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False)
+        done = subprocess.run(
+            [str(c) for c in command], capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False
+        )
         wall = time.perf_counter() - start
         if done.returncode:
             raise SystemExit(f"{command}: {done.stderr[-2000:]}")

@@ -7,7 +7,6 @@ changes a pixel. View 0 of an image is the evaluation transform.
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
-from finetune import decode
+from finetune import decode, machine
 from finetune.errors import UserError
 from finetune.network import Preprocess
 
@@ -163,7 +162,7 @@ def batches(
                 fix="mend or remove it; `finetune check` lists all such files",
             ) from error
 
-    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+    with ThreadPoolExecutor(machine.cores()) as pool:
         waiting: deque[list[Future[Pixels]]] = deque()
         try:
             for batch in plan:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tup
         except Exception as error:  # the hub's clients raise their own zoo of types
             raise weights_home.hub_unreachable(name, error) from error
     else:
-        module = timm.create_model(name, pretrained=False, **extra)
+        with _same_random_weights():
+            module = timm.create_model(name, pretrained=False, **extra)
     classifier = module.pretrained_cfg.get("classifier") or "head"
     prefixes = tuple(f"{p}." for p in (classifier if isinstance(classifier, (tuple, list)) else (classifier,)))
     if source.path is not None and source.kind == "package":
@@ -112,6 +114,14 @@ def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tup
         weights_home.load_file(module, source.path, prefixes)
     module.reset_classifier(0)
     return module, prefixes[0]
+
+
+@contextlib.contextmanager
+def _same_random_weights() -> Iterator[None]:
+    """Random weights are the same at every load, as those of a file are: a run can be made again, a network opened twice."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 @functools.cache
@@ -126,7 +136,7 @@ def _takes_img_size(name: str) -> bool:
 
 
 def _torchvision_model(name: str, source: weights_home.Source) -> tuple[nn.Module, str]:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _same_random_weights():
         warnings.simplefilter("ignore")  # GoogLeNet warns about its slow initialisation
         if name == "alexnet":
             module, classifier = torchvision.models.alexnet(weights=None), "classifier.6."

@@ -242,13 +242,15 @@ def load(folder: Path, *, engine_name: str | None = None, precision: str | None 
     config = files.read_json(folder / "config.json")
     try:
         about = config["regraft"]
-        network, views = Network.from_json(about["network"]), tuple(about["views"])
         if about["format"] != FORMAT:
-            raise UserError(f"was written in format {about['format']}; this version reads {FORMAT}", where=folder)
+            what = f"was written in format {about['format']}; this version reads {FORMAT}"
+            raise UserError(what, where=folder, fix="fit again with --force")
+        network, views = Network.from_json(about["network"]), tuple(about["views"])
+        used, bits = engine_name or about["engine"], precision or about["precision"]
     except (KeyError, TypeError) as error:
         raise UserError(f"damaged: {error} is missing", where=folder / "config.json", fix="fit again with --force") from error
     head = _read_head(folder / "head.safetensors")
-    used = engine_name or about["engine"]
+    _check(head, sum(network.width(tap) for tap in head.taps), folder / "head.safetensors")
     if engine_name is None and used == "openvino" and not engine.has_openvino():
         used = "torch"
 
@@ -262,7 +264,7 @@ def load(folder: Path, *, engine_name: str | None = None, precision: str | None 
             )
         return dataclasses.replace(own, network=network)
 
-    return Classifier(network, head, load_backbone, used, precision or about["precision"], views)
+    return Classifier(network, head, load_backbone, used, bits, views)
 
 
 def _read_head(path: Path) -> AnyHead:
@@ -284,3 +286,21 @@ def _read_head(path: Path) -> AnyHead:
         return Head(**common, **arrays)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"damaged: not a head ({error})", where=path, fix="fit again with --force") from error
+
+
+def _check(head: AnyHead, width: int, path: Path) -> None:
+    """Refuse a head whose arrays do not fit its classes and the `width` features that its taps give, or hold no numbers."""
+    count = len(head.classes)
+    if isinstance(head, KernelHead):
+        expected = {"support": (len(head.support), width), "coef": (count, len(head.support)), "bias": (count,)}
+    else:
+        expected = {"weight": (count, width), "bias": (count,)}
+    wrong = [
+        f"{name} {array.shape} where {expected[name]} finite numbers are expected"
+        for name, array in head.arrays().items()
+        if array.shape != expected[name] or not np.isfinite(array).all()
+    ]
+    if not head.temperature > 0:
+        wrong.append(f"a temperature of {head.temperature}")
+    if wrong:
+        raise UserError(f"damaged: {'; '.join(wrong)}", where=path, fix="fit again with --force")

@@ -110,6 +110,11 @@ def size(data: bytes) -> tuple[int, int]:
     return width, height
 
 
+def format_of(data: bytes) -> str:
+    """The name of an image file's format, from its first bytes alone. Raises `DecodeError`."""
+    return _parser(data)[0]
+
+
 def to_input(data: bytes, pre: Preprocess) -> NDArray[np.uint8]:
     """Bytes of one image file to the network's input before normalisation: `(size, size, 3)`, uint8. Raises `DecodeError`."""
     image, box = _decode(data, math.ceil(pre.resize * DRAFT_MARGIN))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import decode, engine, files, images
+from finetune import decode, engine, files, images, machine
 from finetune.errors import UserError
 from finetune.images import Fault, ImageSet
 from finetune.network import Network, Tap
@@ -34,6 +35,14 @@ COMMIT_SECONDS = 15.0  # seconds, between two commits of the store: what a kill 
 VIEWS = ("", "flip")
 
 Progress = Callable[[int, int], None]
+
+
+class Changed(UserError):  # noqa: N818 — it says what happened to the file
+    """A file whose bytes are no longer those of its digest: its features would be stored under a wrong name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__("has changed since it was first looked at", where=path, fix="run the same command again")
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,8 @@ def extract(
 
     `load` gives the torch backbone where the network has to be converted; `known` are the digests, where the caller has
     them; `view` is "" or "flip" (mirrored left to right). Unreadable images: `on_bad` "stop" raises a `UserError` that
-    names them all (after the others are safe in the store), "skip" leaves them out and lists them in `faults`.
+    names them all (after the others are safe in the store), "skip" leaves them out and lists them in `faults`. A file
+    that no longer has the bytes of its digest raises `Changed`.
     """
     if view not in VIEWS:
         raise UserError(f"no view is called {view!r}", where="view", fix=f"choose one of {VIEWS}")
@@ -86,7 +96,11 @@ def extract(
         faults: dict[int, Fault] = {}
         if missing:
             runner = engine.open_runner(network, taps, load, engine=used, precision=bits)
-            faults = _run(source, ids, missing, runner, network, store, spaces, view, progress)
+            try:
+                faults = _run(source, ids, missing, runner, network, store, spaces, view, progress)
+            except Changed as error:
+                store.forget([os.fspath(error.path.absolute())])  # its size and time may be those of the old content
+                raise
         return _gather(source, ids, taps, store, spaces, faults, on_bad)
     finally:
         if own_store:
@@ -170,7 +184,7 @@ def _run(
 
     last = time.monotonic()
     try:
-        for batch, outputs in stream(source, missing, network, runner, faults, view=view, progress=progress):
+        for batch, outputs in stream(source, missing, network, runner, faults, view=view, ids=ids, progress=progress):
             waiting.append((batch, outputs))
             if sum(len(b) for b, _ in waiting) >= COMMIT_ROWS or time.monotonic() - last > COMMIT_SECONDS:
                 commit()
@@ -188,17 +202,19 @@ def stream(
     faults: dict[int, Fault],
     *,
     view: str = "",
+    ids: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[list[int], engine.Blocks]]:
     """Decode images ahead and run them: `(positions, one (b, width) array a tap)` a batch, in order, past the store.
 
-    What cannot be decoded is put into `faults`, by position. Raises `UserError` where the network gives no number.
+    What cannot be decoded is put into `faults`, by position. `ids` are the digests of all images of `source`: bytes that
+    are not theirs raise `Changed`. Raises `UserError` where the network gives no number.
     """
     queue: deque[list[int]] = deque()  # the positions of every batch on its way through the network
 
     def batches() -> Iterator[NDArray[np.uint8]]:
         good: list[tuple[int, NDArray[np.uint8]]] = []
-        for i, result in decoded(source, positions, network):
+        for i, result in decoded(source, positions, network, ids):
             if isinstance(result, Fault):
                 faults[i] = result
                 continue
@@ -222,19 +238,29 @@ def stream(
         yield batch, outputs
         if progress:  # after the batch is taken: whoever stops the work from here loses none of it
             progress(done + len(faults), len(positions))
+    if progress and done < len(positions):  # the last images gave no batch
+        progress(len(positions), len(positions))
 
 
-def decoded(source: ImageSet, positions: Iterable[int], network: Network) -> Iterator[tuple[int, NDArray[np.uint8] | Fault]]:
-    """Network input `(size, size, 3)` uint8 of images, in order, decoded ahead in threads; a `Fault` where that fails."""
+def decoded(
+    source: ImageSet, positions: Iterable[int], network: Network, ids: Sequence[str] | None = None
+) -> Iterator[tuple[int, NDArray[np.uint8] | Fault]]:
+    """Network input `(size, size, 3)` uint8 of images, in order, decoded ahead in threads; a `Fault` where that fails.
+
+    Raises `Changed` where the bytes of an image are not those of its digest in `ids`.
+    """
     pre = network.preprocess
 
     def one(i: int) -> NDArray[np.uint8] | Fault:
+        data = source.read(i)
+        if ids is not None and hashlib.sha256(data).hexdigest() != ids[i]:
+            raise Changed(source.root / source.paths[i])
         try:
-            return decode.to_input(source.read(i), pre)
+            return decode.to_input(data, pre)
         except decode.DecodeError as error:
             return Fault(source.paths[i], error.kind, error.detail)
 
-    with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count() or 2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(max_workers=machine.cores()) as pool:
         running: deque[tuple[int, concurrent.futures.Future[Any]]] = deque()
         try:
             for i in positions:

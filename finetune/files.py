@@ -23,6 +23,7 @@ CACHE_README = """This folder belongs to Regraft (the `finetune` and `retrieve` 
 features/   features of images, keyed by the content of the files
 compiled/   networks converted for OpenVINO, and its compiled models
 networks/   descriptions of networks
+thumbs/     small pictures that `retrieve serve` shows, keyed by the content of the files
 
 Everything here can be made again. `finetune cache` shows what is here and prunes it; deleting the folder is safe.
 """

@@ -20,7 +20,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from finetune import decode, folders, named, splits, table
+from finetune import decode, folders, machine, named, splits, table
 from finetune.errors import UserError
 from finetune.faults import FEW, Fault, Report, some
 from finetune.faults import list_faults as list_faults
@@ -278,7 +278,7 @@ def _in_words(images: ImageSet, group: Sequence[int]) -> str:
 def _in_threads(work: Callable[[int], T], positions: Iterable[int]) -> Iterator[T]:
     """`work` of each position, in order; a few batches are under way at a time, so that memory stays small."""
     todo = list(positions)
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 2)) as pool:
+    with ThreadPoolExecutor(max_workers=min(16, machine.cores() + 1)) as pool:
         for part in pool.map(lambda at: [work(i) for i in todo[at : at + BATCH]], range(0, len(todo), BATCH)):
             yield from part
 

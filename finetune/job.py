@@ -32,6 +32,7 @@ from finetune import (
     weights,
 )
 from finetune.classifier import AnyHead, Classifier, Head, Predictions
+from finetune.crossval import Kernel
 from finetune.errors import UserError
 from finetune.look import Bar, Floats, Ints, Look, Say, clock, no_bar, quiet
 from finetune.metrics import Estimate, Paired
@@ -235,7 +236,7 @@ def _job_digest(settings: Recipe, pictures: images.ImageSet, ids: tuple[str, ...
 def _baseline(seen: Look, say: Say) -> SvmResult:
     """The SVM, chosen and fitted inside the training part."""
     train, about = seen.part("train"), seen.recipe.svm
-    kernels = ("linear", "logistic", "rbf", "knn") if about.kernels == "auto" else tuple(about.kernels)
+    kernels: tuple[Kernel, ...] = svm.KERNELS if about.kernels == "auto" else about.kernels
     blocks = seen.blocks(train)
     if seen.plan.strategy == "probe":
         kernels, blocks = ("logistic",), {tap: block for tap, block in blocks.items() if tap == Tap("pooled")}
@@ -446,8 +447,8 @@ def _plan_json(seen: Look, baseline: SvmResult, pair: Paired | None) -> dict[str
         "plan": seen.plan.to_json(),
         "similarity": seen.similarity.to_json(),
         "svm": {
-            "cv_accuracy": baseline.cv_accuracy,
-            "cv_error": baseline.cv_error,
+            "cv_accuracy": baseline.cv_accuracy if baseline.candidates else None,
+            "cv_error": baseline.cv_error if baseline.candidates else None,
             "warnings": list(baseline.warnings),
             "candidates": [{**dataclasses.asdict(c), "taps": [str(tap) for tap in c.taps]} for c in baseline.candidates],
         },

@@ -159,16 +159,17 @@ def _frame(settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Na
     sample, known = pictures.subset(part), [ids[i] for i in part]
     used, bits = engine.resolve(settings.backbone.engine, settings.backbone.precision)
     taps = policy_taps(named.network)
-    right = {}
+    right: dict[str, NDArray[np.bool_]] = {}
     for name in catalog.FRAMES:
         with bar(f"frame: {name}") as progress:
             how: dict[str, Any] = {"store": store, "engine_name": used, "precision": bits, "on_bad": "skip", "progress": progress}
             found = features.extract(sample, catalog.framed(named.network, name), taps, named.load, known=known, **how)
         groups = images.group_ids(found.images, found.digests)
-        right[name] = svm.quick(found.blocks, found.images.labels, groups=groups, seed=settings.data.seed)
-    if any(mask is None for mask in right.values()):
-        say("frame      whole: too few images to cross-validate")
-        return "whole"
+        mask = svm.quick(found.blocks, found.images.labels, groups=groups, seed=settings.data.seed)
+        if mask is None:
+            say("frame      whole: too few images to cross-validate")
+            return "whole"
+        right[name] = mask
     gain = right["crop"].astype(float) - right["whole"]
     error = float(gain.std() / np.sqrt(len(gain)))
     chosen = "crop" if gain.mean() > error else "whole"

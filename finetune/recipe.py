@@ -339,7 +339,7 @@ def _scalar(value: object) -> str:
     if isinstance(value, str):
         return (
             value
-            if re.fullmatch(r"[A-Za-z][\w/-]*(:\w+)?", value, re.ASCII) and value not in ("null", "true", "false")
+            if re.fullmatch(r"[A-Za-z][\w/-]*(:\w+)?", value, re.ASCII) and value.lower() not in ("null", "true", "false")
             else _quoted(value)
         )
     if isinstance(value, float) and math.isfinite(value):

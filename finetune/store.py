@@ -173,6 +173,11 @@ class Store:
                 [(path, size, mtime, bytes.fromhex(digest)) for path, size, mtime, digest in entries],
             )
 
+    def forget(self, paths: Sequence[str]) -> None:
+        """Forget the digests of files by absolute path: they are read again at the next look."""
+        with self._writing():
+            self.db.executemany("delete from seen where path = ?", [(path,) for path in paths])
+
     # --------------------------------------------------------------------------------------------------- upkeep
 
     def summary(self) -> list[dict[str, Any]]:

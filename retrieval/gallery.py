@@ -23,7 +23,7 @@ from finetune.errors import UserError
 from finetune.features import Progress
 from finetune.images import Fault, ImageSet
 from retrieval import encode, segments
-from retrieval.encode import unit
+from retrieval.encode import Encoder, unit
 from retrieval.segments import Ints, Rows, Snapshot
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ class Gallery:
         """Open the gallery in `folder`. Raises `UserError` where there is none, and for damaged files."""
         self.folder = folder
         self._lock = threading.RLock()
-        self._runners: tuple[Runner, ...] | None = None
+        self._opening = threading.Lock()  # its own: what takes seconds must not keep others from the gallery
+        self._network: tuple[dict[str, Any], Encoder, tuple[Runner, ...]] | None = None
         self._show(*_read(folder))
 
     def _show(self, now: Snapshot, index: Index | None) -> None:
@@ -91,13 +92,11 @@ class Gallery:
     def refresh(self) -> bool:
         """Go on to the present state; whether there was anything new."""
         with self._lock:
-            fresh, index = _read(self.folder)
             before = self.now
-            if fresh.meta == before.meta:
-                fresh.close()
-                return False
-            if fresh.meta["manifest"] != before.meta["manifest"]:
-                self._runners = None
+            with contextlib.closing(segments.open_database(self.folder)) as db, segments.database_errors(self.folder):
+                if segments.read_meta(db, self.folder) == before.meta:  # the usual case: no file is looked at
+                    return False
+            fresh, index = _read(self.folder)
             self._show(fresh, index)
             before.close()
             return True
@@ -112,6 +111,17 @@ class Gallery:
         return find_root(self.now.meta, self.folder)
 
     # ------------------------------------------------------------------------------------------------- single images
+
+    def ids(self) -> list[int]:
+        """The ids of all images, in the order in which they came."""
+        with self._lock, segments.database_errors(self.folder):
+            return [number for (number,) in self.now.db.execute("select id from image where alive = 1 order by id")]
+
+    def digest(self, number: int) -> str | None:
+        """SHA-256 of the bytes of the image with this id; None where the gallery does not have it."""
+        with self._lock:
+            rows = self.now.select("select digest from image where alive = 1 and id in ({marks})", [number])
+            return rows[0][0].hex() if rows else None
 
     def paths(self, number: int) -> tuple[str, ...]:
         """The paths of the image with this id; none where the gallery does not have it."""
@@ -192,11 +202,17 @@ class Gallery:
 
     def encode(self, source: ImageSet, progress: Progress | None = None) -> tuple[Rows, dict[int, Fault]]:
         """Vectors of images `(n, width)`, made as the gallery's own, and the faults by position (their rows are zero)."""
-        with self._lock:
-            encoder = encode.from_manifest(self.folder, self.manifest)
-            if self._runners is None:
-                self._runners = encode.open_runners(encoder)
-        return encode.directly(encoder, source, self._runners, progress)
+        encoder, runners = self.network()
+        return encode.directly(encoder, source, runners, progress)
+
+    def network(self) -> tuple[Encoder, tuple[Runner, ...]]:
+        """The encoder of the gallery and its networks, loaded at the first call."""
+        manifest = self.manifest
+        with self._opening:
+            if self._network is None or self._network[0] != manifest:
+                encoder = encode.from_manifest(self.folder, manifest)
+                self._network = (manifest, encoder, encode.open_runners(encoder))
+            return self._network[1:]
 
     def search(
         self,

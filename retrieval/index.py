@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,7 +37,7 @@ from numpy.typing import ArrayLike, NDArray
 from finetune.errors import UserError
 from finetune.metrics import Estimate, wilson
 from retrieval import indexfile
-from retrieval.kinds import WHERE, Effort, Spec, choose, cores, cosines, doubled, refuse, shares_found, tune, widened
+from retrieval.kinds import WHERE, Effort, Spec, choose, cosines, doubled, refuse, shares_found, threads, tune, widened
 from retrieval.vectors import (
     Ints,
     Mask,
@@ -423,8 +424,8 @@ def _settle(d: int, work: int) -> None:
     faiss keeps both in globals of the thread or process, so every search sets them. One query has one piece: a second
     thread would have nothing to do, and where other work keeps a core busy, waiting for it costs more than the search.
     """
-    if threads := cores():
-        faiss.omp_set_num_threads(min(threads, work))
+    if limit := threads():
+        faiss.omp_set_num_threads(min(limit, work))
     faiss.cvar.distance_compute_blas_threshold = BLAS_FROM * d
 
 
@@ -451,4 +452,5 @@ _READING = threading.Lock()
 
 def _reason(error: BaseException) -> str:
     """faiss's message without the place in its source."""
-    return str(error).rsplit("Error: ", 1)[-1].strip().replace("\n", " ")[:200] or type(error).__name__
+    words = re.sub(r"^Error in .*? at \S+:\d+: ", "", str(error), count=1, flags=re.DOTALL)
+    return words.rsplit("Error: ", 1)[-1].strip().replace("\n", " ")[:200] or type(error).__name__

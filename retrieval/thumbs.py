@@ -1,0 +1,96 @@
+"""Small pictures, made once: kept in the cache folder by the content that they show, the longest unused dropped first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from finetune import decode, files
+from finetune.errors import UserError
+
+FORMAT = 1  # raise it when the pictures change
+SIDES = {"small": 320, "large": 1600}  # pixels of the longer side
+LIMIT = 500_000_000  # bytes kept
+QUALITY = 82
+TINY = 96  # pixels: up to here JPEG would show, and PNG is as small
+AT_ONCE = os.cpu_count() or 2  # decoded side by side: each may take much memory
+
+
+class Thumbs:
+    """The small pictures in one folder (`cache_dir()/thumbs`). Threads and processes may share it."""
+
+    def __init__(self, folder: Path | None = None, limit: int = LIMIT) -> None:
+        self.folder = folder or files.cache_dir("thumbs")
+        self.limit = limit
+        self._bytes: int | None = None  # kept; None: not counted yet
+        self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(AT_ONCE)
+
+    def get(self, digest: str, size: str, read: Callable[[], bytes]) -> bytes:
+        """The picture of the content with this SHA-256, in one of `SIDES`; `read` gives the content where it has to be made.
+
+        It is a JPEG, or a PNG where it is tiny. Raises `DecodeError`, and what `read` raises.
+        """
+        path = self.folder / f"{SIDES[size]}-{FORMAT}" / digest[:2] / digest
+        found = _kept(path)
+        if found is not None:
+            return found
+        with self._places:
+            found = _kept(path)  # somebody else may have made it meanwhile
+            if found is not None:
+                return found
+            made = shrink(read(), SIDES[size])
+            with contextlib.suppress(OSError, UserError):  # a full disk costs time alone
+                files.write_bytes(path, made)
+                self._count(len(made))
+        return made
+
+    def _count(self, new: int) -> None:
+        with self._lock:
+            if self._bytes is not None and self._bytes + new <= self.limit:
+                self._bytes += new
+                return
+            known = sorted((info.st_mtime_ns, info.st_size, path) for path, info in _all(self.folder))
+            total = sum(size for _, size, _ in known)
+            goal = self.limit if total <= self.limit else self.limit * 4 // 5  # some room, so that this is rare
+            for _, size, path in known:
+                if total <= goal:
+                    break
+                path.unlink(missing_ok=True)
+                total -= size
+            self._bytes = total
+
+
+def _kept(path: Path) -> bytes | None:
+    try:
+        data = path.read_bytes()
+        os.utime(path)  # the time of the last use
+    except OSError:
+        return None
+    return data or None
+
+
+def _all(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    found = []
+    for path in folder.glob("*/*/*"):
+        with contextlib.suppress(OSError):  # another process may drop it meanwhile
+            found.append((path, path.stat()))
+    return found
+
+
+def shrink(data: bytes, side: int) -> bytes:
+    """The picture in at most `side` pixels a side, as JPEG; tiny ones as PNG. Raises `DecodeError`."""
+    image = decode.decode(data, short_side=side)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    out = BytesIO()
+    if max(image.size) <= TINY:
+        image.save(out, "PNG")
+    else:
+        image.save(out, "JPEG", quality=QUALITY, progressive=True, optimize=True)
+    return out.getvalue()

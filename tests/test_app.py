@@ -1,0 +1,626 @@
+"""`retrieve serve`: the API, who is let in, what is served, and many who ask at once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import galleries
+import httpx
+import pytest
+import webs
+from galleries import ENCODER
+from PIL import Image
+from webs import ask, make
+
+from finetune import files
+from finetune.errors import UserError
+from retrieval import api, app, batching, guard, upkeep
+from retrieval.batching import Desk, Query
+from retrieval.gallery import Gallery
+from retrieval.thumbs import Thumbs
+
+
+@dataclass(frozen=True)
+class Site:
+    """A gallery that is served to requests without a server."""
+
+    index: Path
+    gallery: Gallery
+    desk: Desk
+    app: Any
+    asked: galleries.Asked
+
+    @property
+    def photos(self) -> Path:
+        return self.index.parent / "photos"
+
+    def get(self, url: str, **how: Any) -> httpx.Response:
+        return ask(self.app, "GET", url, **how)
+
+    def search(self, *pictures: tuple[str, bytes], **fields: Any) -> httpx.Response:
+        return ask(self.app, "POST", "/api/search", files=[("files", one) for one in pictures], data=fields)
+
+    def id_of(self, path: str) -> int:
+        found = self.get("/api/images?limit=500").json()["images"]
+        return next(image["id"] for image in found if path in (image["path"], *image["also"]))
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    asked = webs.install(monkeypatch.setattr)
+    index = make(tmp_path)
+    with Gallery(index) as gallery, Desk(gallery) as desk:
+        yield Site(index, gallery, desk, api.create(desk, hosts=app.LOOPBACK), asked)
+
+
+def png(colour: tuple[int, int, int], side: int = 20) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def locked(site: Site, token: str = "open sesame") -> Any:
+    return api.create(site.desk, token=token)
+
+
+# ------------------------------------------------------------------------------------------------------------ searching
+
+
+def test_info(site: Site) -> None:
+    """The page learns what is served, and what may be sent."""
+    about = site.get("/api/info").json()
+    assert ("photos.index", 12, 13, 0) == tuple(about[key] for key in ("name", "images", "paths", "unreadable"))
+    assert (api.UPLOAD, api.PICTURES, api.MOST) == (about["max_upload"], about["max_pictures"], about["max_k"])
+
+
+def test_an_upload_of_a_known_picture(site: Site) -> None:
+    """It is known by its bytes, left out of its own answer, and first with keep_self."""
+    data = (site.photos / "0005.png").read_bytes()
+    found = site.search(("x.png", data), k=3).json()
+    assert [{"name": "x.png", "id": site.id_of("0005.png")}] == found["query"]
+    assert 3 == len(found["results"])
+    assert "0005.png" not in [hit["path"] for hit in found["results"]]
+    kept = site.search(("x.png", data), k=3, keep_self="true").json()
+    assert ("0005.png", pytest.approx(1.0)) == (kept["results"][0]["path"], kept["results"][0]["score"])
+    assert 12 == kept["images"]
+
+
+def test_an_upload_answers_as_the_library_does(site: Site, tmp_path: Path) -> None:
+    """Scores, order and further paths are those of `Gallery.query`, also with a threshold and an expansion."""
+    from finetune import images
+
+    (tmp_path / "new.png").write_bytes(png((1, 2, 3)))
+    for how in ({"k": 5}, {"k": 12, "threshold": 0.0}, {"k": 4, "expand": 2}):
+        (expected,), _ = site.gallery.query(images.load_unlabelled(tmp_path / "new.png"), **how)
+        found = site.search(("new.png", png((1, 2, 3))), **how).json()
+        assert [None] == [one["id"] for one in found["query"]]
+        assert [(hit.id, hit.path, hit.score, list(hit.also)) for hit in expected.hits] == [
+            (hit["id"], hit["path"], pytest.approx(hit["score"]), hit["also"]) for hit in found["results"]
+        ]
+
+
+def test_several_pictures_are_one_query(site: Site) -> None:
+    """They are averaged, as the library does it; none of them is in the answer unless it is asked for."""
+    from finetune import images
+
+    chosen = [site.photos / name for name in ("0005.png", "0006.png")]
+    for keep in (True, False):
+        (expected,), _ = site.gallery.query(images.load_unlabelled(chosen), 12, together=True, keep_self=keep)
+        found = site.search(*((path.name, path.read_bytes()) for path in chosen), k=12, keep_self=keep).json()
+        assert (2, 12 if keep else 10) == (len(found["query"]), len(found["results"]))
+        assert [(hit.id, pytest.approx(hit.score)) for hit in expected.hits] == [
+            (hit["id"], hit["score"]) for hit in found["results"]
+        ]
+
+
+def test_similar_to_an_image(site: Site) -> None:
+    """An image of the gallery is a query by its id; the network is not asked."""
+    number = site.id_of("0007.png")
+    before = len(site.asked.contents)
+    found = site.get(f"/api/images/{number}/similar?k=50").json()
+    assert (11, number) == (len(found["results"]), found["query"][0]["id"])
+    assert "0007.png" == site.get(f"/api/images/{number}/similar?k=1&keep_self=true").json()["results"][0]["path"]
+    least = found["results"][2]["score"]
+    assert 3 == len(site.get(f"/api/images/{number}/similar?k=50&threshold={least}").json()["results"])
+    assert before == len(site.asked.contents)
+
+
+def test_browsing(site: Site) -> None:
+    """All images come part by part, each once, also spread over the gallery."""
+    for how in ("", "&spread=true"):
+        parts = [site.get(f"/api/images?offset={at}&limit=5{how}").json() for at in (0, 5, 10, 15)]
+        assert [12, 12, 12, 12] == [part["total"] for part in parts]
+        ids = [image["id"] for part in parts for image in part["images"]]
+        assert (12, 12) == (len(ids), len(set(ids)))
+    assert ["more/copy.png"] == next(i["also"] for part in parts for i in part["images"] if i["path"] == "0000.png")
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 36, 1000])
+def test_spread_out_is_a_permutation(n: int) -> None:
+    """Every image has its place, and the first few are far from each other."""
+    order = [api.spread_out(i, n) for i in range(n)]
+    assert list(range(n)) == sorted(order)
+    assert n < 10 or min(abs(a - b) for a, b in itertools.pairwise(order)) > n // 10
+
+
+def test_the_gallery_may_change_meanwhile(site: Site) -> None:
+    """What another process adds and removes is found, and is not, from the next request on."""
+    data = png((9, 9, 9))
+    (site.photos / "late.png").write_bytes(data)
+    upkeep.add(site.index, [site.photos / "late.png"])
+    number = site.search(("q.png", data), k=1, keep_self="true").json()["results"][0]["id"]
+    assert "late.png" == site.get(f"/api/images/{number}").json()["path"]
+    upkeep.remove(site.index, ["late.png"])
+    assert 12 == site.get("/api/info").json()["images"]
+    assert 404 == site.get(f"/api/images/{number}").status_code
+    assert 404 == site.get(f"/api/images/{number}/similar").status_code
+
+
+def test_the_gallery_may_go_meanwhile(site: Site) -> None:
+    """A gallery that was taken away is an answer in words."""
+    site.index.rename(site.index.with_name("elsewhere.index"))
+    answer = site.get("/api/info")
+    assert (503, True) == (answer.status_code, "no such folder" in answer.json()["detail"])
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "words"),
+    [
+        (b"", 422, "x.png: empty"),
+        (b"hello", 415, "x.png: not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "SVG"),
+        (png((1, 2, 3))[:60], 422, "x.png: truncated"),
+        (b"P6 90000 90000 255 ", 413, "x.png: too large"),
+    ],
+)
+def test_broken_uploads(site: Site, data: bytes, status: int, words: str) -> None:
+    """What cannot be read is named, with what is wrong; a good one beside it does not help."""
+    for pictures in ([("x.png", data)], [("good.png", png((1, 2, 3))), ("x.png", data)]):
+        answer = site.search(*pictures)
+        assert status == answer.status_code
+        assert words in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "how", "status", "words"),
+    [
+        ("GET", "/api/images/3/similar?k=0", {}, 422, "k: "),
+        ("GET", "/api/images/3/similar?k=many", {}, 422, "not 'many'"),
+        ("GET", "/api/images/3/similar?threshold=nan", {}, 422, "threshold: "),
+        ("GET", "/api/images?limit=0", {}, 422, "limit: "),
+        ("GET", "/api/images/99", {}, 404, "no image 99"),
+        ("GET", "/api/images/99/similar", {}, 404, "no image 99"),
+        ("GET", "/thumbs/99", {}, 404, "no image 99"),
+        ("GET", "/thumbs/1?size=huge", {}, 422, "size: "),
+        ("GET", f"/files/{10**30}", {}, 422, "number: "),
+        ("GET", "/nothing", {}, 404, "nothing here"),
+        ("GET", "/docs", {}, 404, "nothing here"),
+        ("DELETE", "/api/info", {}, 405, "cannot be done"),
+        ("POST", "/api/search", {}, 415, "multipart/form-data"),
+        ("POST", "/api/search", {"json": {"k": 3}}, 415, "multipart/form-data"),
+        ("POST", "/api/search", {"files": {"other": b"x"}}, 422, "files: missing"),
+        ("POST", "/api/search", {"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, ""),
+        ("POST", "/api/search", {"files": {"files": b"x"}, "data": {"k": "501"}}, 422, "k: "),
+        ("POST", "/api/search", {"files": [("files", b"x")] * 17}, 422, "17 pictures are too many"),
+    ],
+)
+def test_errors_are_words(site: Site, method: str, url: str, how: dict[str, Any], status: int, words: str) -> None:
+    """Every error has its code, and a text that names what is wrong."""
+    answer = ask(site.app, method, url, **how)
+    assert status == answer.status_code, answer.text
+    assert ["detail"] == list(answer.json())
+    assert words in answer.json()["detail"]
+
+
+def test_too_many_bytes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that is too large is refused by its announced length, and where it lies about it, as soon as it is."""
+    monkeypatch.setattr(api, "UPLOAD", 1000)
+    monkeypatch.setattr(guard, "OVERHEAD", 500)
+    small = api.create(site.desk)
+    assert 413 == ask(small, "POST", "/api/search", files={"files": bytes(2000)}).status_code
+    sent = []
+
+    async def stream() -> Any:
+        yield b'--b\r\ncontent-disposition: form-data; name="files"; filename="x"\r\n\r\n'
+        for _ in range(100):
+            sent.append(1)
+            yield bytes(100)
+
+    answer = ask(small, "POST", "/api/search", content=stream(), headers={"content-type": "multipart/form-data; boundary=b"})
+    assert (413, True) == (answer.status_code, "too large" in answer.json()["detail"])
+    assert len(sent) < 20
+    assert 415 == ask(small, "POST", "/api/search", files={"files": bytes(900)}).status_code
+
+
+def test_a_bug_is_an_answer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody foresaw is said as JSON, and the next request is answered."""
+    monkeypatch.setattr(Gallery, "info", lambda self: 1 / 0)
+    answer = site.get("/api/info")
+    assert (500, True) == (answer.status_code, "ZeroDivisionError" in answer.json()["detail"])
+    assert 200 == site.get("/api/images").status_code
+
+
+def test_openapi(site: Site) -> None:
+    """The description names every route of the API with the type of its answer, and the page draws on nothing else."""
+    described = site.get("/openapi.json").json()["paths"]
+    expected = {"/api/info", "/api/images", "/api/search", "/api/images/{number}/similar", "/api/images/{number}"}
+    assert expected | {"/thumbs/{number}", "/files/{number}"} == set(described)
+    for path in expected:
+        (operation,) = described[path].values()
+        assert "$ref" in operation["responses"]["200"]["content"]["application/json"]["schema"]
+
+
+# -------------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_details(site: Site) -> None:
+    """An image has its paths, digest, and what its file is."""
+    about = site.get(f"/api/images/{site.id_of('0000.png')}").json()
+    data = (site.photos / "0000.png").read_bytes()
+    assert ("0000.png", ["more/copy.png"], hashlib.sha256(data).hexdigest()) == (about["path"], about["also"], about["digest"])
+    assert ("PNG", 40, 30, len(data), None) == tuple(about[key] for key in ("format", "width", "height", "bytes", "problem"))
+
+
+def test_files_come_as_they_are(site: Site) -> None:
+    """The bytes of the file, under a type that says what they are, and nothing that may run."""
+    answer = site.get(f"/files/{site.id_of('0003.png')}")
+    assert (site.photos / "0003.png").read_bytes() == answer.content
+    assert ("image/png", "nosniff") == (answer.headers["content-type"], answer.headers["x-content-type-options"])
+    assert "sandbox" in answer.headers["content-security-policy"]
+
+
+def test_thumbs_are_made_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small picture is kept in the cache by content: another server does not decode again, and a browser asks shortly."""
+    number = site.id_of("0004.png")
+    first = site.get(f"/thumbs/{number}")
+    assert ("image/png", (40, 30)) == (first.headers["content-type"], Image.open(io.BytesIO(first.content)).size)
+    monkeypatch.setattr("retrieval.thumbs.shrink", lambda *_: 1 / 0)
+    again = api.create(site.desk)
+    assert first.content == ask(again, "GET", f"/thumbs/{number}").content
+    answer = ask(again, "GET", f"/thumbs/{number}", headers={"if-none-match": first.headers["etag"]})
+    assert (304, b"") == (answer.status_code, answer.content)
+
+
+def test_large_pictures_become_small(tmp_path: Path) -> None:
+    """A picture is fitted into the side, as JPEG; what is damaged stays damaged."""
+    from finetune.decode import DecodeError
+
+    out = io.BytesIO()
+    Image.new("RGB", (3000, 1000), (200, 10, 10)).save(out, "JPEG")
+    thumbs = Thumbs(tmp_path)
+    for size, expected in (("small", (320, 107)), ("large", (1600, 533))):
+        made = Image.open(io.BytesIO(thumbs.get("ab" * 32, size, out.getvalue)))
+        assert ("JPEG", expected) == (made.format, made.size)
+    with pytest.raises(DecodeError):
+        thumbs.get("cd" * 32, "small", lambda: b"hello")
+
+
+def test_thumbs_are_bounded(tmp_path: Path) -> None:
+    """Beyond the limit the longest unused go; a cache that cannot be written costs nothing but time."""
+    size = len(png((0, 0, 0)))
+    thumbs = Thumbs(tmp_path, limit=10 * size)
+    for i in range(30):
+        name = f"{i:02x}" * 32
+        thumbs.get(name, "small", lambda i=i: png((i, i, i)))
+        for path in tmp_path.glob(f"*/*/{name}"):
+            os.utime(path, (i, i))
+    left = sorted(path.name[:2] for path in tmp_path.glob("*/*/*"))
+    assert 0 < sum(path.stat().st_size for path in tmp_path.glob("*/*/*")) <= 10 * size
+    assert "1d" == left[-1]
+    (tmp_path / "file").write_text("")
+    assert Thumbs(tmp_path / "file").get("ab" * 32, "small", lambda: png((1, 1, 1)))
+
+
+def test_a_file_that_went(site: Site) -> None:
+    """A file that is gone is a 404 in words, small and whole; another path of the same bytes takes its place."""
+    number, double = site.id_of("0008.png"), site.id_of("0000.png")
+    site.get(f"/thumbs/{number}")
+    (site.photos / "0008.png").unlink()
+    (site.photos / "0000.png").unlink()
+    for url in (f"/thumbs/{number}", f"/files/{number}"):
+        answer = site.get(url)
+        assert (404, "0008.png is not there any more") == (answer.status_code, answer.json()["detail"].partition(":")[0])
+    assert "not there any more" in site.get(f"/api/images/{number}").json()["problem"]
+    assert 200 == site.get(f"/files/{double}").status_code
+
+
+def test_only_the_gallerys_bytes_get_out(site: Site, tmp_path: Path) -> None:
+    """What was put in the place of a file since the build is not served: other files, or links out of the folder."""
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png((250, 0, 0)))
+    numbers = [site.id_of(f"{i:04d}.png") for i in (3, 4, 5)]
+    (site.photos / "0003.png").unlink()
+    (site.photos / "0003.png").symlink_to(secret)
+    (site.photos / "0004.png").unlink()
+    (site.photos / "0004.png").symlink_to("/etc/passwd")
+    (site.photos / "0005.png").write_text("<script>alert(1)</script>")
+    for number in numbers:
+        for url in (f"/files/{number}", f"/thumbs/{number}"):
+            answer = site.get(url)
+            assert (404, True) == (answer.status_code, "was changed" in answer.json()["detail"])
+        assert "was changed" in site.get(f"/api/images/{number}").json()["problem"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "%2e%2e%2f%2e%2e%2fetc/passwd", "//etc/passwd",
+        "%2fetc%2fpasswd", "/etc/passwd", "..%5c..%5cetc", "1/../../etc/passwd", "%00", "0003.png", "-1", "1.0", "１",
+    ],
+)  # fmt: skip
+def test_no_path_is_served(site: Site, path: str) -> None:
+    """Pictures are asked for by number: no path, however written, reaches a file."""
+    for folder in ("files", "thumbs", "page.css", "."):
+        answer = site.get(f"/{folder}/{path}")
+        assert answer.status_code in (404, 422), answer.text
+        assert b"root:" not in answer.content
+
+
+def test_the_page_is_self_contained(site: Site) -> None:
+    """The page and what it loads come from here alone, under a policy that allows nothing else."""
+    page = site.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for url, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+        answer = site.get(url)
+        assert (200, True) == (answer.status_code, answer.headers["content-type"].startswith(kind))
+        assert "http" not in answer.text.replace("http://www.w3.org/2000/svg", "")
+        assert " style=" not in answer.text
+        assert " onclick=" not in answer.text
+
+
+# -------------------------------------------------------------------------------------------------------- who is let in
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "localhost", "[::1]:8000", "LOCALHOST:1"])
+def test_own_hosts(site: Site, host: str) -> None:
+    """This machine's own names are answered."""
+    assert 200 == site.get("/api/info", headers={"host": host}).status_code
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "evil.example:8000", "", "localhost@evil.example", "[::1"]
+)
+def test_foreign_hosts(site: Site, host: str) -> None:
+    """A foreign name that points at this machine is refused, whatever is asked for."""
+    for url in ("/", "/page.js", "/api/info", "/thumbs/1", "/files/1", "/openapi.json"):
+        answer = site.get(url, headers={"host": host})
+        assert (400, True) == (answer.status_code, "not served here" in answer.json()["detail"])
+
+
+def test_foreign_pages(site: Site) -> None:
+    """A page of another origin can neither send pictures nor embed ours."""
+    how = {"files": {"files": png((1, 2, 3))}, "headers": {"origin": "http://evil.example"}}
+    assert 403 == ask(site.app, "POST", "/api/search", **how).status_code
+    how["headers"] = {"origin": webs.BASE}
+    assert 200 == ask(site.app, "POST", "/api/search", **how).status_code
+    assert "same-origin" == site.get("/thumbs/1").headers["cross-origin-resource-policy"]
+
+
+@pytest.mark.parametrize(
+    "url", ["/", "/page.css", "/page.js", "/api/info", "/api/images", "/thumbs/1", "/files/1", "/openapi.json", "/x"]
+)
+def test_every_route_needs_the_token(site: Site, url: str) -> None:
+    """Without the token nothing is answered; with it as a bearer, everything."""
+    door = locked(site)
+    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "open sesame"}, {"cookie": "regraft-1=open sesame"}):
+        answer = ask(door, "GET", url, headers=headers)
+        assert (401, "Bearer") == (answer.status_code, answer.headers["www-authenticate"])
+    assert 401 == ask(door, "GET", f"{url}?token=wrong").status_code
+    answer = ask(door, "GET", url, headers={"authorization": "Bearer open sesame"})
+    assert (404 if url == "/x" else 200, False) == (answer.status_code, "set-cookie" in answer.headers)
+
+
+def test_the_token_becomes_a_cookie(site: Site) -> None:
+    """?token= once, then a cookie that scripts cannot read, that other sites cannot send, and that is not the token."""
+    door = locked(site, "ключ 1")
+    first = ask(door, "GET", "/", params={"token": "ключ 1"})
+    text = first.headers["set-cookie"]
+    assert 200 == first.status_code
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(text.split("; "))
+    pair = text.partition(";")[0]
+    for others in ("", 'odd="x; [y]=1; '):
+        assert 200 == ask(door, "GET", "/api/info", headers={"cookie": others + pair}).status_code
+    assert 401 == ask(locked(site, "another"), "GET", "/api/info", headers={"cookie": pair}).status_code
+    assert 401 == ask(door, "GET", "/api/info", headers={"cookie": pair[:-1]}).status_code
+
+
+def test_a_person_is_asked_for_the_token(site: Site) -> None:
+    """A browser gets a form instead of JSON, and is told when the token was wrong."""
+    door = locked(site)
+    answer = ask(door, "GET", "/", headers={"accept": "text/html"})
+    assert (401, True) == (answer.status_code, "name=token" in answer.text)
+    assert "not the right one" in ask(door, "GET", "/?token=x", headers={"accept": "text/html"}).text
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
+def test_other_machines_need_a_token(host: str, site: Site) -> None:
+    """Any other address than this machine's own is refused without a token."""
+    with pytest.raises(UserError, match="--token"):
+        app.serve(site.index, host=host)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.9.1", "::1"])
+def test_own_addresses(host: str) -> None:
+    """The addresses of this machine alone need none; an empty token is none."""
+    app.check_token(host, None)
+    with pytest.raises(UserError, match="empty"):
+        app.check_token(host, " ")
+
+
+def test_a_port_in_use(site: Site) -> None:
+    """The port is named, and another one that is free."""
+    with app.listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port} is in use.*\n.*--port \d+"):
+            app.serve(site.index, port=port)
+
+
+def test_no_such_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is none is said."""
+
+    def nowhere(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    with pytest.raises(UserError, match="no address is called"):
+        app.listen("no.such.host", 8000)
+
+
+@pytest.mark.parametrize("name", ["fastapi", "uvicorn", "python_multipart"])
+def test_without_the_extra(name: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a package of the extra is missing, the command that installs it is said."""
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=r"pip install 'regraft\[web\]'"):
+        app.serve(site.index)
+
+
+# ------------------------------------------------------------------------------------------------------------- many
+
+
+def test_a_thousand_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 uploads over real connections, 64 at a time: each gets its own picture, and few runs of the network serve all."""
+    asked = webs.install(monkeypatch.setattr)
+    photos = galleries.pictures(tmp_path / "photos", 300)
+    index = tmp_path / "photos.index"
+    upkeep.build([tmp_path / "photos"], index, ENCODER)
+    fresh = {i: png((i, 255 - i, 7)) for i in range(100)}  # not in the gallery: these go through the network
+    with Gallery(index) as gallery, Desk(gallery) as desk, webs.running(api.create(desk)) as base:
+        expected = {i: desk.ask(Query((("x", data),), k=2)).result().hits for i, data in fresh.items()}
+        asked.contents.clear()
+        runs: list[int] = []
+        plain = Gallery.encode
+        monkeypatch.setattr(
+            Gallery, "encode", lambda self, source, *more: (runs.append(len(source)), plain(self, source, *more))[1]
+        )
+
+        async def one(client: httpx.AsyncClient, gate: asyncio.Semaphore, i: int) -> None:
+            name = photos[i % 300].name
+            data = fresh[i // 10] if i % 10 == 0 else photos[i % 300].read_bytes()
+            async with gate:
+                form = {"k": "2", "keep_self": "true"}
+                answer = await client.post("/api/search", files={"files": (f"{i}.png", data)}, data=form)
+            found = answer.json()
+            assert (200, f"{i}.png", 2) == (answer.status_code, found["query"][0]["name"], len(found["results"]))
+            if i % 10 == 0:
+                assert [(hit.id, hit.score) for hit in expected[i // 10]] == [
+                    (hit["id"], hit["score"]) for hit in found["results"]
+                ]
+            else:
+                assert (name, pytest.approx(1.0)) == (found["results"][0]["path"], found["results"][0]["score"])
+
+        async def everybody() -> None:
+            gate = asyncio.Semaphore(64)
+            async with httpx.AsyncClient(base_url=base, timeout=60, trust_env=False) as client:
+                await asyncio.gather(*(one(client, gate, i) for i in range(1000)))
+
+        asyncio.run(everybody())
+    assert 100 == sum(runs) == len(asked.contents)
+    assert len(runs) < 100
+
+
+def test_waiting_queries_are_one_batch(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits while the desk is busy is answered together, by one run of the network and one search a way of asking."""
+    runs: list[int] = []
+    searches: list[int] = []
+    encode, search = Gallery.encode, Gallery.search
+    monkeypatch.setattr(Gallery, "encode", lambda self, source, *more: (runs.append(len(source)), encode(self, source, *more))[1])
+    monkeypatch.setattr(
+        Gallery, "search", lambda self, v, *more, **how: (searches.append(len(v)), search(self, v, *more, **how))[1]
+    )
+    busy = threading.Event()
+    held = site.desk.call(lambda _: busy.wait(10))
+    waiting = [site.desk.ask(Query((("x", png((i, 0, 0))),), k=1 + i % 2)) for i in range(20)]
+    busy.set()
+    assert held.result()
+    assert [1 + i % 2 for i in range(20)] == [len(one.result().hits) for one in waiting]
+    assert {20} == {one.result().batch for one in waiting}
+    assert ([20], [10, 10]) == (runs, searches)
+
+
+def test_one_bad_query_spoils_no_other(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a batch fails as a whole, each is answered alone, and only the culprit gets the error."""
+    encode = Gallery.encode
+
+    def failing(self: Gallery, source: Any, *more: Any) -> Any:
+        if any(source.read(i) == png((66, 6, 6)) for i in range(len(source))):
+            raise UserError("the network gives NaN")
+        return encode(self, source, *more)
+
+    monkeypatch.setattr(Gallery, "encode", failing)
+    busy = threading.Event()
+    site.desk.call(lambda _: busy.wait(10))
+    waiting = [site.desk.ask(Query((("x", png((i, 6, 6))),))) for i in (65, 66, 67)]
+    missing = site.desk.ask(Query(image=99))
+    busy.set()
+    assert 10 == len(waiting[0].result().hits) == len(waiting[2].result().hits)
+    with pytest.raises(UserError, match="NaN"):
+        waiting[1].result()
+    with pytest.raises(batching.NoImage):
+        missing.result()
+
+
+def test_the_desk_answers_before_it_closes(site: Site) -> None:
+    """What waits at the end is answered; what comes later is refused."""
+    desk = Desk(site.gallery)
+    waiting = [desk.ask(Query(image=1, k=2)) for _ in range(100)]
+    desk.close()
+    assert {2} == {len(one.result().hits) for one in waiting}
+    with pytest.raises(UserError, match="closing"):
+        desk.ask(Query(image=1))
+
+
+def test_who_leaves_is_not_answered(site: Site) -> None:
+    """A query that was given up while it waited costs nothing."""
+    busy = threading.Event()
+    site.desk.call(lambda _: busy.wait(10))
+    left = site.desk.ask(Query((("x", png((1, 1, 9))),)))
+    assert left.cancel()
+    busy.set()
+    assert site.desk.call(len).result()
+    assert not any("IHDR" in text for text in site.asked.contents[12:])
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_command(site: Site, times: int) -> None:
+    """The address is printed once it answers, a search over it works, and Ctrl-C (also twice) ends it at once, and well."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import webs; webs.install(setattr)\n"
+    code += "from retrieval.cli import main; main()"
+    words = [sys.executable, "-c", code, "serve", str(site.index), "--port", "0"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as server:
+        assert server.stdout is not None
+        address = next(word for word in server.stdout.readline().split() if word.startswith("http"))
+        data = (site.photos / "0003.png").read_bytes()
+        found = httpx.post(f"{address}api/search", files={"files": data}, data={"keep_self": "true"}, trust_env=False).json()
+        for _ in range(times):
+            server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=20)
+    assert "0003.png" == found["results"][0]["path"]
+    assert (0, "ended\n", "") == (server.returncode, out, err)
+
+
+def test_the_cache_says_what_it_holds() -> None:
+    """The folder of small pictures is part of the cache, and of its README."""
+    assert Thumbs().folder == files.cache_dir("thumbs")
+    assert "thumbs/" in (files.cache_dir() / "README.txt").read_text()
