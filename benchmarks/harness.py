@@ -84,8 +84,8 @@ def record(name: str, work: str, peer: str, bar: str, result: str, detail: str =
     when = datetime.now(UTC).date().isoformat()
     rows[name] = f"| {name} | {work} | {peer} | {bar} | {result} | {detail} | {when} |"
     head = (
-        "# Benchmarks: results\n\nEach row: ours and the peer in the same run, in turn; the ratio with minimum, median and maximum over\n"
-        "the rounds. Written by the scripts in this folder.\n\n"
+        "# Benchmarks: results\n\nEach row: ours and the peer in the same run, in turn; the ratio with minimum, median and\n"
+        "maximum over the rounds. Written by the scripts in this folder.\n\n"
         f"Machine: {machine()}\n\nVersions: {versions()}\n\n"
         "| benchmark | work | peer | bar | result | detail | date |\n|---|---|---|---|---|---|---|\n"
     )

@@ -98,7 +98,8 @@ def compare(folder: Path, options: argparse.Namespace, stages: int) -> None:
     theirs_, stored_, once_, unstored_ = zip(*rows, strict=True)
     whole = [options.epochs * t / (options.epochs * s + o) for t, s, o, _ in rows]
     print(
-        f"\nlast {stages} stages ({', '.join(training.trainable)}), {len(chosen)} images, {options.rounds} rounds; min / median / max"
+        f"\nlast {stages} stages ({', '.join(training.trainable)}), {len(chosen)} images, "
+        f"{options.rounds} rounds; min / median / max"
     )
     print(f"  plain torch loop, an epoch        {spread(theirs_, 's')}")
     print(f"  ours, an epoch                    {spread(stored_, 's')}")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from finetune import engine, features, files
 from finetune.errors import UserError
-from finetune.images import Fault, ImageSet, load_unlabelled
+from finetune.images import Fault, ImageSet, check_on_bad, load_unlabelled
 from finetune.network import Network, Tap
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ class Classifier:
         `images` are a set, or paths of files and folders. Raises `UserError` naming all unreadable images where `on_bad`
         is stop; `skip` leaves them to `faults`.
         """
+        check_on_bad(on_bad)
         if not isinstance(images, ImageSet):
             images = load_unlabelled(images)
         runner = engine.open_runner(self.network, self.head.taps, self.load, engine=self.engine, precision=self.precision)

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.errors import UserError
+
 FEW = 20  # training images: a class with fewer is pointed out
+ON_BAD = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,16 @@ class Report:
         yield from _titled("duplicates", [" = ".join(group) for group in self.duplicates if group not in self.across_splits])
 
 
-def list_faults(faults: Sequence[Fault]) -> str:
+def check_on_bad(word: str) -> None:
+    """Refuse another word than stop and skip: taken for skip, it would leave images out unasked."""
+    if word not in ON_BAD:
+        raise UserError(f"an unreadable image cannot {word!r}", where="on_bad", fix=f"choose {' or '.join(ON_BAD)}")
+
+
+def list_faults(faults: Sequence[Fault], most: int = 3) -> str:
     """In one line: how many images are bad, and the first few with what is wrong."""
-    return f"{len(faults)} bad image{'s' * (len(faults) != 1)}: {some([f'{f.path} ({f.kind}: {f.detail})' for f in faults])}"
+    words = [f"{fault.path} ({fault.kind}: {fault.detail})" for fault in faults]
+    return f"{len(faults)} bad image{'s' * (len(faults) != 1)}: {some(words, most)}"
 
 
 def some(items: Sequence[str], most: int = 3) -> str:

@@ -33,6 +33,7 @@ AHEAD = 8  # batches decoded ahead of the network: bounds the memory
 COMMIT_ROWS = 1024  # rows, or
 COMMIT_SECONDS = 15.0  # seconds, between two commits of the store: what a kill can lose
 VIEWS = ("", "flip")
+NAMED = 20  # bad images that an error names: who mends them wants them all, but not a screen of ten thousand
 
 Progress = Callable[[int, int], None]
 
@@ -86,6 +87,7 @@ def extract(
     """
     if view not in VIEWS:
         raise UserError(f"no view is called {view!r}", where="view", fix=f"choose one of {VIEWS}")
+    images.check_on_bad(on_bad)
     own_store = store is None
     store = store or Store()
     try:
@@ -297,9 +299,9 @@ def _gather(
 
 
 def refuse(faults: Sequence[Fault], where: str) -> NoReturn:
-    """Name the images that could not be read, and how to go on."""
+    """Name the images that could not be read (the first of very many), and how to go on."""
     raise UserError(
-        images.list_faults(faults), where=where, fix="mend or remove them, or go on without them: --on-bad-image skip"
+        images.list_faults(faults, NAMED), where=where, fix="mend or remove them, or go on without them: --on-bad-image skip"
     )
 
 

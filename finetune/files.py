@@ -55,10 +55,9 @@ def disk_errors(where: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                "the disk is full", where=where, fix="free some space, then run the same command again: it goes on"
-            ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = "the disk is full" if error.errno != errno.EFBIG else "the file would be larger than this system allows"
+            raise UserError(what, where=where, fix="free some space, then run the same command again: it goes on") from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise UserError(
                 f"cannot write here ({error.strerror})",

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from finetune import decode, folders, machine, named, splits, table
 from finetune.errors import UserError
 from finetune.faults import FEW, Fault, Report, some
+from finetune.faults import check_on_bad as check_on_bad
 from finetune.faults import list_faults as list_faults
 
 Ints = NDArray[np.int64]
@@ -248,6 +249,13 @@ def make_splits(images: ImageSet, digests: Sequence[str], *, seed: int, test: fl
     return dataclasses.replace(images, split=made)
 
 
+def across_splits(images: ImageSet, digests: Sequence[str]) -> list[tuple[str, ...]]:
+    """Groups of paths with the same bytes in more than one part: what is judged was seen before. Given parts alone have any."""
+    split = np.full(len(images), "") if images.split is None else images.split
+    groups = [group for group in splits.alike(digests) if len(set(split[group].tolist())) > 1]
+    return [tuple(images.paths[i] for i in group) for group in groups]
+
+
 def take_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
     """Keep `shots` training images a class and the test part. A val part is dropped: it would be more labels."""
     if shots < 1:
@@ -337,7 +345,6 @@ def _report(images: ImageSet, digests: Sequence[str], faults: list[Fault]) -> Re
     parts = {name: _counts(images, split == name) for name in splits.SPLITS if name in split}
     train = parts.get("train", counts)
     same = splits.alike(digests)
-    across = [group for group in same if len(set(split[group].tolist())) > 1]
     faults = [*faults, *(Fault(path, "not an image extension", "left alone") for path in images.ignored)]
     if images.classes:
         faults += [
@@ -357,7 +364,7 @@ def _report(images: ImageSet, digests: Sequence[str], faults: list[Fault]) -> Re
         classes=counts,
         parts=parts,
         duplicates=tuple(tuple(images.paths[i] for i in group) for group in same),
-        across_splits=tuple(tuple(images.paths[i] for i in group) for group in across),
+        across_splits=tuple(across_splits(images, digests)),
         imbalance=max(full) / min(full) if full else 1.0,
         few={name: count for name, count in train.items() if 0 < count < FEW},
     )

@@ -227,10 +227,14 @@ def _name(settings: Recipe) -> str:
 
 
 def _job_digest(settings: Recipe, pictures: images.ImageSet, ids: tuple[str, ...]) -> str:
-    """Changes with the recipe (its place excepted), with any image's bytes, label or part."""
+    """Changes with the recipe (its place excepted), with any image's bytes, label or part.
+
+    What bad images do is excepted too: a run that they stopped goes on with --on-bad-image skip, as its error advises.
+    """
     assert pictures.split is not None
     rows = [f"{d} {label} {part}" for d, label, part in zip(ids, pictures.labels, pictures.split, strict=True)]
-    return files.digest(recipe.digest(settings.model_copy(update={"out": None})), *pictures.classes, *rows)
+    data = settings.data.model_copy(update={"on_bad_image": "stop"})
+    return files.digest(recipe.digest(settings.model_copy(update={"out": None, "data": data})), *pictures.classes, *rows)
 
 
 def _baseline(seen: Look, say: Say) -> SvmResult:

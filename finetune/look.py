@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from finetune import catalog, engine, features, images, policy, similarity, svm
 from finetune.catalog import Named
 from finetune.errors import UserError
+from finetune.faults import some
 from finetune.features import Features
 from finetune.images import ImageSet
 from finetune.network import Network, Tap
@@ -104,7 +105,18 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, tuple[str,
     say(f"images     {len(found)} in {len(found.classes)} classes: {counts}")
     if found.ignored:
         say(f"           {len(found.ignored)} files are no images and were left alone; `finetune check` lists them")
+    if seen_before := leaks(found, ids):
+        say(f"           {seen_before}")
     return found, ids
+
+
+def leaks(pictures: ImageSet, ids: Sequence[str]) -> str:
+    """A warning where the parts that were given share content, else no text: the accuracy then flatters."""
+    twice = images.across_splits(pictures, ids)
+    if not twice:
+        return ""
+    words = f"{len(twice)} image{'s' * (len(twice) > 1)} in more than one part, which flatters the accuracy"
+    return f"{words}: {some([' = '.join(group) for group in twice])}"
 
 
 def _matching(before: ImageSet, ids: tuple[str, ...], after: ImageSet) -> Iterator[str]:

@@ -15,7 +15,7 @@ from finetune import decode, metrics, policy, similarity
 from finetune.classifier import AnyHead, Predictions
 from finetune.errors import UserError
 from finetune.images import ImageSet
-from finetune.look import Look
+from finetune.look import Look, leaks
 from finetune.metrics import Estimate, Paired
 from finetune.report import Candidate, Contender, Curve, Distance, Matrix, Mistake, ReportData
 from finetune.svm import SvmResult
@@ -103,7 +103,8 @@ def _warnings(seen: Look, baseline: SvmResult, training: TrainResult | None) -> 
     if seen.named.network.pretraining == "random":
         loud = ("THE BACKBONE'S WEIGHTS ARE RANDOM: nothing here says anything about transfer.",)
     bad = () if not seen.features.faults else (f"{len(seen.features.faults)} unreadable images were left out.",)
-    return (*loud, *bad, *baseline.warnings, *(training.warnings if training else ()))
+    same = (text,) if (text := leaks(seen.images, seen.digests)) else ()
+    return (*loud, *bad, *same, *baseline.warnings, *(training.warnings if training else ()))
 
 
 def _contenders(

@@ -323,7 +323,8 @@ def fit_head(
     common: dict[str, Any] = {"taps": setting.taps, "classes": tuple(classes), "temperature": temperature}
     if setting.kernel == "rbf":
         support, coef, bias = _fit_rbf(x, own, len(present), scale, setting.gamma)
-        return KernelHead(support=support, coef=_spread(coef.T, present, classes), bias=_bias(bias, present, classes), **common, gamma=setting.gamma)  # fmt: skip
+        weight, offset = _whole(coef.T, bias, present, classes)
+        return KernelHead(support=support, coef=weight, bias=offset, gamma=setting.gamma, **common)
     loss: solvers.Loss = "logistic" if setting.kernel == "logistic" else "hinge"
     if x.shape[1] < len(x):
         coef, *_ = solvers.solve(with_ones(x), own, len(present), scale, loss=loss, gram=False)
@@ -332,7 +333,8 @@ def fit_head(
         dual, *_ = solvers.solve(x @ x.T + 1, own, len(present), scale, loss=loss, gram=True)
         weight, bias = dual.T @ x, dual.sum(axis=0)
     kind = "logistic" if loss == "logistic" else "svm"
-    return Head(weight=_spread(weight, present, classes), bias=_bias(bias, present, classes), kind=kind, **common)
+    weight, bias = _whole(weight, bias, present, classes)
+    return Head(weight=weight, bias=bias, kind=kind, **common)
 
 
 def _fit_rbf(x: Array, y: Ints, classes: int, scale: Array, gamma: float) -> tuple[Array, Array, Array]:
@@ -350,18 +352,11 @@ def _fit_rbf(x: Array, y: Ints, classes: int, scale: Array, gamma: float) -> tup
     return landmarks, root @ coef[:-1], coef[-1]
 
 
-def _spread(weight: Array, present: Ints, classes: Sequence[str]) -> NDArray[np.float32]:
-    """One row a class: zeros for classes without rows."""
-    whole = np.zeros((len(classes), weight.shape[1]), np.float32)
-    whole[present] = weight
-    return whole
-
-
-def _bias(bias: Array, present: Ints, classes: Sequence[str]) -> NDArray[np.float32]:
-    """−100 for classes without rows: never the best."""
-    whole = np.full(len(classes), -100, np.float32)
-    whole[present] = bias
-    return whole
+def _whole(weight: Array, bias: Array, present: Ints, classes: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """One row a class; classes without rows get no weight and a bias of −100: never the best."""
+    weights, biases = np.zeros((len(classes), weight.shape[1]), np.float32), np.full(len(classes), -100, np.float32)
+    weights[present], biases[present] = weight, bias
+    return weights, biases
 
 
 def _imbalance(y: Ints) -> float:

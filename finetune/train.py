@@ -553,9 +553,13 @@ def _save(job: Job, mark: str, state: State, optimizer: torch.optim.Optimizer) -
     plain = {name: getattr(state, name) for name in PLAIN}
     header = {"mark": mark, "state": json.dumps(plain, allow_nan=False)}
     with files.atomic(job.folder / CHECKPOINT) as temporary:
-        safetensors.torch.save_file(
-            {key: t.detach().contiguous().cpu() for key, t in tensors.items()}, temporary, metadata=header
-        )
+        try:
+            safetensors.torch.save_file(
+                {key: t.detach().contiguous().cpu() for key, t in tensors.items()}, temporary, metadata=header
+            )
+        except safetensors.SafetensorError as error:  # what it raises for a full disk
+            fix = "free some space, then run the same command again: it goes on"
+            raise UserError(f"the checkpoint cannot be written ({error})", where=job.folder, fix=fix) from error
 
 
 def _load(job: Job, mark: str, moving: optim.Tensors, optimizer: torch.optim.Optimizer) -> State:

@@ -20,7 +20,7 @@ import numpy as np
 
 from finetune import features
 from finetune.features import Progress
-from finetune.images import Fault, ImageSet
+from finetune.images import Fault, ImageSet, check_on_bad
 from finetune.store import Store
 from retrieval import segments
 from retrieval.encode import Encoded
@@ -127,6 +127,7 @@ def compare(
     bar: Bar,
 ) -> Plan:
     """Read what differs, and ask which of its contents the gallery knows. Without `writer`, it knows nothing."""
+    check_on_bad(on_bad)
     if bad and on_bad == "stop":
         features.refuse(bad, str(root))
     known: dict[str, tuple[int, str]] = {}

@@ -158,6 +158,7 @@ class Gallery:
         A query that is in the gallery is known by its digest: its stored vector is used, and it is left out of its own
         answer unless `keep_self`. `names` are shown instead of the paths; `how` is passed to `search`.
         """
+        images.check_on_bad(on_bad)
         names = list(names or source.paths)
         digests = list(images.digest_of(source, range(len(source))))
         known = self.positions(digests)

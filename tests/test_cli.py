@@ -30,7 +30,8 @@ ALL = [*commands(finetune, ("finetune",)), *commands(retrieve, ("retrieve",))]
 
 
 def run(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    script = f"import sys; sys.argv = {list(words)!r}; from {'retrieval' if words[0] == 'retrieve' else 'finetune'}.cli import main; main()"
+    package = "retrieval" if words[0] == "retrieve" else "finetune"
+    script = f"import sys; sys.argv = {list(words)!r}; from {package}.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
 
     assert code == done.returncode, done.stderr

@@ -54,9 +54,13 @@ def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path: Path, fault: type
     path = tmp_path / "metrics.json"
     files.write_text(path, "old")
 
-    with pytest.raises(fault), files.atomic(path) as temporary:
-        temporary.write_text("half of the ne")
-        raise fault
+    def write() -> None:
+        with files.atomic(path) as temporary:
+            temporary.write_text("half of the ne")
+            raise fault
+
+    with pytest.raises(fault):
+        write()
 
     assert "old" == path.read_text()
     assert ["metrics.json"] == names(tmp_path)
@@ -182,7 +186,7 @@ def test_damaged_json_is_named(tmp_path: Path, data: bytes) -> None:
 
 def test_missing_json_is_named(tmp_path: Path) -> None:
     """The path that does not exist is in the message."""
-    with pytest.raises(UserError, match="config.json: no such file"):
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
         files.read_json(tmp_path / "config.json")
 
 
