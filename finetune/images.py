@@ -265,6 +265,13 @@ def take_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
     return images.subset(splits.shots(images.labels, images.split, shots, seed))
 
 
+def check_parts(images: ImageSet) -> None:
+    """Refuse a split set in which a class has no training image, or nothing is left for the test."""
+    _need_training_images(images)
+    if images.split is None or "test" not in images.split:
+        raise UserError("no test image is left", where=images.name, fix="mend the test images; `finetune check` lists bad ones")
+
+
 def _need_training_images(images: ImageSet) -> None:
     if len(images.classes) < 2:
         raise UserError(f"one class alone ({', '.join(images.classes)})", where=images.name, fix="two are the least")

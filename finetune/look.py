@@ -137,6 +137,8 @@ def take(
         taps = [Tap("pooled")] if pooled_only else _taps(settings, named.network)
         found = extract(settings, pictures, ids, named, taps, store, say, bar)
     pictures, ids = found.images, found.digests
+    if found.faults:  # what was left out may have been all of a class
+        images.check_parts(pictures)
     assert pictures.split is not None
     train = np.flatnonzero(pictures.split == "train")
     with clock(seconds, "similarity"):

@@ -353,15 +353,27 @@ def test_a_network_is_loaded_in_eval_mode() -> None:
         assert [] == [path for path, part in shared(name).module.named_modules() if part.training]
 
 
-def test_the_same_seed_gives_the_same_digest_and_another_seed_another() -> None:
-    """The digest of a network is that of its tensors."""
+def test_random_weights_are_the_same_at_every_load() -> None:
+    """Whatever the state of torch's generator, which is left as it was: a run with random weights can be made again."""
     torch.manual_seed(0)
     again = backbone.load("test_resnet", "random").network.digest
     torch.manual_seed(1)
     other = backbone.load("test_resnet", "random").network.digest
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    before = torch.rand(3)
 
-    assert shared("test_resnet").network.digest == again
-    assert again != other
+    assert shared("test_resnet").network.digest == again == other
+    assert torch.equal(before, after)
+
+
+def test_the_digest_is_that_of_the_tensors() -> None:
+    """One changed number is another network."""
+    own = backbone.load("test_resnet", "random")
+    with torch.no_grad():
+        next(own.module.parameters()).view(-1)[0] += 1
+
+    assert backbone.described(own, "changed").network.digest != own.network.digest
 
 
 @pytest.mark.parametrize(("name", "side"), [("test_efficientnet", 96), ("test_vit", 64)])

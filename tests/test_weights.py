@@ -235,7 +235,7 @@ def test_the_licence_of_a_package_travels_with_its_weights() -> None:
 @pytest.mark.parametrize("form", ["model.safetensors", "model.pth", "checkpoint.pt", "parallel.pth"])
 def test_a_file_of_weights_is_read_by_names(tmp_path: Path, tiny: Backbone, form: str) -> None:
     """safetensors, a bare state dict, one inside a checkpoint, one of a data-parallel model: the same network."""
-    tensors = {key: value.clone() for key, value in tiny.module.state_dict().items()}
+    tensors = {key: value.clone().contiguous() for key, value in tiny.module.state_dict().items()}
     path = tmp_path / form
     if form == "model.safetensors":
         save_file(tensors, path)
