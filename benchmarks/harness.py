@@ -11,9 +11,11 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -24,6 +26,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.md"
 PEERS = HERE.parent / ".peers"
+SCRATCH = Path(tempfile.gettempdir()) / "regraft-benchmarks"
+COMMANDS = Path(sys.executable).parent  # where `finetune` and `retrieve` are
 Measured = dict[str, Any]
 
 
@@ -74,8 +78,18 @@ def words(r: dict[str, float]) -> str:
     return f"{r['median']:.1f}× ({r['min']:.1f}–{r['max']:.1f}, n = {r['n']:.0f})"
 
 
-def record(name: str, work: str, peer: str, bar: str, result: str, detail: str = "") -> None:
-    """Put one row into results.md: a benchmark's row is replaced, the others stay."""
+def spread(values: Sequence[float], unit: str = "s", digits: int = 2) -> str:
+    """Median, minimum and maximum of values that are no ratio."""
+    low, middle, high = (f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+    return f"{middle} {unit} ({low}–{high}, n = {len(values)})"
+
+
+def record(name: str, work: str, peer: str, bar: str, result: str, detail: str = "", *, quick: bool = False) -> None:
+    """Print one row, and put it into results.md: a benchmark's row is replaced, the others stay. The quick form, whose work
+    is smaller than that of the bar, is printed alone."""
+    print(f"{name}: {result} [{bar}] {work}; {peer}{f'; {detail}' if detail else ''}{'; quick' if quick else ''}", flush=True)
+    if quick:
+        return
     rows = {}
     if RESULTS.exists():
         for line in RESULTS.read_text(encoding="utf-8").splitlines():
@@ -90,7 +104,6 @@ def record(name: str, work: str, peer: str, bar: str, result: str, detail: str =
         "| benchmark | work | peer | bar | result | detail | date |\n|---|---|---|---|---|---|---|\n"
     )
     RESULTS.write_text(head + "\n".join(rows[key] for key in sorted(rows)) + "\n", encoding="utf-8")
-    print(rows[name])
 
 
 def machine() -> str:
@@ -108,7 +121,47 @@ def machine() -> str:
 
 def versions() -> str:
     names = ("torch", "timm", "openvino", "scikit-learn", "faiss-cpu", "numpy", "pillow")
-    return ", ".join([f"Python {platform.python_version()}", *(f"{n} {importlib.metadata.version(n)}" for n in names)])
+    own = ", ".join([f"Python {platform.python_version()}", *(f"{n} {importlib.metadata.version(n)}" for n in names)])
+    found = importlib.metadata.distributions(path=[str(path) for path in PEERS.glob("lib/python*/site-packages")])
+    peers = {
+        d.name.lower(): f"{d.name} {d.version}" for d in found if d.name.lower() in ("fastai", "imagededup", "timm", "torch")
+    }
+    return own + (f"; peers: {', '.join(peers[key] for key in sorted(peers))}" if peers else "")
+
+
+def peak() -> int:
+    """Bytes of memory that this process has held at most. (The kernel's `ru_maxrss` would count the parent's, too.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def use_cache(name: str = "cache") -> Path:
+    """Let this process and its children keep their cache in the scratch folder."""
+    folder = SCRATCH / name
+    os.environ["REGRAFT_CACHE"] = str(folder)
+    return folder
+
+
+def cold_cache(folder: Path, networks_from: Path | None) -> Path:
+    """An empty cache in `folder`, or one that holds only the descriptions and converted networks of another."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for part in ("networks", "compiled") if networks_from else ():
+        if (networks_from / part).exists():
+            shutil.copytree(networks_from / part, folder / part)
+    return folder
+
+
+def dataset(name: str) -> Path:
+    """One of the image sets of data.py, made on first use in $REGRAFT_BENCH_DATA or the scratch folder."""
+    folder = Path(os.environ.get("REGRAFT_BENCH_DATA", SCRATCH / "data")) / name
+    if not folder.exists():
+        subprocess.run([sys.executable, str(HERE / "data.py"), name, str(folder)], check=True, stdout=sys.stderr)
+    return folder
 
 
 def make_jpegs(folder: Path, count: int, size: tuple[int, int], seed: int = 0) -> Path:
@@ -133,4 +186,20 @@ def make_jpegs(folder: Path, count: int, size: tuple[int, int], seed: int = 0) -
         buffer = BytesIO()
         image.save(buffer, "JPEG", quality=90)
         target.write_bytes(buffer.getvalue())
+    return folder
+
+
+def copies(folder: Path, count: int) -> Path:
+    """`count` files of different bytes that show one 500×375 photograph: a JPEG (about 60 KB) with its number as a comment.
+    100 files a folder."""
+    if (folder / f"{(count - 1) // 100:03}" / f"{count - 1:05}.jpg").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    (source,) = make_jpegs(SCRATCH / "one", 1, (500, 375)).rglob("*.jpg")
+    data = source.read_bytes()
+    for i in range(count):
+        target = folder / f"{i // 100:03}" / f"{i:05}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = f"{i:08}".encode()
+        target.write_bytes(data[:2] + b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text + data[2:])
     return folder

@@ -100,6 +100,8 @@ def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tup
     if source.kind in ("hub", "cache"):
         overlay = {"file": str(source.path)} if source.path else None
         try:
+            if source.kind == "hub":
+                weights_home.look_up_hub()
             module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **extra)
         except Exception as error:  # the hub's clients raise their own zoo of types
             raise weights_home.hub_unreachable(name, error) from error

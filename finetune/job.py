@@ -270,6 +270,9 @@ def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -
     """Fine-tune on the training part, as the plan says, away from the images that will choose."""
     if seen.plan.training is None:
         return None
+    if reason := _decided(seen, baseline):
+        say(f"fine-tune  left out: {reason}")
+        return None
     choosing = _choosing(seen)
     rest = np.setdiff1d(seen.part("train"), choosing)
     with clock(seen.seconds, "fine-tune"), bar("fine-tune") as progress:
@@ -333,20 +336,37 @@ def _choosing(seen: Look) -> Ints:
     return splits.hold_out(seen.images.labels, seen.groups, seen.part("train"), 1 / HOLDOUT_FOLDS, seen.recipe.data.seed)
 
 
+def _svm_choosing(seen: Look, baseline: SvmResult) -> tuple[Ints, Ints, Ints | None, str]:
+    """What the SVM says of the images that choose, which it was not fitted on: labels, its answers, groups, and a word."""
+    choosing = _choosing(seen)
+    groups = seen.groups[choosing] if seen.images.groups is not None else None
+    if len(seen.part("val")) >= ENOUGH_VALIDATION:
+        scores = baseline.head.scores([np.asarray(seen.features.blocks[tap][choosing]) for tap in baseline.head.taps])
+        return seen.images.labels[choosing], scores.argmax(1), groups, "validation images"
+    scores = baseline.oof_scores[np.searchsorted(seen.part("train"), choosing)]
+    return seen.images.labels[choosing], scores.argmax(1), groups, "training images (the SVM's scores are out of fold)"
+
+
+def _decided(seen: Look, baseline: SvmResult) -> str:
+    """Why nothing that fine-tuning can give would ship, or nothing: then it has to be tried, as when it was asked for.
+
+    The rule of shipping decides before the training where not even a model without errors would be clearly better.
+    """
+    if seen.plan.training is None or seen.recipe.policy.strategy != "auto":
+        return ""
+    y, first, groups, words = _svm_choosing(seen, baseline)
+    if _clearly_better(metrics.paired(y, first, y, groups)):
+        return ""
+    errors = f"the SVM errs on {int((first != y).sum())} of {len(y)} {words}"
+    return f"{errors}; not even a model without errors would be better by more than one paired standard error"
+
+
 def _compare(seen: Look, baseline: SvmResult, tuned: Tuned | None, say: Say) -> Paired | None:
     """Both models on images that neither was fitted on; the difference is that of the fine-tuned model to the SVM."""
     if tuned is None:
         return None
-    choosing = _choosing(seen)
-    y = seen.images.labels[choosing]
-    if len(seen.part("val")) >= ENOUGH_VALIDATION:
-        first = baseline.head.scores([np.asarray(seen.features.blocks[tap][choosing]) for tap in baseline.head.taps])
-        words = "validation images"
-    else:
-        first = baseline.oof_scores[np.searchsorted(seen.part("train"), choosing)]
-        words = "training images (the SVM's scores are out of fold)"
-    groups = seen.groups[choosing] if seen.images.groups is not None else None
-    pair = metrics.paired(y, first.argmax(1), tuned.scores.argmax(1), groups)
+    y, first, groups, words = _svm_choosing(seen, baseline)
+    pair = metrics.paired(y, first, tuned.scores.argmax(1), groups)
     say(
         f"choose     fine-tuned − SVM = {100 * pair.difference.value:+.1f} points on {len(y)} {words}; one paired standard "
         f"error is {100 * pair.standard_error:.1f} → {'the fine-tuned model' if _clearly_better(pair) else 'the SVM'} ships"
@@ -473,7 +493,7 @@ def _verdict(seen: Look, judged: dict[str, Any], baseline: SvmResult, pair: Pair
     first = f"Ship {name}: {_short(judged)}."
     if pair is None:
         largest = f"Always saying the largest class gives {judged['test/majority']:.1%}."
-        second = f"{largest} Nothing was fine-tuned: {seen.plan.because[-1]}."
+        second = f"{largest} Nothing was fine-tuned: {_decided(seen, baseline) or seen.plan.because[-1]}."
     else:
         numbers = (
             f"{100 * pair.difference.value:+.1f} points ({100 * pair.difference.low:+.1f} to {100 * pair.difference.high:+.1f})"

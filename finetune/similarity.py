@@ -70,8 +70,8 @@ def measure(images: ImageSet, pretraining: str, *, store: Store, seed: int = 0) 
     layers = _running_statistics(ruler.load())
     value = distance(moments.mean(0), layers)
     rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(moments), size=(BOOTSTRAP, len(moments)))
-    spread = [distance(moments[draw].mean(0), layers) for draw in draws]
+    share = rng.multinomial(len(moments), np.full(len(moments), 1 / len(moments)), size=BOOTSTRAP) / len(moments)
+    spread = [distance(drawn, layers) for drawn in share @ moments]
     low, high = (float(q) for q in np.quantile(spread, [0.05, 0.95]))
     if pretraining != "imagenet":
         note = f"the backbone's pretraining is {pretraining}: the distance to ImageNet's photographs says nothing about it"

@@ -345,8 +345,8 @@ def _loop(
             state.stopped = f"validation loss has not gained {optim.MIN_DELTA:g} in {training.patience} epochs"
         elif epoch == training.epochs:
             state.stopped = f"all {epoch} epochs"
+        job.log(row)  # before the checkpoint: an epoch that is done again is told once, one that is not would be missing
         _save(job, mark, state, optimizer)
-        job.log(row)
         if state.stopped:
             break
 

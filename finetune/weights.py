@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -182,6 +185,14 @@ def load_file(module: nn.Module, path: Path, classifier: tuple[str, ...]) -> Non
             fix="name the backbone that they belong to with --backbone",
         )
     module.load_state_dict({key: value for key, value in tensors.items() if key in own}, strict=False)
+
+
+def look_up_hub() -> None:
+    """Raise `OSError` where the hub's name cannot be looked up: its client would try again for a minute, and say so each time."""
+    import huggingface_hub.constants
+
+    if not urllib.request.getproxies():  # a proxy looks names up itself
+        socket.getaddrinfo(urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname, 443)
 
 
 def hub_unreachable(name: str, error: Exception) -> UserError:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,22 +171,28 @@ def test_a_damaged_run_is_refused_by_name(done: job.Outcome) -> None:
         finetune.load(done.path)
 
 
-@pytest.mark.parametrize("after", [1.0, 4.0, 7.0])
-@pytest.mark.slow
-def test_a_killed_fit_goes_on_and_ends_the_same(shapes: Path, tmp_path: Path, after: float) -> None:
-    """kill -9 in the middle, the same command again: the predictions equal those of an uninterrupted run."""
-    script = (
-        "import sys\nfrom finetune import job\n"
-        f"job.fit({str(shapes)!r}, out=sys.argv[1], strategy='stages:2', epochs=4, **{TINY!r})"
-    )
-    whole = subprocess.run([sys.executable, "-c", script, str(tmp_path / "whole")], check=False)
-    victim = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "cut")])
-    try:
-        victim.wait(timeout=after)
-    except subprocess.TimeoutExpired:
-        os.kill(victim.pid, signal.SIGKILL)
-        victim.wait()
-    again = subprocess.run([sys.executable, "-c", script, str(tmp_path / "cut")], check=False)
+def test_the_test_part_is_judged_once_and_chooses_nothing(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other labels on the test images change the metrics and not one number of the model; each is predicted once a run."""
+    seen: list[str] = []
+    predict = classifier.Classifier.predict
 
-    assert (0, 0) == (whole.returncode, again.returncode)
-    assert (tmp_path / "whole" / "predictions.csv").read_bytes() == (tmp_path / "cut" / "predictions.csv").read_bytes()
+    def counted(self: classifier.Classifier, pictures: images.ImageSet, **how: Any) -> classifier.Predictions:
+        seen.extend(pictures.paths)
+        return predict(self, pictures, **how)
+
+    monkeypatch.setattr(classifier.Classifier, "predict", counted)
+    kinds = sorted(path.name for path in shapes.iterdir())
+    rows = [(path, path.parent.name, "test" if path.stem > "14" else "train") for path in sorted(shapes.glob("*/*.png"))]
+    outcomes = []
+    for name, turn in (("right", 0), ("wrong", 1)):
+        labels = [kinds[(kinds.index(label) + turn * (part == "test")) % 3] for _, label, part in rows]
+        lines = [f"{path},{label},{part}\n" for (path, _, part), label in zip(rows, labels, strict=True)]
+        (tmp_path / f"{name}.csv").write_text("path,label,split\n" + "".join(lines), encoding="utf-8")
+        outcomes.append(job.fit(tmp_path / f"{name}.csv", out=tmp_path / name, strategy="svm", **TINY))
+        assert sorted(seen) == sorted(os.path.relpath(path, tmp_path) for path, _, part in rows if part == "test")
+        seen.clear()
+    one, other = (run.read_predictions(outcome.path / "predictions.csv") for outcome in outcomes)
+
+    assert outcomes[0].metrics["test/top1"] != outcomes[1].metrics["test/top1"]
+    assert one.labels != other.labels
+    assert np.array_equal(one.probabilities, other.probabilities)

@@ -705,7 +705,7 @@ def test_two_and_two_epochs_are_four(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Interrupted after two of four epochs and called again, it ends with the bits of the uninterrupted training."""
+    """Interrupted in the third of four epochs and called again, it ends with the bits of the uninterrupted training."""
     if not stored:
         plainly(monkeypatch)
     parts = {"val_index": VAL if judged else None}
@@ -722,7 +722,7 @@ def test_two_and_two_epochs_are_four(
     backbone = dropping()
     before = tensors(backbone)
     with pytest.raises(KeyboardInterrupt):
-        fit(backbone, data, training, checkpoint=tmp_path, log=stop_after(2, KeyboardInterrupt()), **parts)
+        fit(backbone, data, training, checkpoint=tmp_path, log=stop_after(3, KeyboardInterrupt()), **parts)
     assert all(torch.equal(before[key], tensor) for key, tensor in tensors(backbone).items())
 
     rows: list[dict[str, Any]] = []
@@ -744,12 +744,12 @@ def train_shapes(folder: Path, checkpoint: Path, log: Callable[[dict[str, Any]],
 
 
 def die(row: dict[str, Any]) -> None:
-    if row.get("epoch") == 2:
+    if row.get("epoch") == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process_goes_on(shapes: Path, tmp_path: Path) -> None:
-    """After kill -9 in the second of four epochs, a new process ends with the bits of one that was never killed."""
+    """After kill -9 in the third of four epochs, a new process ends with the bits of one that was never killed."""
     here = Path(__file__).resolve()
     code = f"import test_train as t; t.train_shapes(t.Path({str(shapes)!r}), t.Path({str(tmp_path / 'a')!r}), t.die)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)])}
