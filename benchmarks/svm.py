@@ -118,7 +118,8 @@ def small(rounds: int, quick: bool) -> None:
     seconds = [statistics.median(m["seconds"] for m in side) for side in (mine, theirs)]
     difference = 100 * (mine[0]["test"] - theirs[0]["test"])
     detail = (
-        f"{seconds[0]:.1f} against {seconds[1]:.1f} s; accuracy on {tests} fresh rows {mine[0]['test']:.2%} (C = {mine[0]['C']:.3g}) "
+        f"{seconds[0]:.1f} against {seconds[1]:.1f} s; accuracy on {tests} fresh rows "
+        f"{mine[0]['test']:.2%} (C = {mine[0]['C']:.3g}) "
         f"against {theirs[0]['test']:.2%} (C = {theirs[0]['C']:.3g}): {difference:+.2f} points; as `fit` calls it: "
         f"{usual['seconds']:.1f} s, {usual['test']:.2%}"
     )

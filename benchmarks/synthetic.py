@@ -4,8 +4,9 @@
 
 A feature is the positive part of a Gaussian, as after a ReLU: `max(0, m + class + thing + image)`, with a number of things in
 every class. The three parts vary along the same axes, whose variance falls with a power of the rank, in a random rotation
-(of reflections and Hadamard transforms, so that no d × d matrix is formed); the m differ from feature to feature. The numbers below were set so that a draw of 587 rows
-in ten classes resembles EfficientNet-Lite0's pooled features of 587 pictures of ten topics (`data.py stamps`).
+(of reflections and Hadamard transforms, so that no d × d matrix is formed); the m differ from feature to feature. The
+numbers below were set so that a draw of 587 rows in ten classes resembles EfficientNet-Lite0's pooled features of 587
+pictures of ten topics (`data.py stamps`).
 """
 
 from __future__ import annotations

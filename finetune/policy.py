@@ -198,7 +198,7 @@ def _training(strategy: str, facts: Facts, total: int, overrides: dict[str, Any]
         size = min(size, max(96, 32 * round(facts.short_side * 3 / 32)))
     # BiT's rule (Kolesnikov et al. 2020): the number of steps, not of epochs, follows the size of the data.
     batch = 32 if total < 20_000 else 64
-    epochs = max(3, min(12, round(1500 * batch / total))) if not scratch else 60
+    epochs = max(3, min(10, round(900 * batch / total))) if not scratch else 60
     values: dict[str, Any] = {
         "trainable": moving,
         "head_init": "zero" if scratch else "probe",
@@ -214,7 +214,7 @@ def _training(strategy: str, facts: Facts, total: int, overrides: dict[str, Any]
         "l2_sp": 1e-2 if total < 1_000 and not scratch else 0.0,
         "augment": "medium" if total >= 5_000 or scratch else "light",
         "flip": facts.flip,
-        "views": 4 if total < 5_000 else 2,
+        "views": 4 if total < 2_000 else 2,
         "input_size": size,
         "norm_moves": scratch,
     }
