@@ -11,7 +11,8 @@ on, does not validate after its epochs, and judges the test images once (peers/f
 whole process. On digits both are told that mirrored images are no images of the class.
 
 In `medium` the peer's number of epochs is searched once, upward through 1, 2, 3, 5, 7, 10: each a whole training of its
-own. The least that reaches our accuracy counts, 10 where none does. Seeds change with the rounds; splits stay.
+own. The least that reaches our accuracy counts, 10 where none does. The peer's seed changes with the rounds; ours,
+which makes the split, stays. Image sets: $REGRAFT_BENCH_DATA/NAME, else made by data.py in the temporary folder.
 """
 
 from __future__ import annotations

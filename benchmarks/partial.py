@@ -1,6 +1,7 @@
 """One epoch of partial fine-tuning: stored activations against a plain torch loop with the same freezing.
 
     python benchmarks/partial.py FOLDER [--stages 1 2] [--rounds 3] [--epochs 4] [--views 4] [--images N]
+    python benchmarks/partial.py --quick     48 images of the digits, the last stage, 1 round; not recorded
 
 FOLDER holds one sub-folder a class (benchmarks/data.py makes some). EfficientNet-Lite0 at 224 px, real weights.
 
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import harness
 import numpy as np
 import timm.data
 import torch
@@ -108,17 +110,34 @@ def compare(folder: Path, options: argparse.Namespace, stages: int) -> None:
     print(f"  ratio of an epoch                 {spread([t / s for t, s, _, _ in rows], '×')}   (bar: ≥ 4)")
     print(f"  ratio with nothing stored         {spread([t / u for t, _, _, u in rows], '×')}")
     print(f"  ratio of {options.epochs} epochs and the pass     {spread(whole, '×')}")
+    harness.record(
+        f"partial, last {stages} stages",
+        f"an epoch of {len(chosen)} images of {folder.name}, {NAME}, stored activations",
+        "a plain torch loop with the same freezing, float32",
+        "≥ 4×",
+        harness.words(harness.ratio(theirs_, stored_)),
+        f"{statistics.median(stored_):.1f} against {statistics.median(theirs_):.1f} s; "
+        f"one-off pass {statistics.median(once_):.1f} s; {options.epochs} epochs and the pass {spread(whole, '×')}",
+        quick=options.quick,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", nargs="?")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2], help="how many of the last stages move")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4, help="of ours, in a round")
     parser.add_argument("--views", type=int, default=4, help="stored views of an image")
     parser.add_argument("--images", type=int, default=None, help="a seeded draw of so many; all without it")
     options = parser.parse_args()
+    if options.quick:
+        options.folder, options.stages, options.rounds, options.epochs = harness.dataset("digits"), [1], 1, 2
+        options.images, options.views = 48, 2
+    if options.folder is None:
+        parser.error("name a FOLDER, or --quick")
+    harness.use_cache()
     print(f"{torch.__version__=}, {timm.__version__=}, {torch.get_num_threads()} threads, {NAME}")
     for stages in options.stages:
         compare(options.folder, options, stages)

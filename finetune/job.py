@@ -253,7 +253,7 @@ def _baseline(seen: Look, say: Say) -> SvmResult:
             folds=about.folds,
             seed=seen.recipe.data.seed,
             kernels=kernels,
-            default_taps=tuple(tap for tap in seen.default_taps if tap in blocks),
+            default_taps=tuple(tap for tap in seen.default_taps if tap in blocks) or (Tap("pooled"),),
             grid=None if about.C == "auto" else tuple(about.C),
             class_weight=None if seen.recipe.train.class_weight == "none" else seen.recipe.train.class_weight,
         )

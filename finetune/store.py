@@ -13,7 +13,7 @@ import os
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,19 @@ class Space:
     number: int
 
 
+def _until_free(work: Callable[[], object]) -> None:
+    """Do it as soon as no other connection is in the way: where two make a new index at once, SQLite itself does not wait."""
+    end = time.monotonic() + WAIT
+    while True:
+        try:
+            work()
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+
+
 class Store:
     """The store in one folder (`cache_dir()/features`). Open it once a command; it is not shared between threads."""
 
@@ -57,9 +70,9 @@ class Store:
         with files.disk_errors(self.folder), database_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(self.folder / "index.sqlite", timeout=WAIT, isolation_level=None)
-            self.db.execute("pragma journal_mode=wal")
+            _until_free(lambda: self.db.execute("pragma journal_mode=wal"))
             self.db.execute("pragma synchronous=full")
-            self.db.executescript(SCHEMA)
+            _until_free(lambda: self.db.executescript(SCHEMA))
 
     def close(self) -> None:
         self.db.close()

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import finetune
-from finetune import classifier, files, images, job, run
+from finetune import classifier, files, images, job, look, run
 from finetune.errors import UserError
+from finetune.network import Tap
 
 TINY: dict[str, Any] = {"backbone": ["test_efficientnet"], "weights": "random", "engine": "torch", "precision": "float32"}
 
@@ -196,3 +197,14 @@ def test_the_test_part_is_judged_once_and_chooses_nothing(shapes: Path, tmp_path
     assert outcomes[0].metrics["test/top1"] != outcomes[1].metrics["test/top1"]
     assert one.labels != other.labels
     assert np.array_equal(one.probabilities, other.probabilities)
+
+
+@pytest.mark.parametrize("options", [{"strategy": "probe"}, {"strategy": "svm", "assignments": ("backbone.taps=[pooled]",)}])
+def test_a_default_that_was_not_read_gives_way(
+    options: dict[str, Any], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the policy's default tap is not among those read (a probe, or --taps), the pooled end is taken."""
+    monkeypatch.setattr(look, "default_taps", lambda network, word: (Tap("stage3", 3),))
+    outcome = job.fit(shapes, out=tmp_path / "run", shots=2, **options, **TINY)
+
+    assert (Tap("pooled"),) == classifier.load(outcome.path).head.taps
