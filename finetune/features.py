@@ -131,20 +131,23 @@ def digests(source: ImageSet, store: Store) -> tuple[str, ...]:
     """
     if source.in_memory:
         return tuple(images.digests(source))
+    root = os.fspath(source.root.absolute())
+    paths = [os.path.join(root, path) for path in source.paths]  # noqa: PTH118 — half a second for 50,000 files otherwise
     stats: dict[str, tuple[int, int]] = {}
-    for path in source.paths:
+    for path in paths:
         with contextlib.suppress(OSError):  # it cannot be read either, and is named below together with the others
-            info = (source.root / path).stat()
-            stats[os.fspath((source.root / path).absolute())] = info.st_size, info.st_mtime_ns
+            info = os.stat(path)  # noqa: PTH116
+            stats[path] = info.st_size, info.st_mtime_ns
     entries = [(path, size, changed) for path, (size, changed) in stats.items()]
-    known = dict(zip(stats, store.remembered(entries), strict=True))
-    found = images.digests(source, lambda path: known.get(os.fspath(path.absolute())))
+    remembered = dict(zip(stats, store.remembered(entries), strict=True))
+    known = [remembered.get(path) for path in paths]
+    found = images.digests(source, known)
     # A file written this very moment could change again within the clock's grain: it is not remembered.
     settled = time.time_ns() - 2_000_000_000
     fresh = [
-        (full, *stats[full], digest)
-        for path, digest in zip(source.paths, found, strict=True)
-        if known.get(full := os.fspath((source.root / path).absolute())) is None and full in stats and stats[full][1] < settled
+        (path, *stats[path], digest)
+        for path, before, digest in zip(paths, known, found, strict=True)
+        if before is None and path in stats and stats[path][1] < settled
     ]
     if fresh:
         store.remember(fresh)

@@ -198,19 +198,21 @@ def digest_of(images: ImageSet, positions: Iterable[int]) -> Iterator[str]:
     return _in_threads(lambda i: hashlib.sha256(images.read(i)).hexdigest(), positions)
 
 
-def digests(images: ImageSet, remembered: Callable[[Path], str | None] | None = None) -> list[str]:
-    """SHA-256 of every image; `remembered(path)` may give those of known files. Files that cannot be read are all named."""
+def digests(images: ImageSet, known: Sequence[str | None] | None = None) -> list[str]:
+    """SHA-256 of every image; those that are `known` are not read. Files that cannot be read are all named."""
     failed: list[str] = []
+    found = [""] * len(images) if known is None else [digest or "" for digest in known]
 
     def one(i: int) -> str:
-        known = None if remembered is None or images.in_memory else remembered(images.root / images.paths[i])
         try:
-            return known or hashlib.sha256(images.read(i)).hexdigest()
+            return hashlib.sha256(images.read(i)).hexdigest()
         except UserError as error:
             failed.append(f"{images.paths[i]}: {error.what}")
             return ""
 
-    found = list(_in_threads(one, range(len(images))))
+    new = [i for i, digest in enumerate(found) if not digest]
+    for i, digest in zip(new, _in_threads(one, new), strict=True):
+        found[i] = digest
     if failed:
         what = f"{len(failed)} of {len(images)} images fail; {some(sorted(failed))}"
         raise UserError(what, where=images.name, fix="mend or remove them; `finetune check` lists all such files")

@@ -211,7 +211,7 @@ def test_digests(tmp_path: Path) -> None:
     assert expected == images.digests(found)
     assert expected[::-1] == list(images.digest_of(found, [1, 0]))
     (tmp_path / "a/1.jpg").unlink()
-    assert ["known", expected[1]] == images.digests(found, {tmp_path / "a/1.jpg": "known"}.get)
+    assert ["known", expected[1]] == images.digests(found, ["known", None])
 
 
 def test_digests_name_all_files_that_fail(tmp_path: Path) -> None:
