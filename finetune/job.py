@@ -261,8 +261,9 @@ def _baseline(seen: Look, say: Say) -> SvmResult:
     words = f"{' + '.join(map(str, result.head.taps))}, {result.head.kind}"
     accuracy = f": {result.cv_accuracy:.1%} ± {result.cv_error:.1%} out of fold (n = {len(train)})" if best else ""
     say(f"svm        {words}{f', C = {best.C:g}' if best else ''}{accuracy}, {seen.seconds['svm']:.1f} s")
-    for warning in result.warnings:
-        say(f"           {warning}")
+    for text in (result.note, *result.warnings):
+        if text:
+            say(f"           {text}")
     return result
 
 

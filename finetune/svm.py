@@ -82,7 +82,7 @@ class SvmResult:
     `oof_scores` `(n, C)` are decision values of every row by a machine that had not seen it: NaN for rows outside the
     subset that chose, zeros where nothing could be held out. `cv_accuracy` is their accuracy; being that of the winner, it
     is a little flattered. `candidates` are all that were compared, the winner first; `balanced` says whether classes were
-    weighted.
+    weighted, `note` on how many images the choice was made where these are not all.
     """
 
     head: AnyHead
@@ -92,6 +92,7 @@ class SvmResult:
     candidates: tuple[Candidate, ...]
     warnings: tuple[str, ...]
     balanced: bool = False
+    note: str = ""
 
 
 def choose(
@@ -128,8 +129,7 @@ def choose(
     if len(classes) > WIDE:
         ship = ["linear"] if "linear" in ship else ship
     rows = subset(labels, np.arange(len(labels)), ROWS, seed)
-    if len(rows) < len(labels):
-        notes.append(f"taps, kernel and C were chosen on {len(rows)} of {len(labels)} images; the head is fitted on all")
+    part = f"taps, kernel and C were chosen on {len(rows)} of {len(labels)} images; the head is fitted on all"
     search = _Search(blocks, labels, rows, fold, weights, ship, grid, seed)
     best = search.run((*default_taps,), "knn" in kernels)
     notes += _path_warnings(best, grid)
@@ -138,7 +138,16 @@ def choose(
     scores[np.ix_(rows, search.table.labels)] = best.scores
     if len(search.table.labels) < len(classes):
         scores[np.ix_(rows, np.setdiff1d(np.arange(len(classes)), search.table.labels))] = best.scores.min() - 1
-    return SvmResult(head, scores, best.accuracy, best.error, search.candidates(best), tuple(notes), balanced)
+    return SvmResult(
+        head,
+        scores,
+        best.accuracy,
+        best.error,
+        search.candidates(best),
+        tuple(notes),
+        balanced,
+        part if len(rows) < len(labels) else "",
+    )
 
 
 def refit(result: SvmResult, blocks: Blocks, y: Array) -> AnyHead:
@@ -278,7 +287,11 @@ class _Search:
     def candidates(self, winner: Trial) -> tuple[Candidate, ...]:
         """All that were compared: the winner, then those measured on the most rows, best first."""
         order = sorted(self.seen, key=lambda one: (one[0] is not winner, "never" in one[2], -one[1], one[0].log_loss))
-        return tuple(_candidate(trial, n, note) for trial, n, note in order)
+        most = len(self.table)
+        return tuple(
+            _candidate(trial, n, ", ".join(filter(None, (f"on {n} images" if n < most else "", note))))
+            for trial, n, note in order
+        )
 
 
 def _log_loss(trial: Trial) -> float:

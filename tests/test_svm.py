@@ -169,7 +169,7 @@ def test_many_rows_are_chosen_on_a_part_and_fitted_on_all(monkeypatch: pytest.Mo
     blocks, y = make(n=150)
     result = choose(blocks, y)
 
-    assert "chosen on 90 of 150 images" in " ".join(result.warnings)
+    assert "chosen on 90 of 150 images" in result.note
     assert 90 == np.isfinite(result.oof_scores).all(axis=1).sum()
     assert {45, 60, 90} == {one.n for one in result.candidates}
     assert 90 == result.candidates[0].n
