@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from finetune import catalog, engine, features, images, policy, similarity, svm
 from finetune.catalog import Named
+from finetune.crossval import Trial
 from finetune.errors import UserError
 from finetune.faults import some
 from finetune.features import Features
@@ -161,8 +162,8 @@ def open_backbone(settings: Recipe, say: Say) -> Named:
 def _frame(settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Named, store: Store, say: Say, bar: Bar) -> str:
     """Whether the network sees the centre crop of its weights or the whole image: cross-validated on training images.
 
-    The whole image is taken unless the crop is better by more than one paired standard error: a picture's border is lost
-    for good, while a squashed one keeps everything.
+    The whole image is taken unless the crop's log loss is lower by more than one paired standard error: a picture's border
+    is lost for good, while a squashed one keeps everything.
     """
     asked = settings.backbone.frame
     if asked != "auto":
@@ -173,21 +174,20 @@ def _frame(settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Na
     sample, known = pictures.subset(part), [ids[i] for i in part]
     used, bits = engine.resolve(settings.backbone.engine, settings.backbone.precision)
     taps = policy_taps(named.network)
-    right: dict[str, NDArray[np.bool_]] = {}
+    trials: dict[str, Trial] = {}
     for name in catalog.FRAMES:
         with bar(f"frame: {name}") as progress:
             how: dict[str, Any] = {"store": store, "engine_name": used, "precision": bits, "on_bad": "skip", "progress": progress}
             found = features.extract(sample, catalog.framed(named.network, name), taps, named.load, known=known, **how)
         groups = images.group_ids(found.images, found.digests)
-        mask = svm.quick(found.blocks, found.images.labels, groups=groups, seed=settings.data.seed)
-        if mask is None:
+        trial = svm.quick(found.blocks, found.images.labels, groups=groups, seed=settings.data.seed)
+        if trial is None:
             say("frame      whole: too few images to cross-validate")
             return "whole"
-        right[name] = mask
-    gain = right["crop"].astype(float) - right["whole"]
-    error = float(gain.std() / np.sqrt(len(gain)))
-    chosen = "crop" if gain.mean() > error else "whole"
-    numbers = ", ".join(f"{name} {mask.mean():.1%}" for name, mask in right.items())
+        trials[name] = trial
+    gain = trials["whole"].losses - trials["crop"].losses
+    chosen = "crop" if gain.mean() > gain.std() / np.sqrt(len(gain)) else "whole"
+    numbers = ", ".join(f"{name} {trial.accuracy:.1%} (log loss {trial.log_loss:.3f})" for name, trial in trials.items())
     say(f"frame      {chosen}: {numbers} out of fold on {len(gain)} training images")
     return chosen
 

@@ -20,7 +20,6 @@ from finetune.classifier import AnyHead, Head, KernelHead, rbf, side_by_side
 from finetune.crossval import (
     Array,
     Blocks,
-    Bools,
     Ints,
     Kernel,
     Rows,
@@ -164,8 +163,8 @@ def refit(result: SvmResult, blocks: Blocks, y: Array) -> AnyHead:
     return fit_head(blocks, labels, head.classes, setting, winner.C, weights, head.temperature)
 
 
-def quick(blocks: Blocks, y: Array, *, groups: Array | None = None, seed: int = 0) -> Bools | None:
-    """Which rows are classified rightly out of fold, by the best taps of an early look: a fast measure of the features.
+def quick(blocks: Blocks, y: Array, *, groups: Array | None = None, seed: int = 0) -> Trial | None:
+    """The best trial of an early look, a fast measure of the features: which rows are right out of fold, and their losses.
 
     None where nothing can be held out.
     """
@@ -177,7 +176,7 @@ def quick(blocks: Blocks, y: Array, *, groups: Array | None = None, seed: int = 
         return None
     search = _Search(blocks, labels, np.arange(len(labels)), fold, None, ["linear", "rbf"], None, seed)
     search.early = search.table
-    return min(search.look(), key=_log_loss).right
+    return min(search.look(), key=_log_loss)
 
 
 # ----------------------------------------------------------------------------------------------------------- choosing

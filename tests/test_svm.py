@@ -215,13 +215,13 @@ def test_the_same_rows_give_the_same_head() -> None:
 
 
 def test_quick_says_which_rows_are_right() -> None:
-    """One mask, as good as the best taps; None where nothing can be held out."""
+    """One trial, as good as the best taps; None where nothing can be held out."""
     blocks, y = make()
-    mask = svm.quick(blocks, y)
+    trial = svm.quick(blocks, y)
 
-    assert mask is not None
-    assert mask.shape == y.shape
-    assert mask.mean() > 0.8
+    assert trial is not None
+    assert trial.losses.shape == trial.right.shape == y.shape
+    assert trial.right.mean() > 0.8
     assert svm.quick({POOR: blocks[POOR][:3]}, y[:3]) is None
 
 
