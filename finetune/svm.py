@@ -273,6 +273,8 @@ class _Search:
             begin = C_START if start is None else max(start / 3.5, C_GRID[0])
             found = []
             for trial in rows.trials(setting, [C for C in C_GRID if begin * 0.99 <= C]):
+                if found and not trial.converged:
+                    break
                 found.append(trial)
                 if len(found) > 1 and trial.log_loss > found[-2].log_loss * (1 - C_FLAT):
                     break
