@@ -37,9 +37,9 @@ T = TypeVar("T")
 Weight = Literal["auto", "balanced"] | None
 
 KERNELS: tuple[Kernel, ...] = ("linear", "logistic", "rbf", "knn")
-C_GRID = tuple(10.0 ** (e / 2) for e in range(-3, 8))  # 0.03 … 3162
+C_GRID = tuple(10.0 ** (e / 2) for e in range(-3, 7))  # 0.03 … 1000
 C_START = 1.0  # where a path of C begins: unit-length features are best above it nearly always
-C_FLAT = 1e-2  # a relative gain of the log loss below it is none
+C_FLAT, C_FLAT_NATS = 1e-2, 5e-4  # a relative, or an absolute, gain of the log loss below it is none
 DEFAULT_C = 1.0  # where nothing can be held out
 DEFAULT_TEMPERATURE = 0.25  # the same
 LOOK_C = (1.0, 10.0, 100.0)
@@ -266,23 +266,24 @@ class _Search:
         return sorted(found, key=_log_loss)
 
     def path(self, rows: Rows, setting: Setting, start: float | None = None) -> Trial:
-        """The best C: upward from `start` while the log loss falls, and downward where the first was the best."""
+        """The best C: upward from `start` while the log loss falls, and downward where the first was the best.
+
+        A machine that did not converge ends the way up, and counts only where none did.
+        """
         if self.grid is not None:
             found = list(rows.trials(setting, self.grid))
         else:
             begin = C_START if start is None else max(start / 3.5, C_GRID[0])
             found = []
             for trial in rows.trials(setting, [C for C in C_GRID if begin * 0.99 <= C]):
-                if found and not trial.converged:
-                    break
                 found.append(trial)
-                if len(found) > 1 and trial.log_loss > found[-2].log_loss * (1 - C_FLAT):
+                if not trial.converged or (len(found) > 1 and trial.log_loss > found[-2].log_loss - _least_gain(found[-2])):
                     break
             for C in [C for C in reversed(C_GRID) if begin * 0.99 > C]:
-                if found[0].log_loss > min(trial.log_loss for trial in found):
+                if found[0].converged and found[0].log_loss > min(trial.log_loss for trial in found if trial.converged):
                     break
                 found.insert(0, next(rows.trials(setting, [C])))
-        best = min(found, key=_log_loss)
+        best = min((trial for trial in found if trial.converged), key=_log_loss, default=min(found, key=_log_loss))
         return replace(best, seconds=sum(trial.seconds for trial in found))
 
     def candidates(self, winner: Trial) -> tuple[Candidate, ...]:
@@ -297,6 +298,11 @@ class _Search:
 
 def _log_loss(trial: Trial) -> float:
     return trial.log_loss
+
+
+def _least_gain(trial: Trial) -> float:
+    """What the next C has to gain in log loss for the way up to go on."""
+    return max(C_FLAT * trial.log_loss, C_FLAT_NATS)
 
 
 def _side_by_side(work: Callable[[T], Trial], items: Iterable[T]) -> list[Trial]:
