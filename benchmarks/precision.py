@@ -32,7 +32,7 @@ def compare(name: str, draws: int, quick: bool) -> None:
     for bits in ("float32", "bf16"):
         found = features.extract(source, network, taps, named.load, precision=bits)
         blocks[bits] = {tap: np.asarray(block) for tap, block in found.blocks.items()}
-    kernels = ("linear", "rbf")
+    kernels = ("linear", "rbf", "lssvm")
     chosen = svm.choose(blocks["float32"], source.labels, source.classes, default_taps=(Tap("pooled"),), kernels=kernels)
     best = chosen.candidates[0]
     setting = crossval.Setting(best.taps, best.kernel, best.gamma)

@@ -78,7 +78,8 @@ class Head:
 
 @dataclass(frozen=True)
 class KernelHead:
-    """An RBF machine, one against the rest: `scores = exp(-gamma ‖x − s‖²) @ coef.T + bias`.
+    """An RBF machine, one against the rest: `scores = exp(-gamma ‖x − s‖²) @ coef.T + bias`. `kind` is `rbf-svm`
+    or, fitted with squared errors, `rbf-lssvm`.
 
     `support` is `(m, D)` in the space of `side_by_side`, `coef` `(C, m)`, `bias` `(C,)`. It may ship; it cannot start
     fine-tuning.

@@ -138,8 +138,8 @@ class Svm(Section):
 
     kernels: (
         Literal["auto"]
-        | Annotated[tuple[Literal["linear", "logistic", "rbf"], ...], BeforeValidator(_listed), Field(min_length=1)]
-    ) = Field(default="auto", description="auto, or a list of linear, logistic and rbf")
+        | Annotated[tuple[Literal["linear", "logistic", "rbf", "lssvm"], ...], BeforeValidator(_listed), Field(min_length=1)]
+    ) = Field(default="auto", description="auto, or a list of linear, logistic, rbf and lssvm")
     folds: Annotated[int, Field(ge=2)] = Field(default=5, description="folds of the cross-validation, 2 or more")
     C: Literal["auto"] | Annotated[tuple[Positive, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
         default="auto", description="auto, or a list of numbers above 0"

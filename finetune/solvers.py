@@ -1,4 +1,4 @@
-"""Linear and kernel classifiers by truncated Newton steps: many folds and classes at once, on BLAS. numpy alone.
+"""Linear and kernel classifiers by Newton steps: many folds and classes at once, on BLAS.
 
 Two losses over the scores `f = A @ coef`:
 
@@ -11,19 +11,24 @@ as in scikit-learn's `LinearSVC` with `intercept_scaling=1`: callers append a co
 
 Every fold is the same matrix with `cᵢ = 0` on the rows held out, so that one product serves all folds and all classes, and
 the scores of the held-out rows come out of it for nothing. Newton's equations are solved by conjugate gradients in the
-geometry of `w` (Keerthi and DeCoste 2005; Chapelle 2007), the step is an exact line search, and the stopping rule is the
+geometry of `w` (Keerthi and DeCoste 2005; Chapelle 2007), or, in the Gram form and once few rows are support vectors,
+directly: these rows are all that the equations hold. The step is an exact line search, and the stopping rule is the
 relative duality gap, which needs no further product: `(P − D) / P ≤ tol` bounds the distance of the objective to its
 optimum.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 Array = NDArray[Any]
 Loss = Literal["hinge", "logistic"]
@@ -31,9 +36,12 @@ Loss = Literal["hinge", "logistic"]
 TOLERANCE = 1e-3  # relative duality gap at which a problem counts as solved
 NEWTON_STEPS = 60
 CG_STEPS = 250
+ROUNDING = 0.2  # of a system's float32 rounding over its smallest eigenvalue: more, and it is solved in float64
+DIRECT = 45  # a system in m support vectors of n rows is solved exactly where m³ ≤ DIRECT n²: some 15 products cost that
 FORCING = 0.1  # a Newton system is solved to this fraction of its first residual
 LINE_STEPS = 12
 ROWS = 8192  # rows of a block: bounds the memory beyond the matrix, and float32 sums are carried in float64 between blocks
+GRAM_ROWS, GRAM_FACTOR = 6000, 4  # up to so many rows, and times their width, the Gram form is the faster one
 ELEMENTS = 24_000_000  # scores held at once by `solve`: problems beyond it wait for the next chunk
 
 
@@ -51,6 +59,11 @@ class Fit:
     @property
     def converged(self) -> bool:
         return self.gap <= TOLERANCE
+
+
+def gram_is_faster(n: int, d: int) -> bool:
+    """Whether `n` rows of width `d` are better given as their `(n, n)` kernel matrix."""
+    return n <= max(d, min(GRAM_ROWS, GRAM_FACTOR * d))
 
 
 def path(
@@ -108,6 +121,25 @@ def solve(
         coef[:, columns], scores[:, columns], worst, taken = _newton(problem, columns, coef[:, columns], tol)
         gap, steps = max(gap, worst), max(steps, taken)
     return coef, scores, gap, steps
+
+
+def least_squares(A: Array, y: NDArray[np.int64], classes: int, C: Array, *, gram: bool = True) -> Array:
+    """The same with squared errors `Σᵢ cᵢ (yᵢ − fᵢ)²` in place of the hinge, in closed form: the least-squares SVM (Suykens
+    and Vandewalle 1999), one class against the rest.
+
+    Coefficients `(width of A, classes)`; `C` is `(n,)`. All classes share one factorisation, and every row gets a
+    coefficient. A kernel matrix `A` is overwritten.
+    """
+    target = np.where(y[:, None] == np.arange(classes), 1, -1).astype(A.dtype)
+    if gram:
+        return _positive_solve(A, (1 / (2 * C)).astype(A.dtype), target).astype(A.dtype)
+    normal, right = np.zeros((A.shape[1],) * 2), np.zeros((A.shape[1], classes))
+    for i in range(0, len(A), ROWS):
+        part = A[i : i + ROWS]
+        weighted = part * C[i : i + ROWS, None].astype(A.dtype)
+        normal += weighted.T @ part
+        right += weighted.T @ target[i : i + ROWS]
+    return _positive_solve(normal, np.full(A.shape[1], 0.5), right).astype(A.dtype)
 
 
 class _Problem:
@@ -178,7 +210,8 @@ class _Problem:
         Ch = C * h
         curvature = 2 * C * (h > 0)
         value = self.sums(Ch, h)
-        return _Loss(value, -2 * sign * Ch, 2 * self.sums(Ch, np.ones_like(h)) - value, lambda u: curvature * u)
+        conjugate = 2 * self.sums(Ch, np.ones_like(h)) - value
+        return _Loss(value, -2 * sign * Ch, conjugate, lambda u: curvature * u, curvature)
 
     def _logistic(self, f: Array, target: Array, C: Array) -> _Loss:
         shape = (len(f), -1, self.width)
@@ -199,12 +232,14 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Loss:
-    """The loss at given scores: value, gradient, conjugate at the dual point of the gradient, Hessian times a vector."""
+    """The loss at given scores: value, gradient, conjugate at the dual point of the gradient, Hessian times a vector, and
+    the Hessian's diagonal where it has nothing else."""
 
     value: Array
     gradient: Array
     conjugate: Array
     curvature: Callable[[Array], Array]
+    diagonal: Array | None = None
 
 
 def _newton(problem: _Problem, columns: NDArray[np.int64], coef: Array, tol: float) -> tuple[Array, Array, float, int]:
@@ -231,20 +266,78 @@ def _newton(problem: _Problem, columns: NDArray[np.int64], coef: Array, tol: flo
             own, b, f, g, u, gg = own[wide], b[:, wide], f[:, wide], g[:, wide], u[:, wide], gg[keep]
             evaluate = problem.evaluate(columns[own])
             loss = evaluate(f)
-        d, image = _direction(problem, loss, g, u, gg)
+        d, image = _direction(problem, loss, b, g, u, gg)
         t = problem.spread(_step_length(problem, evaluate, b, f, g, u, d, image))
         coef[:, own], scores[:, own] = b + t * d, f + t * image
         steps += 1
     return coef, scores - problem.A.dtype.type(problem.shift) * coef if problem.shift else scores, float(gap.max()), steps
 
 
-def _direction(problem: _Problem, loss: _Loss, g: Array, u: Array, gg: Array) -> tuple[Array, Array]:
-    """A truncated Newton direction by conjugate gradients, and its scores; `u` are the scores of the gradient `g`."""
+def _direction(problem: _Problem, loss: _Loss, b: Array, g: Array, u: Array, gg: Array) -> tuple[Array, Array]:
+    """A Newton direction and its scores; `u` are the scores of the gradient `g`.
+
+    Exact where a Gram problem has few support vectors, which are all that its equations need; else by conjugate gradients.
+    """
+    if not problem.gram or loss.diagonal is None:
+        return _truncated(problem, loss.curvature, g, u, gg)
+    n = len(b)
+    few = np.count_nonzero(loss.diagonal, axis=0) <= (DIRECT * n * n) ** (1 / 3)
+    if not few.any():
+        return _truncated(problem, loss.curvature, g, u, gg)
+    d, image = np.empty_like(g), np.empty_like(u)
+    with _blas().limit(limits=1):  # these systems are small, and scipy's BLAS threads and numpy's would wait for one another
+        for k in np.flatnonzero(few):
+            d[:, k] = _exact(problem, loss.diagonal[:, k], b[:, k], g[:, k])
+    image[:, few] = problem.forward(d[:, few])
+    if not few.all():
+        diagonal = loss.diagonal[:, ~few]
+        d[:, ~few], image[:, ~few] = _truncated(problem, lambda v: diagonal * v, g[:, ~few], u[:, ~few], gg[~few])
+    return d, image
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _exact(problem: _Problem, diagonal: Array, b: Array, g: Array) -> Array:
+    """The whole Newton step of one problem with coefficients `b` and gradient `g`: one system in its support vectors.
+
+    It is solved for the step and not for its end, so that it agrees with the scores as they were rounded.
+    """
+    own, outside = np.flatnonzero(diagonal), np.where(diagonal == 0, b, 0)
+    inverse = 1 / diagonal[own]
+    right = -inverse * g[own]
+    if outside.any():
+        rows = problem.A[own]
+        right += rows @ outside
+        system = rows[:, own]
+    else:
+        system = problem.A[np.ix_(own, own)]
+    d = -g
+    d[own] = _positive_solve(system, problem.shift + inverse, right)
+    return d
+
+
+def _positive_solve(K: Array, ridge: Array, right: Array) -> Array:
+    """`(K + diag(ridge))⁻¹ right`, by Cholesky; `K` is overwritten. In float64 where float32 would not see the ridge."""
+    from scipy.linalg import cho_factor, cho_solve
+
+    if np.trace(K) * np.finfo(K.dtype).eps > ROUNDING * ridge.min():
+        K = K.astype(np.float64)
+    K[np.diag_indices(len(K))] += ridge
+    return cho_solve(cho_factor(K, lower=True, overwrite_a=True, check_finite=False), right, check_finite=False)
+
+
+def _truncated(problem: _Problem, curvature_of: Callable[[Array], Array], g: Array, u: Array, gg: Array) -> tuple[Array, Array]:
+    """A truncated Newton direction by conjugate gradients, and its scores."""
     r, p, image = -g, -g, -u
     d, total = np.zeros_like(p), np.zeros_like(image)
     rr, goal = gg, FORCING**2 * gg
     for _ in range(CG_STEPS):
-        bent = loss.curvature(image)
+        bent = curvature_of(image)
         curvature = problem.inner(p, p, image) + problem.sums(image, bent)
         open_ = (rr > goal) & (curvature > 0)  # float32 may lose the sign of a vanishing curvature: stop there
         if not open_.any():

@@ -2,7 +2,7 @@
 
 Three steps, each on out-of-fold scores: an early look at every tap alone, on a subset of the rows and with squared errors,
 which have a closed form; the best taps side by side, added one at a time as long as that helps; then linear machine,
-logistic regression and RBF machine on the few sets left, each along a path of C.
+logistic regression and RBF machines (squared hinge, squared errors) on the few sets left, each along a path of C.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from finetune import machine, solvers
 from finetune.classifier import AnyHead, Head, KernelHead, rbf, side_by_side
 from finetune.crossval import (
+    RBF,
     Array,
     Blocks,
     Ints,
@@ -36,8 +37,9 @@ from finetune.network import Tap
 T = TypeVar("T")
 Weight = Literal["auto", "balanced"] | None
 
-KERNELS: tuple[Kernel, ...] = ("linear", "logistic", "rbf", "knn")
-C_GRID = tuple(10.0 ** (e / 2) for e in range(-3, 7))  # 0.03 … 1000
+KERNELS: tuple[Kernel, ...] = ("linear", "logistic", "rbf", "lssvm", "knn")
+KINDS: dict[Kernel, str] = {"linear": "svm", "logistic": "logistic", "rbf": "rbf-svm", "lssvm": "rbf-lssvm"}  # of heads
+C_GRID = tuple(10.0 ** (e / 2) for e in range(-3, 9))  # 0.03 … 10,000
 C_START = 1.0  # where a path of C begins: unit-length features are best above it nearly always
 C_FLAT, C_FLAT_NATS = 1e-2, 5e-4  # a relative, or an absolute, gain of the log loss below it is none
 DEFAULT_C = 1.0  # where nothing can be held out
@@ -155,7 +157,7 @@ def refit(result: SvmResult, blocks: Blocks, y: Array) -> AnyHead:
     labels = _check(blocks, y, head.classes, None, ("linear",), head.taps)
     weights = class_weights(labels) if result.balanced else None
     if not result.candidates:
-        kernel: Kernel = "rbf" if isinstance(head, KernelHead) else "logistic" if head.kind == "logistic" else "linear"
+        kernel = next(kernel for kernel, kind in KINDS.items() if kind == head.kind)
         setting = Setting(head.taps, kernel, GAMMA / len(head.taps))
         return fit_head(blocks, labels, head.classes, setting, DEFAULT_C, weights, head.temperature)
     winner = result.candidates[0]
@@ -174,7 +176,7 @@ def quick(blocks: Blocks, y: Array, *, groups: Array | None = None, seed: int = 
     fold, _ = assign_folds(labels, groups, 5, seed, [str(name) for name in names])
     if fold is None:
         return None
-    search = _Search(blocks, labels, np.arange(len(labels)), fold, None, ["linear", "rbf"], None, seed)
+    search = _Search(blocks, labels, np.arange(len(labels)), fold, None, ["linear", "lssvm"], None, seed)
     search.early = search.table
     return min(search.look(), key=_log_loss)
 
@@ -210,10 +212,10 @@ class _Search:
         """The trial with the least log loss on all the rows that choose."""
         looked = sorted(self.look(), key=_log_loss)
         sets = list(dict.fromkeys(trial.setting.taps for trial in looked))[:SETS]
-        gammas = {trial.setting.taps: trial.setting.gamma for trial in reversed(looked) if trial.setting.kernel == "rbf"}
+        gammas = {trial.setting.taps: trial.setting.gamma for trial in reversed(looked) if trial.setting.kernel in RBF}
         share = next((gammas[taps] * len(taps) for taps in sets if taps in gammas), GAMMA)
-        settings = [Setting(taps, kind, share / len(taps) if kind == "rbf" else 0.0) for taps in sets for kind in self.first]
-        settings += [Setting(default, kind, share / len(default) if kind == "rbf" else 0.0) for kind in self.first[:1]]
+        settings = [Setting(taps, kind, share / len(taps) if kind in RBF else 0.0) for taps in sets for kind in self.first]
+        settings += [Setting(default, kind, share / len(default) if kind in RBF else 0.0) for kind in self.first[:1]]
         if "logistic" in self.kernels:
             settings.append(Setting(sets[0], "logistic"))
         paths = self.paths(self.middle, dict.fromkeys(settings))
@@ -233,15 +235,15 @@ class _Search:
 
     def look(self) -> list[Trial]:
         """Every tap alone, then the best side by side: the best trial of every set of taps, with squared errors."""
-        kinds: list[Kernel] = ["rbf"] if "rbf" in self.kernels else []
-        if set(self.kernels) - {"rbf"}:
+        kinds: list[Kernel] = ["lssvm"] if {*RBF} & {*self.kernels} else []
+        if {*self.kernels} - {*RBF}:
             kinds.append("linear")
 
         def best(setting: Setting) -> Trial:
             return min(self.early.least_squares(setting, LOOK_C), key=_log_loss)
 
         def alone(tap: Tap) -> Trial:
-            return min((best(Setting((tap,), kind, GAMMA if kind == "rbf" else 0.0)) for kind in kinds), key=_log_loss)
+            return min((best(Setting((tap,), kind, GAMMA if kind in RBF else 0.0)) for kind in kinds), key=_log_loss)
 
         singles = sorted(_side_by_side(alone, self.early.blocks), key=_log_loss)
         kept = [trial.setting.taps[0] for trial in singles[:KEPT]]
@@ -250,13 +252,13 @@ class _Search:
             now = chain[-1]
             more = [(*now.setting.taps, tap) for tap in kept if tap not in now.setting.taps]
             kind = now.setting.kernel
-            tried = _side_by_side(best, [Setting(taps, kind, GAMMA / len(taps) if kind == "rbf" else 0.0) for taps in more])
+            tried = _side_by_side(best, [Setting(taps, kind, GAMMA / len(taps) if kind in RBF else 0.0) for taps in more])
             step = min(tried, key=_log_loss, default=now)
             if step is now or step.log_loss > now.log_loss * (1 + LOSS):
                 break
             chain.append(step)
         top = min(chain, key=_log_loss).setting
-        widths = [replace(top, gamma=top.gamma * factor) for factor in GAMMAS] if top.kernel == "rbf" else []
+        widths = [replace(top, gamma=top.gamma * factor) for factor in GAMMAS] if top.kernel in RBF else []
         return [*_side_by_side(best, widths), *chain, *singles[1:]]
 
     def paths(self, rows: Rows, settings: Mapping[Setting, float | None]) -> list[Trial]:
@@ -315,7 +317,7 @@ def _side_by_side(work: Callable[[T], Trial], items: Iterable[T]) -> list[Trial]
 
 def _candidate(trial: Trial, n: int, note: str) -> Candidate:
     s = trial.setting
-    words = ", ".join(part for part in (f"gamma {s.gamma:.3g}" if s.kernel == "rbf" else "", note) if part)
+    words = ", ".join(part for part in (f"gamma {s.gamma:.3g}" if s.kernel in RBF else "", note) if part)
     return Candidate(s.taps, s.kernel, trial.C, trial.accuracy, trial.error, trial.seconds, words, s.gamma, trial.log_loss, n)
 
 
@@ -341,34 +343,42 @@ def fit_head(
     present, own = np.unique(y, return_inverse=True)
     scale = np.full((len(y), 1), C) if weights is None else weights[:, None] * C
     common: dict[str, Any] = {"taps": setting.taps, "classes": tuple(classes), "temperature": temperature}
-    if setting.kernel == "rbf":
-        support, coef, bias = _fit_rbf(x, own, len(present), scale, setting.gamma)
+    common["kind"] = KINDS[setting.kernel]
+    if setting.kernel in RBF:
+        support, coef, bias = _fit_rbf(x, own, len(present), scale, setting)
         weight, offset = _whole(coef.T, bias, present, classes)
         return KernelHead(support=support, coef=weight, bias=offset, gamma=setting.gamma, **common)
     loss: solvers.Loss = "logistic" if setting.kernel == "logistic" else "hinge"
-    if x.shape[1] < len(x):
-        coef, *_ = solvers.solve(with_ones(x), own, len(present), scale, loss=loss, gram=False)
-        weight, bias = coef[:-1].T, coef[-1]
-    else:
+    if solvers.gram_is_faster(*x.shape):
         dual, *_ = solvers.solve(x @ x.T + 1, own, len(present), scale, loss=loss, gram=True)
         weight, bias = dual.T @ x, dual.sum(axis=0)
-    kind = "logistic" if loss == "logistic" else "svm"
+    else:
+        coef, *_ = solvers.solve(with_ones(x), own, len(present), scale, loss=loss, gram=False)
+        weight, bias = coef[:-1].T, coef[-1]
     weight, bias = _whole(weight, bias, present, classes)
-    return Head(weight=weight, bias=bias, kind=kind, **common)
+    return Head(weight=weight, bias=bias, **common)
 
 
-def _fit_rbf(x: Array, y: Ints, classes: int, scale: Array, gamma: float) -> tuple[Array, Array, Array]:
+def _fit_rbf(x: Array, y: Ints, classes: int, scale: Array, setting: Setting) -> tuple[Array, Array, Array]:
     """Support vectors `(m, D)`, coefficients `(m, classes)` and bias; Nyström on landmarks where the rows are many."""
+    squares = setting.kernel == "lssvm"
     if len(x) <= EXACT:
-        dual, *_ = solvers.solve(rbf(x, x, gamma) + 1, y, classes, scale, loss="hinge", gram=True)
-        used = np.flatnonzero(np.abs(dual).max(axis=1) > 0)
-        return x[used], dual[used], dual.sum(axis=0)
+        K = rbf(x, x, setting.gamma) + 1
+        if squares:
+            coef = solvers.least_squares(K, y, classes, scale[:, 0])
+            return x, coef, coef.sum(axis=0)
+        coef, *_ = solvers.solve(K, y, classes, scale, loss="hinge", gram=True)
+        used = np.flatnonzero(np.abs(coef).max(axis=1) > 0)
+        return x[used], coef[used], coef.sum(axis=0)
     landmarks = x[subset(y, np.arange(len(x)), LANDMARKS, 0)]
-    values, vectors = np.linalg.eigh(rbf(landmarks, landmarks, gamma).astype(np.float64))
+    values, vectors = np.linalg.eigh(rbf(landmarks, landmarks, setting.gamma).astype(np.float64))
     keep = values > values[-1] * 1e-7
     root = (vectors[:, keep] / np.sqrt(values[keep])).astype(np.float32)
-    mapped = np.concatenate([rbf(x[i : i + 4096], landmarks, gamma) @ root for i in range(0, len(x), 4096)])
-    coef, *_ = solvers.solve(with_ones(mapped), y, classes, scale, loss="hinge", gram=False)
+    mapped = with_ones(np.concatenate([rbf(x[i : i + 4096], landmarks, setting.gamma) @ root for i in range(0, len(x), 4096)]))
+    if squares:
+        coef = solvers.least_squares(mapped, y, classes, scale[:, 0], gram=False)
+    else:
+        coef, *_ = solvers.solve(mapped, y, classes, scale, loss="hinge", gram=False)
     return landmarks, root @ coef[:-1], coef[-1]
 
 
@@ -400,7 +410,7 @@ def _check(
     if groups is not None and len(groups) != len(y):
         raise UserError(f"{len(groups)} groups for {len(y)} images", where="groups")
     if {*kernels} - {*KERNELS} or not {*kernels} - {"knn"}:
-        fix = "choose from linear, logistic, rbf (knn is a measure)"
+        fix = "choose from linear, logistic, rbf, lssvm (knn is a measure)"
         raise UserError(f"kernels {list(kernels)}: none that ships", where="kernels", fix=fix)
     missing = [str(tap) for tap in taps if tap not in blocks]
     if missing or not taps:
