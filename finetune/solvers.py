@@ -31,14 +31,16 @@ if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
 Array = NDArray[Any]
+Bools = NDArray[np.bool_]
 Loss = Literal["hinge", "logistic"]
 
 TOLERANCE = 1e-3  # relative duality gap at which a problem counts as solved
-NEWTON_STEPS = 60
+NEWTON_STEPS = 70
 CG_STEPS = 250
+EXACT_STEPS = 8  # in float32, where rows depend on one another, they may stall at a large C: conjugate gradients go on then
 ROUNDING = 0.2  # of a system's float32 rounding over its smallest eigenvalue: more, and it is solved in float64
-DIRECT = 45  # a system in m support vectors of n rows is solved exactly where m³ ≤ DIRECT n²: some 15 products cost that
-FORCING = 0.1  # a Newton system is solved to this fraction of its first residual
+DIRECT = 100  # a system in m support vectors of n rows is solved exactly where m³ ≤ DIRECT n²: some 40 products cost that
+FORCING = 0.2  # a Newton system is solved to this fraction of its first residual
 LINE_STEPS = 12
 ROWS = 8192  # rows of a block: bounds the memory beyond the matrix, and float32 sums are carried in float64 between blocks
 GRAM_ROWS, GRAM_FACTOR = 6000, 4  # up to so many rows, and times their width, the Gram form is the faster one
@@ -247,7 +249,7 @@ def _newton(problem: _Problem, columns: NDArray[np.int64], coef: Array, tol: flo
     q = problem.width
     scores = problem.forward(coef)
     gap = np.full(len(columns) // q, np.inf)
-    live, steps = np.arange(len(gap)), 0
+    live, steps, exact, start = np.arange(len(gap)), 0, np.zeros(len(gap), np.int64), (coef.copy(), scores.copy())
     while True:
         own = (live[:, None] * q + np.arange(q)).ravel()
         b, f = coef[:, own], scores[:, own]
@@ -266,24 +268,31 @@ def _newton(problem: _Problem, columns: NDArray[np.int64], coef: Array, tol: flo
             own, b, f, g, u, gg = own[wide], b[:, wide], f[:, wide], g[:, wide], u[:, wide], gg[keep]
             evaluate = problem.evaluate(columns[own])
             loss = evaluate(f)
-        d, image = _direction(problem, loss, b, g, u, gg)
+        few = _few_support_vectors(problem, loss) & (exact[live] < EXACT_STEPS)
+        d, image = _direction(problem, loss, b, g, u, gg, few)
         t = problem.spread(_step_length(problem, evaluate, b, f, g, u, d, image))
         coef[:, own], scores[:, own] = b + t * d, f + t * image
+        exact[live] += few
+        if (stalled := live[few & (exact[live] == EXACT_STEPS)]).size:
+            coef[:, stalled], scores[:, stalled] = start[0][:, stalled], start[1][:, stalled]
         steps += 1
     return coef, scores - problem.A.dtype.type(problem.shift) * coef if problem.shift else scores, float(gap.max()), steps
 
 
-def _direction(problem: _Problem, loss: _Loss, b: Array, g: Array, u: Array, gg: Array) -> tuple[Array, Array]:
-    """A Newton direction and its scores; `u` are the scores of the gradient `g`.
-
-    Exact where a Gram problem has few support vectors, which are all that its equations need; else by conjugate gradients.
-    """
+def _few_support_vectors(problem: _Problem, loss: _Loss) -> Bools:
+    """Which problems have so few that their equations are better solved exactly; one answer a problem."""
     if not problem.gram or loss.diagonal is None:
-        return _truncated(problem, loss.curvature, g, u, gg)
-    n = len(b)
-    few = np.count_nonzero(loss.diagonal, axis=0) <= (DIRECT * n * n) ** (1 / 3)
+        return np.zeros(len(loss.value), bool)
+    n = len(loss.diagonal)
+    return np.count_nonzero(loss.diagonal, axis=0) <= (DIRECT * n * n) ** (1 / 3)
+
+
+def _direction(problem: _Problem, loss: _Loss, b: Array, g: Array, u: Array, gg: Array, few: Bools) -> tuple[Array, Array]:
+    """Newton directions and their scores, exact for the `few`, else by conjugate gradients; `u` are the scores of the
+    gradient `g`."""
     if not few.any():
         return _truncated(problem, loss.curvature, g, u, gg)
+    assert loss.diagonal is not None
     d, image = np.empty_like(g), np.empty_like(u)
     with _blas().limit(limits=1):  # these systems are small, and scipy's BLAS threads and numpy's would wait for one another
         for k in np.flatnonzero(few):
@@ -309,15 +318,12 @@ def _exact(problem: _Problem, diagonal: Array, b: Array, g: Array) -> Array:
     """
     own, outside = np.flatnonzero(diagonal), np.where(diagonal == 0, b, 0)
     inverse = 1 / diagonal[own]
-    right = -inverse * g[own]
-    if outside.any():
-        rows = problem.A[own]
-        right += rows @ outside
-        system = rows[:, own]
-    else:
-        system = problem.A[np.ix_(own, own)]
+    rows = problem.A[own]  # then columns: faster than both at once
+    right = rows @ outside - inverse * g[own] if outside.any() else -inverse * g[own]
+    system = rows[:, own]
     d = -g
-    d[own] = _positive_solve(system, problem.shift + inverse, right)
+    if len(own):
+        d[own] = _positive_solve(system, problem.shift + inverse, right)
     return d
 
 

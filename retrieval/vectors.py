@@ -21,6 +21,12 @@ Progress = Callable[[float, str], None]
 BLOCK = 65_536  # rows read at once
 NAMED = 10  # bad rows that a message names
 ROUNDING = 1e-6  # float32 inner products of unit vectors are this sure
+SHORTEN_FROM, SAMPLE = 2000, 1024  # rows: of `near_duplicates` where shorter rows pay; to choose their length on
+AXES = (32, 64, 128, 256)
+REST = 4e-6  # added to the squared length of what the axes leave: more than float32 rounds away
+PAIR_COST, WORTH = 100.0, 0.7  # one pair looked up, and the least gain, in full products a pair
+PAIRS = 8192  # pairs looked up at once
+CROWD = 0.01  # share of a block's pairs from which the whole block is compared
 
 
 class BadRows(UserError):  # noqa: N818 — it says what is wrong with the rows, not that something went wrong
@@ -151,31 +157,93 @@ def slot_order(n: int, held: Ints) -> Ints:
 def near_duplicates(X: Rows, threshold: float, *, block: int = 2048, limit: int = 5_000_000) -> list[tuple[int, int, float]]:
     """All pairs of rows of `X` (from `prepare`) whose cosine is at least `threshold`: `(i, j, score)` with i < j, best first.
 
-    Exact: every pair is compared. Memory is linear in n and in the number of pairs; more than `limit` pairs are a
-    `UserError`. A score within float32's rounding (1e-6) of the threshold counts as reaching it.
+    Exact: every pair is compared, or shown to be below the threshold by a bound (`_shortened`). Memory is linear in n and
+    in the number of pairs; more than `limit` pairs are a `UserError`. A score within float32's rounding
+    (1e-6) of the threshold counts as reaching it.
     """
     if not -1 <= threshold <= 1:
         raise UserError(f"a cosine of {threshold}", where="threshold", fix="give a number from −1 to 1, such as 0.95")
     found: list[tuple[NDArray[np.int64], NDArray[np.int64], Rows]] = []
     total, lowest = 0, np.float32(threshold - ROUNDING)
+    short = _shortened(X, threshold)
     for left in blocks(len(X), block):
         for right in blocks(len(X) - left.start, block):
-            scores = X[left] @ X[left.start + right.start : left.start + right.stop].T
-            flat = np.flatnonzero(scores >= lowest)
-            i, j = flat // scores.shape[1], flat % scores.shape[1] + right.start
-            keep = j > i  # both count from left.start: the diagonal and what lies below it goes
-            i, j = i[keep], j[keep]
+            right = slice(left.start + right.start, left.start + right.stop)
+            i, j, score = _reaching(short[left] @ short[right].T, lowest, left.start, right.start)
+            if short is not X and len(i) > CROWD * (left.stop - left.start) * (right.stop - right.start):
+                i, j, score = _reaching(X[left] @ X[right].T, lowest, left.start, right.start)
+            elif short is not X:
+                score = _cosines(X, i, j)
+                keep = score >= lowest
+                i, j, score = i[keep], j[keep], score[keep]
             total += len(i)
             if total > limit:
                 fix = "raise the threshold: so many pairs are groups, not near-duplicates"
                 raise UserError(f"more than {limit:,} pairs reach {threshold}", where="threshold", fix=fix)
             if len(i):
-                found.append((i + left.start, j + left.start, scores[i, j - right.start]))
+                found.append((i, j, score))
     if not found:
         return []
     i, j, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((j, i, -score))
     return list(zip(i[order].tolist(), j[order].tolist(), np.clip(score[order], -1, 1).tolist(), strict=True))
+
+
+def _reaching(scores: Rows, lowest: np.float32, top: int, left: int) -> tuple[Ints, Ints, Rows]:
+    """Rows and columns, counted from `top` and `left`, where a block of scores reaches `lowest` above the diagonal; with the
+    scores."""
+    flat = np.flatnonzero(scores >= lowest)
+    i, j = flat // scores.shape[1] + top, flat % scores.shape[1] + left
+    keep = j > i
+    return i[keep], j[keep], scores.ravel()[flat[keep]]
+
+
+def _cosines(X: Rows, i: Ints, j: Ints) -> Rows:
+    """The inner products of rows `i` with rows `j`, pair by pair."""
+    parts = [np.einsum("ij,ij->i", X[i[s]], X[j[s]]) for s in blocks(len(i), PAIRS)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
+
+
+def _shortened(X: Rows, threshold: float) -> Rows:
+    """Shorter rows `(n, m + 1)` whose inner products are never below those of `X`, or `X` itself where they would not help.
+
+    The first m numbers are the coordinates along the main axes of a sample, the last is the length of what they leave: by
+    Cauchy and Schwarz no inner product of two rests is above the product of their lengths. m is the number of axes with
+    which a pair costs least, on the sample.
+    """
+    n, d = X.shape
+    if n < SHORTEN_FROM or d < 2 * AXES[0]:
+        return X
+    sample = X[np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64)]
+    axes = _main_axes(sample, min(AXES[-1], d // 2))
+    costs = {}
+    for m in (m for m in AXES if m <= axes.shape[1]):
+        short = _with_rest(sample, axes[:, :m])
+        share = float((short @ short.T >= threshold).mean() - 1 / len(sample))
+        costs[m] = m / d + max(share, 0) * PAIR_COST
+    best = min(costs, key=lambda m: costs[m])
+    return _with_rest(X, axes[:, :best]) if costs[best] < WORTH else X
+
+
+def _with_rest(X: Rows, axes: Rows) -> Rows:
+    """Coordinates of unit rows along orthonormal `axes` `(d, m)`, and the length of the rest, rounded up: `(n, m + 1)`."""
+    short = np.empty((len(X), axes.shape[1] + 1), np.float32)
+    np.matmul(X, axes, out=short[:, :-1])
+    inside = np.einsum("ij,ij->i", short[:, :-1], short[:, :-1])
+    short[:, -1] = np.sqrt(np.maximum(1 - inside, 0) + REST)
+    return short
+
+
+def _main_axes(sample: Rows, count: int) -> Rows:
+    """Orthonormal axes `(d, count)` that hold most of the sample's length, the first most: subspace iteration (Halko,
+    Martinsson and Tropp 2011)."""
+    axes = sample.T @ np.random.default_rng(0).standard_normal((len(sample), count), dtype=np.float32)
+    for _ in range(2):
+        axes = sample.T @ (sample @ np.linalg.qr(axes)[0])
+    basis = np.linalg.qr(axes.astype(np.float64))[0]
+    inside = sample @ basis.astype(np.float32)
+    _, turn = np.linalg.eigh((inside.T @ inside).astype(np.float64))
+    return (basis @ turn[:, ::-1]).astype(np.float32)
 
 
 # --- whitening ------------------------------------------------------------------------------------------------------

@@ -545,8 +545,9 @@ def test_waiting_queries_are_one_batch(site: Site, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         Gallery, "search", lambda self, v, *more, **how: (searches.append(len(v)), search(self, v, *more, **how))[1]
     )
-    busy = threading.Event()
-    held = site.desk.call(lambda _: busy.wait(10))
+    started, busy = threading.Event(), threading.Event()
+    held = site.desk.call(lambda _: (started.set(), busy.wait(10))[1])
+    assert started.wait(10)
     waiting = [site.desk.ask(Query((("x", png((i, 0, 0))),), k=1 + i % 2)) for i in range(20)]
     busy.set()
     assert held.result()

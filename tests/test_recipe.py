@@ -104,7 +104,7 @@ def test_yaml_is_version_1_2(write: Any) -> None:
         ("backbone:\n  names: []\n", 2, "backbone.names cannot be []", "one name or a list"),
         ("backbone:\n  taps: 3\n", 2, "backbone.taps cannot be 3", "auto, or a list of taps"),
         ("svm:\n  C: [1, -1]\n", 2, "svm.C cannot be -1", "auto, or a list of numbers above 0"),
-        ("svm: {kernels: [rbf, poly]}\n", 1, 'svm.kernels cannot be "poly"', "linear, logistic and rbf"),
+        ("svm: {kernels: [rbf, poly]}\n", 1, 'svm.kernels cannot be "poly"', "linear, logistic, rbf and lssvm"),
         ("- a\n- b\n", None, 'expected sections, found ["a", "b"]', "start with one of: data, "),
         ("train:\n  lr: 1\n  lr: 2\n", 3, "the key lr stands twice", "keep one"),
         ("train:\n\tlr: 1\n", 2, "not valid YAML: found character", "mend"),

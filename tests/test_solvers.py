@@ -129,3 +129,48 @@ def test_single_precision_is_enough(table: tuple[np.ndarray, np.ndarray]) -> Non
     for C in (1.0, 1000.0):
         (fit,) = solvers.path((A @ A.T).astype(np.float32), y, CLASSES, [C], loss="hinge", gram=True)
         assert fit.gap <= solvers.TOLERANCE
+
+
+def few(A: np.ndarray, y: np.ndarray, C: float, direct: int, monkeypatch: pytest.MonkeyPatch) -> solvers.Fit:
+    monkeypatch.setattr(solvers, "DIRECT", direct)
+    masks = np.arange(FOLDS)[:, None] != np.arange(len(y)) % FOLDS
+    (fit,) = solvers.path((A @ A.T).astype(np.float32), y, CLASSES, [C], loss="hinge", gram=True, masks=masks)
+    return fit
+
+
+@pytest.mark.parametrize("C", [0.1, 10.0, 3000.0])
+def test_exact_steps_end_where_conjugate_gradients_do(
+    table: tuple[np.ndarray, np.ndarray], C: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Solved in the support vectors alone, always or never: the same machine, held-out rows and all, and converged."""
+    always, never = (few(*table, C, direct, monkeypatch) for direct in (10**9, 0))
+
+    assert always.converged
+    assert never.converged
+    np.testing.assert_allclose(always.scores, never.scores, atol=0.05 * np.abs(never.scores).max())
+    assert always.steps <= never.steps + solvers.EXACT_STEPS + 1
+
+
+def test_exact_steps_converge_on_parted_classes_at_any_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a large C leaves hardly a margin error, float32 scores still agree with their coefficients."""
+    rng = np.random.default_rng(1)
+    y = rng.integers(0, CLASSES, 600)
+    X = np.abs(rng.standard_normal((600, 300)) + 4 * rng.standard_normal((CLASSES, 300))[y])
+    A = np.concatenate([X / np.linalg.norm(X, axis=1, keepdims=True), np.ones((600, 1))], axis=1).astype(np.float32)
+    for fit in solvers.path(A @ A.T, y, CLASSES, [10.0, 1000.0, 10_000.0], loss="hinge", gram=True):
+        assert fit.converged
+        assert fit.steps < 20
+
+
+def test_squared_errors_are_kernel_ridge_in_both_forms(table: tuple[np.ndarray, np.ndarray]) -> None:
+    """From rows as from their kernel matrix, with a weight a row: the closed form of scikit-learn's `Ridge`."""
+    from sklearn.linear_model import Ridge
+
+    A, y = table
+    C = np.linspace(0.5, 4, len(y))
+    ridge = Ridge(alpha=0.5, fit_intercept=False).fit(A, np.where(y[:, None] == np.arange(CLASSES), 1, -1), sample_weight=C)
+    dual = solvers.least_squares(A @ A.T, y, CLASSES, C)
+    primal = solvers.least_squares(A, y, CLASSES, C, gram=False)
+
+    np.testing.assert_allclose(A.T @ dual, ridge.coef_.T, atol=1e-6)
+    np.testing.assert_allclose(primal, ridge.coef_.T, atol=1e-6)

@@ -75,13 +75,16 @@ def test_groups_are_never_on_both_sides() -> None:
     assert choose({POOR: x}, y, groups=groups).cv_accuracy < 0.55
 
 
-@pytest.mark.parametrize(("kernel", "kind"), [("linear", Head), ("logistic", Head), ("rbf", KernelHead)])
-def test_each_kernel_alone_gives_its_head(kernel: svm.Kernel, kind: type) -> None:
-    """`kernels=` names the only one that is compared; the linear ones fold into `Head`."""
+@pytest.mark.parametrize(
+    ("kernel", "kind"), [("linear", "svm"), ("logistic", "logistic"), ("rbf", "rbf-svm"), ("lssvm", "rbf-lssvm")]
+)
+def test_each_kernel_alone_gives_its_head(kernel: svm.Kernel, kind: str) -> None:
+    """`kernels=` names the only one that is compared; the linear ones fold into `Head`, the others into `KernelHead`."""
     blocks, y = make(n=90)
     result = choose(blocks, y, kernels=(kernel,))
 
-    assert isinstance(result.head, kind)
+    assert kind == result.head.kind
+    assert isinstance(result.head, KernelHead if kind.startswith("rbf") else Head)
     assert {kernel} == {one.kernel for one in result.candidates if "early" not in one.note}
 
 
@@ -175,13 +178,14 @@ def test_many_rows_are_chosen_on_a_part_and_fitted_on_all(monkeypatch: pytest.Mo
     assert 90 == result.candidates[0].n
 
 
-def test_nystroem_agrees_with_the_exact_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", crossval.RBF)
+def test_nystroem_agrees_with_the_exact_machine(kernel: svm.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """With as many landmarks as matter, the approximated RBF machine says the same."""
     blocks, y = make(n=240, signal=0.8)
-    exact = choose(blocks, y, kernels=("rbf",)).head
+    exact = choose(blocks, y, kernels=(kernel,)).head
     monkeypatch.setattr(svm, "EXACT", 100)
     monkeypatch.setattr(svm, "LANDMARKS", 200)
-    near = choose(blocks, y, kernels=("rbf",)).head
+    near = choose(blocks, y, kernels=(kernel,)).head
     new, _ = make(n=300, seed=3, signal=0.8)
 
     assert isinstance(near, KernelHead)
@@ -190,14 +194,15 @@ def test_nystroem_agrees_with_the_exact_machine(monkeypatch: pytest.MonkeyPatch)
     assert np.mean(agree[0] == agree[1]) > 0.95
 
 
-def test_refit_keeps_what_was_chosen() -> None:
+@pytest.mark.parametrize("kernel", [kernel for kernel in svm.KERNELS if kernel != "knn"])
+def test_refit_keeps_what_was_chosen(kernel: svm.Kernel) -> None:
     """Taps, kernel, C and temperature are the winner's; only the rows are new."""
     blocks, y = make(n=90)
     more, labels = make(n=120)
-    result = choose(blocks, y, kernels=("linear", "rbf"))
+    result = choose(blocks, y, kernels=(kernel,))
     again = svm.refit(result, more, labels)
 
-    assert type(result.head) is type(again)
+    assert result.head.kind == again.kind
     assert (result.head.taps, result.head.temperature) == (again.taps, again.temperature)
     new = [make(n=60, seed=8)[0][tap] for tap in again.taps]
     assert np.mean(again.scores(new).argmax(1) == result.head.scores(new).argmax(1)) > 0.8
@@ -240,6 +245,19 @@ def test_the_closed_form_is_the_ridge_solution() -> None:
         own, held = fold != k, fold == k
         other = KernelRidge(alpha=1 / 4, kernel="precomputed").fit(K[np.ix_(own, own)], target[own])
         np.testing.assert_allclose(trial.scores[held], other.predict(K[np.ix_(held, own)]), atol=1e-3)
+
+
+def test_the_fitted_closed_form_is_what_was_compared() -> None:
+    """`fit_head` with squared errors and class weights gives the scores of the kernel ridge solution, in both forms."""
+    blocks, y = make(n=90)
+    weights = crossval.class_weights(np.where(np.arange(90) < 50, 0, y))
+    setting = crossval.Setting((GOOD,), "lssvm", 0.5)
+    head = svm.fit_head(blocks, y, NAMES, setting, 3.0, weights, 1.0)
+    rows = crossval.Rows(blocks, y, np.arange(90), np.zeros(90, np.int64), None)
+    K = rows.kernel(setting).astype(float)
+    coef = np.linalg.solve(K + np.diag(1 / (6 * weights)), np.where(y[:, None] == np.arange(3), 1.0, -1.0))
+
+    np.testing.assert_allclose(head.scores([blocks[GOOD]]), K @ coef, atol=1e-3)
 
 
 def test_calibration_is_the_best_of_all_temperatures() -> None:
