@@ -29,7 +29,7 @@ import torchvision.datasets
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from finetune import images, optim, train
+from finetune import feed, images, optim, train
 from finetune.backbone import freeze, last_stages, load
 from finetune.images import ImageSet
 from finetune.policy import Training
@@ -66,14 +66,14 @@ def peer(folder: Path, chosen: list[int], training: Training, classes: int) -> C
 
 def ours(data: ImageSet, chosen: list[int], training: Training, *, store: bool) -> tuple[float, float]:
     """Seconds of one epoch (median), and of the pass before the first."""
-    limit, train.STORE_LIMIT = train.STORE_LIMIT, train.STORE_LIMIT if store else 0
+    limit, feed.STORE_LIMIT = feed.STORE_LIMIT, feed.STORE_LIMIT if store else 0
     try:
         backbone = load(NAME)
         began = time.perf_counter()
         result = train.fit(backbone, data, chosen, None, training, classes=len(data.classes), seed=0)
         total = time.perf_counter() - began
     finally:
-        train.STORE_LIMIT = limit
+        feed.STORE_LIMIT = limit
     assert store != any("every epoch" in warning for warning in result.warnings), result.warnings
     seconds = [row["seconds"] for row in result.history]
     return statistics.median(seconds), total - sum(seconds)

@@ -8,14 +8,10 @@ killed goes on from its last epoch and ends with the bits of an uninterrupted on
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import json
 import math
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +24,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from finetune import augment, engine, files, optim
-from finetune.backbone import Backbone, Reader, freeze
+from finetune.backbone import Backbone, freeze
 from finetune.errors import UserError
+from finetune.feed import STORE_BATCH, Feed, Job, Log, Progress, even_batches, open_feed
+from finetune.tail import replaced, slow_in_bf16
 from finetune.weights import tensor_digest
 
 if TYPE_CHECKING:
@@ -38,16 +36,8 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-Items = list[tuple[int, int]]  # (image, view)
-Log = Callable[[dict[str, Any]], None]
-Progress = Callable[[int, int], None]  # images through the network, and how many it will be
 
-FORMAT = 1  # of checkpoints and stored activations
-STORE_LIMIT = 16 * 2**30  # bytes: more stored activations than this, and the frozen stages run in every epoch instead
-STORE_BATCH = 32  # images at once through the frozen stages
-FREE_SHARE = 0.8  # of the free disk, the same
-VERIFIED = 4  # images on which the tail is compared with the whole network, in float32
-TOLERANCE = 1e-4  # of that comparison, relative to the largest feature
+FORMAT = 1  # of checkpoints
 PROBE_C = 0.01  # inverse strength of the probe's L2 penalty, as in scikit-learn
 PROBE_FLOAT64 = 20_000_000  # numbers: features up to this many are fitted in float64
 CHECKPOINT = "last.safetensors"
@@ -98,52 +88,6 @@ class State:
 
     def val_losses(self) -> list[float]:
         return [row["val/loss"] for row in (self.start, *self.history)]
-
-
-@dataclass(frozen=True)
-class Feed:
-    """Where the loop's input comes from.
-
-    `batches` gives the input of every batch of (image, view); `trunk` makes pooled features `(n, width)` of it. `views` is
-    the number of stored views of a training image, 0 where every epoch draws a new one. `tick` counts images.
-    """
-
-    views: int
-    batches: Callable[[Sequence[Items]], Iterator[Tensor]]
-    trunk: Callable[[Tensor], Tensor]
-    tick: Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What stays the same during one call of `fit`."""
-
-    backbone: Backbone
-    images: ImageSet
-    train: Ints
-    val: Ints
-    training: Training
-    seed: int
-    class_weights: Tensor
-    head: nn.Linear
-    device: torch.device
-    half: bool
-    folder: Path | None
-    log: Log
-    progress: Progress
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
-
-    def labels(self, items: Items) -> Tensor:
-        return torch.from_numpy(self.images.labels[[i for i, _ in items]].astype(np.int64)).to(self.device)
-
-    def moving(self) -> optim.Tensors:
-        """The live tensors that training may change: head, trainable stages, and the buffers of these stages."""
-        keys = {key for stage in self.backbone.stages if stage.name in self.training.trainable for key in stage.keys}
-        module = self.backbone.module
-        trunk = {f"trunk.{key}": t for key, t in (*module.named_parameters(), *module.named_buffers()) if key in keys}
-        return trunk | {f"head.{key}": parameter for key, parameter in self.head.named_parameters()}
 
 
 class DivergedError(UserError):
@@ -218,7 +162,7 @@ def _run(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> Trai
     state = _load(job, mark, moving, optimizer)
     try:
         if not state.stopped:
-            with _feed(job, state) as feed:
+            with open_feed(job, state.warnings) as feed:
                 if not state.good:
                     _begin(job, feed, state, moving, head_start)
                 _loop(job, feed, state, moving, start, optimizer, mark)
@@ -253,7 +197,7 @@ def _begin(
     job.backbone.module.eval()
     if head_start is None and job.training.head_init == "probe":
         items = [(int(i), 0) for i in job.train]
-        plan = _batches(items, STORE_BATCH)
+        plan = even_batches(items, STORE_BATCH)
         with torch.no_grad(), job.autocast():
             features = torch.cat([feed.trunk(x).float() for x in feed.batches(plan)]).cpu().numpy()
         weights = job.class_weights.cpu().numpy()
@@ -294,7 +238,7 @@ def _loop(
         torch.manual_seed(int(np.random.default_rng([job.seed, epoch, 1]).integers(2**62)))  # dropout, drop-path
         rng = np.random.default_rng([job.seed, epoch])
         order = rng.permutation(len(job.train)).tolist()
-        plan = _batches([(int(job.train[k]), _view(job, feed, epoch, k)) for k in order], training.batch_size)
+        plan = even_batches([(int(job.train[k]), _view(job, feed, epoch, k)) for k in order], training.batch_size)
         module.train()
         total, ratios = 0.0, dict[str, float | str]()
         for number, (items, x) in enumerate(zip(plan, feed.batches(plan), strict=True), 1):
@@ -374,7 +318,7 @@ def _evaluate(job: Job, feed: Feed) -> tuple[float, float, Tensor]:
     items = [(int(i), 0) for i in job.val]
     job.backbone.module.eval()
     with torch.no_grad(), job.autocast():
-        features = torch.cat([feed.trunk(x).float() for x in feed.batches(_batches(items, STORE_BATCH))])
+        features = torch.cat([feed.trunk(x).float() for x in feed.batches(even_batches(items, STORE_BATCH))])
     with torch.no_grad():
         scores, labels = job.head(features), job.labels(items)
         loss = nn.functional.cross_entropy(scores, labels).item()
@@ -442,7 +386,7 @@ def _check(labels: Ints, train: Ints, val: Ints, classes: int, training: Trainin
     outside = sorted({int(label) for label in labels[np.concatenate([train, val])] if not 0 <= label < classes})
     if outside:
         raise UserError(f"label {outside[0]} is none of the {classes} classes", where="training", fix="label every image")
-    if training.norm_moves and min(len(part) for part in _batches([(int(i), 0) for i in train], training.batch_size)) == 1:
+    if training.norm_moves and min(len(part) for part in even_batches([(int(i), 0) for i in train], training.batch_size)) == 1:
         raise UserError("BatchNorm cannot learn from batches of one image", where="train.batch_size", fix="use 2 or more")
 
 
@@ -463,20 +407,14 @@ def _prepared(backbone: Backbone, training: Training, device: torch.device, half
     """Freeze, and bring the module to the device in the layout that convolutions are fastest in; afterwards, back."""
     freeze(backbone, training.trainable, norm_moves=training.norm_moves)
     backbone.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    slow = _slow_in_bf16(backbone.module) if half and device.type == "cpu" else {}
+    slow = slow_in_bf16(backbone.module) if half and device.type == "cpu" else {}
     try:
-        with _replaced(backbone.module, slow):
+        with replaced(backbone.module, slow):
             yield
     finally:
         backbone.module.eval()
         backbone.module.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         backbone.module.zero_grad()
-
-
-def _batches(items: Items, size: int) -> list[Items]:
-    """Batches of nearly equal size: none is dropped, and no single image is left over to upset BatchNorm."""
-    edges = np.linspace(0, len(items), math.ceil(len(items) / size) + 1).round().astype(int).tolist()
-    return [items[low:high] for low, high in itertools.pairwise(edges)]
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> optim.Tensors:
@@ -589,224 +527,3 @@ def _load(job: Job, mark: str, moving: optim.Tensors, optimizer: torch.optim.Opt
             getattr(state, part)[name] = torch.empty_like(moving[name]).detach().copy_(value)
     _put(moving, state.good)
     return state
-
-
-# --------------------------------------------------------------------- stored activations: the frozen stages run once
-
-
-@contextlib.contextmanager
-def _feed(job: Job, state: State) -> Iterator[Feed]:
-    """The input of the loop: activations at the freeze boundary where they can be stored, else pixels."""
-    module, count = job.backbone.module, len(job.train) * job.training.epochs
-    reader = Reader(job.backbone, ()).to(job.device)
-    pre, training = job.backbone.network.preprocess, job.training
-
-    def pixels(plan: Sequence[Items]) -> Iterator[Tensor]:
-        for array in augment.batches(job.images, plan, pre, training.augment, flip=training.flip, seed=job.seed):
-            yield reader.normalise(torch.from_numpy(array).to(job.device))
-
-    plain = Feed(0, pixels, lambda x: module(x).flatten(1), _ticker(job.progress, count))
-    end = _boundary(job.backbone, training.trainable)
-    if end is None:
-        yield plain
-        return
-    module.eval()
-    with contextlib.ExitStack() as stack:
-        try:
-            feed = _stored(job, plain, end, stack)
-        except CannotStoreError as reason:
-            feed = plain
-            if (warning := f"the frozen stages run in every epoch: {reason}") not in state.warnings:
-                state.warnings.append(warning)
-        yield feed
-
-
-class CannotStoreError(Exception):
-    """Why activations are not stored; the message completes 'the frozen stages run in every epoch:'."""
-
-
-def _boundary(backbone: Backbone, trainable: Sequence[str]) -> str | None:
-    """The submodule behind which something moves; "" where nothing does, None where no stage before it can be read."""
-    names = [stage.name for stage in backbone.stages]
-    first = min((names.index(name) for name in trainable), default=None)
-    if first is None:
-        return ""
-    return next((stage.end for stage in reversed(backbone.stages[:first]) if stage.end), None)
-
-
-@torch.no_grad()
-def _stored(job: Job, plain: Feed, end: str, stack: contextlib.ExitStack) -> Feed:
-    """Run the frozen stages over every view of every image and keep what comes out, in the type it was computed in.
-
-    The file has no name, so that nothing is left of it however the process ends. Raises `CannotStoreError` before anything
-    is written, and `UserError` where the disk fills up on the way.
-    """
-    train, val = job.train.tolist(), job.val.tolist()
-    views = 1 if job.training.augment == "none" else max(1, min(job.training.views, job.training.epochs))
-    items = [(i, view) for view in range(views) for i in train] + [(i, 0) for i in val]
-    (sample,) = plain.batches([[(i, 0) for i in train[:VERIFIED]]])
-    wide = _tail_works(job.backbone, end, sample) if end else False
-    module = job.backbone.module
-
-    def run(x: Tensor) -> Tensor:
-        with job.autocast():
-            return _until(module, end, x) if end else module(x).flatten(1)
-
-    one = run(sample)
-    nhwc = one.ndim == 4 and one.is_contiguous(memory_format=torch.channels_last)
-    size = one[0].numel() * one.element_size()
-    folder = files.cache_dir("activations") if job.folder is None else job.folder
-    with files.disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_room(len(items) * size, shutil.disk_usage(folder).free)
-        file = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
-    tick = _ticker(job.progress, len(items) + len(train) * job.training.epochs)
-    plan = _batches(items, STORE_BATCH)
-    with files.disk_errors(folder):
-        for x in plain.batches(plan):
-            y = run(x)
-            file.write((y.permute(0, 2, 3, 1) if nhwc else y).contiguous().cpu().view(torch.uint8).numpy().tobytes())
-            tick(len(x))
-        file.flush()
-    rows = np.memmap(file, dtype=np.uint8, mode="r", shape=(len(items), size))
-    row = {item: k for k, item in enumerate(items)}
-    shape = one.permute(0, 2, 3, 1).shape[1:] if nhwc else one.shape[1:]
-
-    def stored(plan: Sequence[Items]) -> Iterator[Tensor]:
-        for batch in plan:
-            x = torch.from_numpy(rows[[row[item] for item in batch]]).view(one.dtype).view(-1, *shape).to(job.device)
-            yield x.permute(0, 3, 1, 2) if nhwc else x
-
-    # From here on the module is no longer whole, until `stack` closes.
-    return Feed(views, stored, stack.enter_context(_tail(job.backbone, end, wide)) if end else lambda x: x, tick)
-
-
-def _check_room(needed: int, free: int) -> None:
-    """Refuse to store more than `STORE_LIMIT`, or more than `FREE_SHARE` of what is free on the disk."""
-    for room, words in ((STORE_LIMIT, "that is the limit"), (FREE_SHARE * free, "of the disk may be filled")):
-        if needed > room:
-            sizes = f"{needed / 2**30:.1f} GiB of activations, where {room / 2**30:.1f} GiB"
-            raise CannotStoreError(f"{sizes} {words}")
-
-
-def _ticker(progress: Progress, total: int) -> Callable[[int], None]:
-    done = 0
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total)
-
-    return tick
-
-
-class _ReachedError(Exception):
-    """Ends a pass early, at the module whose output was wanted."""
-
-    def __init__(self, output: Any) -> None:
-        self.output = output
-
-
-def _until(module: nn.Module, end: str, x: Tensor) -> Tensor:
-    """The output of the submodule `end` for the input `x`; what comes behind it does not run."""
-
-    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        raise _ReachedError(output)
-
-    hook = module.get_submodule(end).register_forward_hook(stop)
-    try:
-        module(x)
-    except _ReachedError as reached:
-        return reached.output
-    finally:
-        hook.remove()
-    raise CannotStoreError(f"{end} was not reached")
-
-
-def _tail_works(backbone: Backbone, end: str, sample: Tensor) -> bool:
-    """Whether `_tail` must be wide to give on activations what the whole network gives on images, shown on `sample`.
-
-    Raises `CannotStoreError` where it gives something else either way.
-    """
-    expected = backbone.module(sample).flatten(1)
-    activation = _until(backbone.module, end, sample)
-    if not isinstance(activation, Tensor) or len(activation) != len(sample):
-        raise CannotStoreError(f"{end} of {backbone.network.name} does not give one tensor")
-    for wide in (False, True):
-        with contextlib.suppress(Exception), _tail(backbone, end, wide) as tail:  # any network may object in any way
-            found = tail(activation)
-            if found.shape == expected.shape and bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max()):
-                return wide
-    raise CannotStoreError(f"{backbone.network.name} gives something else when it is started behind {end}")
-
-
-def _skipped(backbone: Backbone, end: str) -> list[str]:
-    """The outermost modules that belong to frozen stages up to `end`, without the stem and what holds `end`."""
-    last = next(i for i, stage in enumerate(backbone.stages) if stage.end == end)
-    frozen = {key for stage in backbone.stages[: last + 1] if stage.name != "stem" for key in stage.keys}
-    chosen: list[str] = []
-    for path, part in backbone.module.named_modules():
-        if not path or f"{end}.".startswith(f"{path}.") or any(path.startswith(f"{outer}.") for outer in (*chosen, end)):
-            continue
-        own = [f"{path}.{key}" for key, _ in (*part.named_parameters(), *part.named_buffers())]
-        if own and frozen.issuperset(own):
-            chosen.append(path)
-    return chosen
-
-
-@contextlib.contextmanager
-def _tail(backbone: Backbone, end: str, wide: bool) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Make the module start behind the submodule `end`: a function from its output to pooled features `(n, width)`.
-
-    The network runs on a blank image, of which nothing is left: `end` returns the given activation instead of its own,
-    and the frozen modules before it, but for the stem, hand their input on. `wide`: the blank batch has as many images as
-    the activation, for networks that remember how many came in; else one. Everything is put back at the end.
-    """
-    module, size = backbone.module, backbone.network.preprocess.size
-    held: list[Tensor] = []
-    replaced = {end: lambda *_, **__: held[0]} | {path: lambda x, *_, **__: x for path in _skipped(backbone, end)}
-    blank = torch.zeros(1, 3, size, size, device=next(module.parameters()).device)
-
-    def run(activation: Tensor) -> Tensor:
-        held[:] = [activation]
-        return module(blank.expand(len(activation) if wide else 1, -1, -1, -1)).flatten(1)
-
-    with _replaced(module, replaced):
-        yield run
-
-
-@contextlib.contextmanager
-def _replaced(module: nn.Module, forwards: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
-    """Give submodules, by path, another `forward`; an instance's own goes before that of its class. Afterwards, none is left."""
-    parts = {path: module.get_submodule(path) for path in forwards}
-    before = {path: part.__dict__.get("forward") for path, part in parts.items()}
-    try:
-        for path, part in parts.items():
-            part.__dict__["forward"] = forwards[path]
-        yield
-    finally:
-        for path, part in parts.items():
-            del part.__dict__["forward"]
-            if before[path] is not None:
-                part.__dict__["forward"] = before[path]
-
-
-def _slow_in_bf16(module: nn.Module) -> dict[str, Callable[..., Tensor]]:
-    """Float32 forms of the trainable convolutions whose bf16 gradients are slow on a CPU.
-
-    oneDNN has no fast bf16 kernel for the gradients of depthwise convolutions with a stride or more than 3 × 3 weights:
-    they take several times as long as in float32, where the rest of a network takes about half.
-    """
-
-    def in_float32(part: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return type(part).forward(part, x.float()).to(x.dtype)
-
-    return {
-        path: functools.partial(in_float32, part)
-        for path, part in module.named_modules()
-        if isinstance(part, nn.Conv2d)
-        and part.weight.requires_grad
-        and part.groups == part.in_channels > 1
-        and (max(part.kernel_size) > 3 or max(part.stride) > 1)
-    }

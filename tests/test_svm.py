@@ -10,7 +10,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
-from finetune import crossval, svm
+from finetune import comparison, crossval, svm
 from finetune.classifier import Head, KernelHead, softmax
 from finetune.errors import UserError
 from finetune.network import Tap
@@ -167,8 +167,8 @@ def test_small_classes_are_weighed_up() -> None:
 def test_many_rows_are_chosen_on_a_part_and_fitted_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """The subset is said; scores of rows outside it are NaN."""
     monkeypatch.setattr(svm, "ROWS", 90)
-    monkeypatch.setattr(svm, "MIDDLE_ROWS", 60)
-    monkeypatch.setattr(svm, "LOOK_ROWS", 45)
+    monkeypatch.setattr(comparison, "MIDDLE_ROWS", 60)
+    monkeypatch.setattr(comparison, "LOOK_ROWS", 45)
     blocks, y = make(n=150)
     result = choose(blocks, y)
 

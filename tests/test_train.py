@@ -26,7 +26,9 @@ from PIL import Image
 from torch import nn
 
 from finetune import backbone as home
+from finetune import feed as feeding
 from finetune import files, images, optim, train
+from finetune import tail as tails
 from finetune.backbone import Backbone
 from finetune.errors import UserError
 from finetune.images import ImageSet
@@ -104,7 +106,7 @@ def outcome(backbone: Backbone, result: TrainResult) -> dict[str, Any]:
 
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no activation be stored."""
-    monkeypatch.setattr(train, "STORE_LIMIT", 0)
+    monkeypatch.setattr(feeding, "STORE_LIMIT", 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ freezing
@@ -184,14 +186,14 @@ def test_the_tail_gives_what_the_whole_network_gives(family: str, moving: int) -
     backbone = make(family)
     trainable = home.last_stages(backbone, moving)
     home.freeze(backbone, trainable)
-    end, x = train._boundary(backbone, trainable), sample_of(backbone)
+    end, x = feeding.boundary(backbone, trainable), sample_of(backbone)
     assert end
     with torch.no_grad():
-        activation = train._until(backbone.module, end, x)
+        activation = tails.until(backbone.module, end, x)
     whole = backbone.module(x).flatten(1)
     parameters = [p for p in backbone.module.parameters() if p.requires_grad]
     expected = torch.autograd.grad(whole.square().sum(), parameters, allow_unused=True)
-    with train._tail(backbone, end, train._tail_works(backbone, end, x)) as tail:
+    with tails.tail(backbone, end, tails.tail_works(backbone, end, x)) as tail:
         found = tail(activation)
         gradients = torch.autograd.grad(found.square().sum(), parameters, allow_unused=True)
 
@@ -206,7 +208,7 @@ def test_the_tail_works_on_lite0_with_real_weights() -> None:
     backbone = home.load("tf_efficientnet_lite0")
     home.freeze(backbone, home.last_stages(backbone, 1))
     with torch.no_grad():
-        assert train._tail_works(backbone, "blocks.5", sample_of(backbone, 1)) is False
+        assert tails.tail_works(backbone, "blocks.5", sample_of(backbone, 1)) is False
 
 
 def test_storing_changes_where_the_time_goes_not_what_is_learned(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,13 +237,13 @@ def test_the_frozen_stages_run_once_a_view(data: ImageSet) -> None:
     hook.remove()
     blank = [count for count in seen if count == 1]
 
-    assert 3 * len(TRAIN) + len(VAL) + 3 * train.VERIFIED == sum(seen) - len(blank)
+    assert 3 * len(TRAIN) + len(VAL) + 3 * feeding.VERIFIED == sum(seen) - len(blank)
 
 
 def test_every_view_is_used_and_the_first_is_clean() -> None:
     """Over as many epochs as views each image shows each of its stored views once; without views every epoch is new."""
     job = type("J", (), {"training": Training((), augment="light")})()
-    feed = train.Feed(3, lambda _: iter(()), lambda x: x, lambda _: None)
+    feed = feeding.Feed(3, lambda _: iter(()), lambda x: x, lambda _: None)
     for k in range(5):
         assert {0, 1, 2} == {train._view(job, feed, epoch, k) for epoch in (1, 2, 3)}
     fresh = dataclasses.replace(feed, views=0)
@@ -278,7 +280,7 @@ def test_activations_that_do_not_fit_are_not_stored(data: ImageSet, monkeypatch:
     """Above the stated limit, or the free disk, the loop runs plainly and says how much it would have taken."""
     for name, value, words in (("STORE_LIMIT", 1000, "that is the limit"), ("FREE_SHARE", 0.0, "of the disk may be filled")):
         with monkeypatch.context() as patch:
-            patch.setattr(train, name, value)
+            patch.setattr(feeding, name, value)
             backbone = make()
             result = fit(backbone, data, plan(backbone, epochs=1))
 
@@ -547,7 +549,7 @@ def test_batches_hold_every_item_once_and_are_even() -> None:
     """33 items in batches of 32 are 17 and 16, not 32 and 1; all of them appear, in order."""
     for count, size in itertools.product((1, 2, 31, 32, 33, 65, 100), (1, 7, 32)):
         items = [(i, 0) for i in range(count)]
-        batches = train._batches(items, size)
+        batches = feeding.even_batches(items, size)
         sizes = [len(batch) for batch in batches]
 
         assert items == [item for batch in batches for item in batch]
@@ -636,9 +638,9 @@ def test_slow_bf16_convolutions_run_in_float32() -> None:
         "frozen": nn.Conv2d(8, 8, 5, groups=8).requires_grad_(False),
     }
     module, x = nn.ModuleDict(parts), torch.randn(2, 8, 9, 9)
-    replaced = train._slow_in_bf16(module)
+    replaced = tails.slow_in_bf16(module)
     expected = parts["wide"](x.bfloat16().float()).bfloat16()
-    with train._replaced(module, replaced), torch.autocast("cpu", torch.bfloat16):
+    with tails.replaced(module, replaced), torch.autocast("cpu", torch.bfloat16):
         found = parts["wide"](x.bfloat16())
 
     assert {"wide", "strided"} == set(replaced)
