@@ -1,11 +1,13 @@
 """Files to pooled features: ours against a plain timm loop, and against the machine's own limit.
 
-    python benchmarks/extraction.py             1,000, 400 and 120 images; bars: ≥ 10×, ≥ 4× and ≥ 8×, ≥ 85 % of the limit
-    python benchmarks/extraction.py --quick     64, 32 and 16 images, 1 round; not recorded
+    python benchmarks/extraction.py [CASE …]    all, or some: lite0 resnet50 large torch
+    python benchmarks/extraction.py --quick     64, 32, 16 and 32 images, 1 round; not recorded
 
-The images are different crops of two photographs. Ours is `features.extract` into an empty store, the converted network in
-the cache. The peer is the plain timm loop of peers/timm_loop.py, in float32. The limit is what the machine could do if
-decoding and the network shared it without loss: 1 / (model-only + decode-only time an image), each alone on all cores.
+Bars: ≥ 10× (lite0), ≥ 4× (resnet50), ≥ 8× (large: 12 megapixels), ≥ 85 % of the limit; ≥ 2× for `torch`, the way of a machine
+without OpenVINO and bf16. The images are different crops of two photographs. Ours is `features.extract` into an empty store,
+the converted network in the cache. The peer is the plain timm loop of peers/timm_loop.py, in float32. The limit is what the
+machine could do if decoding and the network shared it without loss: 1 / (model-only + decode-only time an image), each alone
+on all cores.
 """
 
 from __future__ import annotations
@@ -16,14 +18,32 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import harness
 
-CASES = {  # name → backbone, size of the JPEGs, images, images of the quick form, bar
-    "extraction, lite0, 500×375": ("tf_efficientnet_lite0", (500, 375), 1000, 64, 10),
-    "extraction, resnet50, 500×375": ("resnet50", (500, 375), 400, 32, 4),
-    "extraction, lite0, 12 megapixels": ("tf_efficientnet_lite0", (4000, 3000), 120, 16, 8),
+
+@dataclass(frozen=True)
+class Case:
+    """What is extracted, and how; `count` images, `quick` in the quick form; ours has to be `bar` times as fast."""
+
+    name: str
+    backbone: str
+    size: tuple[int, int]
+    count: int
+    quick: int
+    bar: int
+    engine: str = "auto"
+    precision: str = "auto"
+
+
+LITE0 = "tf_efficientnet_lite0"
+CASES = {
+    "lite0": Case("extraction, lite0, 500×375", LITE0, (500, 375), 1000, 64, 10),
+    "resnet50": Case("extraction, resnet50, 500×375", "resnet50", (500, 375), 400, 32, 4),
+    "large": Case("extraction, lite0, 12 megapixels", LITE0, (4000, 3000), 120, 16, 8),
+    "torch": Case("extraction, lite0, 500×375, by torch in float32", LITE0, (500, 375), 400, 32, 2, "torch", "float32"),
 }
 
 
@@ -65,23 +85,24 @@ def ours(folder: str, name: str, engine: str, precision: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--ours", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ours:
         ours(*args.ours)
         return
-    scratch, rounds = harness.SCRATCH, 1 if args.quick else 3
+    if unknown := set(args.cases) - set(CASES):
+        parser.error(f"no case is called {', '.join(sorted(unknown))}")
+    rounds = 1 if args.quick else 3
     harness.use_cache()
-    for name, (backbone, size, full, quick, bar) in CASES.items():
-        count = quick if args.quick else full
-        folder = harness.make_jpegs(scratch / f"{size[0]}x{size[1]}-{count}", count, size)
-        harness.side([sys.executable, __file__, "--ours", folder, backbone, "auto", "auto"])()  # converts, and warms the disk
-        mine, theirs = harness.rounds(
-            harness.side([sys.executable, __file__, "--ours", folder, backbone, "auto", "auto"]),
-            harness.side([harness.peer_python(), harness.HERE / "peers" / "timm_loop.py", folder, backbone]),
-            rounds,
-        )
+    for case in (CASES[name] for name in args.cases or CASES):
+        count, name, bar = case.quick if args.quick else case.count, case.name, case.bar
+        folder = harness.make_jpegs(harness.SCRATCH / f"{case.size[0]}x{case.size[1]}-{count}", count, case.size)
+        own = harness.side([sys.executable, __file__, "--ours", folder, case.backbone, case.engine, case.precision])
+        own()  # converts, and warms the disk
+        peer_side = harness.side([harness.peer_python(), harness.HERE / "peers" / "timm_loop.py", folder, case.backbone])
+        mine, theirs = harness.rounds(own, peer_side, rounds)
         rate = [m["n"] / m["seconds"] for m in mine]
         peer = [t["n"] / t["seconds"] for t in theirs]
         share = [m["seconds"] / m["n"] for m in mine]
