@@ -37,6 +37,7 @@ Loss = Literal["hinge", "logistic"]
 TOLERANCE = 1e-3  # relative duality gap at which a problem counts as solved
 NEWTON_STEPS = 70
 CG_STEPS = 250
+FEW, OWN_FORCING = 8, 0.03  # rows for every support vector, from which primal steps are taken on these; to what fraction
 EXACT_STEPS = 8  # in float32, where rows depend on one another, they may stall at a large C: conjugate gradients go on then
 ROUNDING = 0.2  # of a system's float32 rounding over its smallest eigenvalue: more, and it is solved in float64
 DIRECT = 100  # a system in m support vectors of n rows is solved exactly where m³ ≤ DIRECT n²: some 40 products cost that
@@ -44,6 +45,7 @@ FORCING = 0.2  # a Newton system is solved to this fraction of its first residua
 LINE_STEPS = 12
 ROWS = 8192  # rows of a block: bounds the memory beyond the matrix, and float32 sums are carried in float64 between blocks
 GRAM_ROWS, GRAM_FACTOR = 6000, 4  # up to so many rows, and times their width, the Gram form is the faster one
+TURNED = 2048  # rows up to so wide are turned to their main axes: the eigenvectors of wider ones cost more than they save
 ELEMENTS = 24_000_000  # scores held at once by `solve`: problems beyond it wait for the next chunk
 
 
@@ -111,18 +113,29 @@ def solve(
 
     Coefficients `(width of A, folds * classes)`, scores `(n, folds * classes)`, the largest gap, the most steps taken.
     """
+    turn = _main_axes(A) if not gram and loss == "hinge" and A.shape[1] <= TURNED else None
+    if turn is not None:
+        A, start = A @ turn, None if start is None else turn.T @ start
     total, width = C.shape[1] * classes, 1 if loss == "hinge" else classes
     chunk = max(1, ELEMENTS // (len(y) * width)) * width
     coef, scores = np.zeros((A.shape[1], total), A.dtype), np.zeros((len(y), total), A.dtype)
     gap, steps = 0.0, 0
     for low in range(0, total, chunk):
         columns = np.arange(low, min(low + chunk, total))
-        problem = _Problem(A, y, C, classes, loss, gram)
+        problem = _Problem(A, y, C, classes, loss, gram, turn is not None)
         if start is not None:
             coef[:, columns] = start[:, columns]
         coef[:, columns], scores[:, columns], worst, taken = _newton(problem, columns, coef[:, columns], tol)
         gap, steps = max(gap, worst), max(steps, taken)
-    return coef, scores, gap, steps
+    return coef if turn is None else turn @ coef, scores, gap, steps
+
+
+def _main_axes(A: Array) -> Array:
+    """The orthonormal axes along which the rows vary independently: along these, a Hessian is near to its diagonal."""
+    total = np.zeros((A.shape[1],) * 2)
+    for i in range(0, len(A), ROWS):
+        total += A[i : i + ROWS].T @ A[i : i + ROWS]
+    return np.linalg.eigh(total)[1].astype(A.dtype)
 
 
 def least_squares(A: Array, y: NDArray[np.int64], classes: int, C: Array, *, gram: bool = True) -> Array:
@@ -145,15 +158,16 @@ def least_squares(A: Array, y: NDArray[np.int64], classes: int, C: Array, *, gra
 
 
 class _Problem:
-    """One matrix and one loss; the methods take the columns (fold × class) that are still being solved.
+    """One matrix and one loss; the methods take the columns (fold × class) that are still being solved. `scaled`: the rows
+    lie along their main axes.
 
     In the Gram form of the hinge a part `shift` of the loss's own `1 / 2c` on the diagonal of the dual is moved into
     the kernel, `K + shift I` with `1 / 2c' = 1 / 2c − shift`: the same solution, but a kernel without zero eigenvalues,
     which float32 needs.
     """
 
-    def __init__(self, A: Array, y: NDArray[np.int64], C: Array, classes: int, loss: Loss, gram: bool) -> None:
-        self.A, self.y, self.classes, self.loss, self.gram = A, y, classes, loss, gram
+    def __init__(self, A: Array, y: NDArray[np.int64], C: Array, classes: int, loss: Loss, gram: bool, scaled: bool) -> None:
+        self.A, self.y, self.classes, self.loss, self.gram, self.scaled = A, y, classes, loss, gram, scaled
         self.width = 1 if loss == "hinge" else classes
         self.shift = 0.0
         if gram and loss == "hinge":
@@ -179,6 +193,15 @@ class _Problem:
         total = np.zeros((self.A.shape[1], u.shape[1]))
         for i in range(0, len(self.A), ROWS):
             total += self.A[i : i + ROWS].T @ u[i : i + ROWS]
+        return total.astype(self.A.dtype)
+
+    def scale(self, diagonal: Array | None) -> Array | None:
+        """The Hessian's own diagonal, a column a problem, where conjugate gradients are scaled by it (Jacobi)."""
+        if diagonal is None or not self.scaled:
+            return None
+        total = np.ones((self.A.shape[1], diagonal.shape[1]))
+        for i in range(0, len(self.A), ROWS):
+            total += np.square(self.A[i : i + ROWS]).T @ diagonal[i : i + ROWS]
         return total.astype(self.A.dtype)
 
     def inner(self, v: Array, w: Array, scores_of_w: Array) -> Array:
@@ -268,40 +291,67 @@ def _newton(problem: _Problem, columns: NDArray[np.int64], coef: Array, tol: flo
             own, b, f, g, u, gg = own[wide], b[:, wide], f[:, wide], g[:, wide], u[:, wide], gg[keep]
             evaluate = problem.evaluate(columns[own])
             loss = evaluate(f)
-        few = _few_support_vectors(problem, loss) & (exact[live] < EXACT_STEPS)
+        few = _few_support_vectors(problem, loss) & ((exact[live] < EXACT_STEPS) | (not problem.gram))
         d, image = _direction(problem, loss, b, g, u, gg, few)
         t = problem.spread(_step_length(problem, evaluate, b, f, g, u, d, image))
         coef[:, own], scores[:, own] = b + t * d, f + t * image
         exact[live] += few
-        if (stalled := live[few & (exact[live] == EXACT_STEPS)]).size:
+        if problem.gram and (stalled := live[few & (exact[live] == EXACT_STEPS)]).size:
             coef[:, stalled], scores[:, stalled] = start[0][:, stalled], start[1][:, stalled]
         steps += 1
     return coef, scores - problem.A.dtype.type(problem.shift) * coef if problem.shift else scores, float(gap.max()), steps
 
 
 def _few_support_vectors(problem: _Problem, loss: _Loss) -> Bools:
-    """Which problems have so few that their equations are better solved exactly; one answer a problem."""
-    if not problem.gram or loss.diagonal is None:
+    """Which problems have so few that their equations are better solved one by one; one answer a problem."""
+    if loss.diagonal is None:
         return np.zeros(len(loss.value), bool)
     n = len(loss.diagonal)
-    return np.count_nonzero(loss.diagonal, axis=0) <= (DIRECT * n * n) ** (1 / 3)
+    most = (DIRECT * n * n) ** (1 / 3) if problem.gram else n / FEW if problem.scaled else 0
+    return np.count_nonzero(loss.diagonal, axis=0) <= most
 
 
 def _direction(problem: _Problem, loss: _Loss, b: Array, g: Array, u: Array, gg: Array, few: Bools) -> tuple[Array, Array]:
-    """Newton directions and their scores, exact for the `few`, else by conjugate gradients; `u` are the scores of the
+    """Newton directions and their scores, for the `few` from their support vectors alone; `u` are the scores of the
     gradient `g`."""
     if not few.any():
-        return _truncated(problem, loss.curvature, g, u, gg)
+        return _truncated(problem, loss.curvature, loss.diagonal, g, u, gg)
     assert loss.diagonal is not None
+    diagonal = loss.diagonal
     d, image = np.empty_like(g), np.empty_like(u)
-    with _blas().limit(limits=1):  # these systems are small, and scipy's BLAS threads and numpy's would wait for one another
+    if problem.gram:
+        with _blas().limit(limits=1):  # these systems are small, and scipy's BLAS threads and numpy's would wait for one another
+            for k in np.flatnonzero(few):
+                d[:, k] = _exact(problem, diagonal[:, k], b[:, k], g[:, k])
+    else:
         for k in np.flatnonzero(few):
-            d[:, k] = _exact(problem, loss.diagonal[:, k], b[:, k], g[:, k])
+            own = np.flatnonzero(diagonal[:, k])
+            d[:, k] = _on_own_rows(problem.A[own], diagonal[own, k], g[:, k])
     image[:, few] = problem.forward(d[:, few])
     if not few.all():
-        diagonal = loss.diagonal[:, ~few]
-        d[:, ~few], image[:, ~few] = _truncated(problem, lambda v: diagonal * v, g[:, ~few], u[:, ~few], gg[~few])
+        rest = diagonal[:, ~few]
+        d[:, ~few], image[:, ~few] = _truncated(problem, lambda v: rest * v, rest, g[:, ~few], u[:, ~few], gg[~few])
     return d, image
+
+
+def _on_own_rows(rows: Array, diagonal: Array, g: Array) -> Array:
+    """The step of one problem in the primal: `(I + rowsᵀ diag rows) d = −g`, by conjugate gradients scaled by the diagonal."""
+    scale = 1 + diagonal @ (rows * rows)
+    d, r = np.zeros_like(g), -g
+    s = r / scale
+    p, rs = s, float(r @ s)
+    goal = OWN_FORCING**2 * rs
+    for _ in range(CG_STEPS):
+        if rs <= goal:
+            break
+        bent = p + rows.T @ (diagonal * (rows @ p))
+        a = rs / float(p @ bent)
+        d += a * p
+        r = r - a * bent
+        s = r / scale
+        new = float(r @ s)
+        p, rs = s + (new / rs) * p, new
+    return d
 
 
 @functools.cache
@@ -337,11 +387,19 @@ def _positive_solve(K: Array, ridge: Array, right: Array) -> Array:
     return cho_solve(cho_factor(K, lower=True, overwrite_a=True, check_finite=False), right, check_finite=False)
 
 
-def _truncated(problem: _Problem, curvature_of: Callable[[Array], Array], g: Array, u: Array, gg: Array) -> tuple[Array, Array]:
+def _truncated(
+    problem: _Problem, curvature_of: Callable[[Array], Array], diagonal: Array | None, g: Array, u: Array, gg: Array
+) -> tuple[Array, Array]:
     """A truncated Newton direction by conjugate gradients, and its scores."""
-    r, p, image = -g, -g, -u
+    scale = problem.scale(diagonal)
+    if scale is None:
+        r, p, image, rr = -g, -g, -u, gg
+    else:
+        r, p = -g, -g / scale
+        image = problem.forward(p)
+        rr = problem.inner(r, p, image)
     d, total = np.zeros_like(p), np.zeros_like(image)
-    rr, goal = gg, FORCING**2 * gg
+    goal = FORCING**2 * rr
     for _ in range(CG_STEPS):
         bent = curvature_of(image)
         curvature = problem.inner(p, p, image) + problem.sums(image, bent)
@@ -352,10 +410,11 @@ def _truncated(problem: _Problem, curvature_of: Callable[[Array], Array], g: Arr
         d += a * p
         total += a * image
         r = r - a * (p + problem.back(bent))
-        z = problem.forward(r)
-        new = np.where(open_, np.maximum(problem.inner(r, r, z), 0), 0)
+        s = r if scale is None else r / scale
+        z = problem.forward(s)
+        new = np.where(open_, np.maximum(problem.inner(r, s, z), 0), 0)
         beta = problem.spread(np.where(open_, new / np.where(open_, rr, 1), 0))
-        p, image, rr = r + beta * p, z + beta * image, new
+        p, image, rr = s + beta * p, z + beta * image, new
     return d, total
 
 
