@@ -11,10 +11,11 @@ as in scikit-learn's `LinearSVC` with `intercept_scaling=1`: callers append a co
 
 Every fold is the same matrix with `cᵢ = 0` on the rows held out, so that one product serves all folds and all classes, and
 the scores of the held-out rows come out of it for nothing. Newton's equations are solved by conjugate gradients in the
-geometry of `w` (Keerthi and DeCoste 2005; Chapelle 2007), or, in the Gram form and once few rows are support vectors,
-directly: these rows are all that the equations hold. The step is an exact line search, and the stopping rule is the
-relative duality gap, which needs no further product: `(P − D) / P ≤ tol` bounds the distance of the objective to its
-optimum.
+geometry of `w` (Keerthi and DeCoste 2005; Chapelle 2007). Once few rows are support vectors, these are all that the hinge's
+equations hold: then problem by problem on these rows alone, in the Gram form by Cholesky's factors, in the primal by
+conjugate gradients along the main axes of the rows, scaled by the Hessian's diagonal. The step is an exact line search, and
+the stopping rule is the relative duality gap, which needs no further product: `(P − D) / P ≤ tol` bounds the distance of
+the objective to its optimum.
 """
 
 from __future__ import annotations

@@ -222,6 +222,22 @@ def test_a_wrong_list_of_rows_is_refused(queries: Rows, made: dict[str, Index], 
     assert "exclude" in refusal(lambda: made["Flat"].search(queries, 5, exclude=wrong))
 
 
+def test_a_search_takes_the_cores_of_the_process_or_what_the_environment_says(
+    queries: Rows, made: dict[str, Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many queries: a thread a core; one query: one thread; with $OMP_NUM_THREADS nothing is set."""
+    seen: list[int] = []
+    monkeypatch.setattr("faiss.omp_set_num_threads", seen.append)
+    monkeypatch.setattr("finetune.machine.cores", lambda: 3)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    made["Flat"].search(queries, 5)
+    made["Flat"].search(queries[:1], 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    made["Flat"].search(queries, 5)
+
+    assert [3, 1] == seen
+
+
 def test_threads_may_share_an_index(table: Rows, queries: Rows, made: dict[str, Index]) -> None:
     """Searches with and without exclusions at the same time do not touch each other."""
     own = made["IVF32,PQ16x4fs,Refine(SQfp16)"]

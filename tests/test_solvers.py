@@ -174,3 +174,42 @@ def test_squared_errors_are_kernel_ridge_in_both_forms(table: tuple[np.ndarray, 
 
     np.testing.assert_allclose(A.T @ dual, ridge.coef_.T, atol=1e-6)
     np.testing.assert_allclose(primal, ridge.coef_.T, atol=1e-6)
+
+
+def uneven(n: int = 1200, d: int = 30, classes: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose variance falls along the axes, with one class among many: few support vectors, a badly scaled Hessian."""
+    rng = np.random.default_rng(2)
+    y = rng.integers(0, classes, n)
+    X = (rng.standard_normal((n, d)) + 3 * rng.standard_normal((classes, d))[y]) * np.arange(1.0, d + 1) ** -0.7 + 1
+    X = X @ np.linalg.qr(rng.standard_normal((d, d)))[0]
+    return np.concatenate([X / np.linalg.norm(X, axis=1, keepdims=True), np.ones((n, 1))], axis=1), y
+
+
+@pytest.mark.parametrize("C", [1.0, 100.0])
+def test_many_rows_are_turned_and_reach_the_same_optimum(C: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Along the main axes and on support vectors alone, from nothing or from a start: the objective is liblinear's."""
+    A, y = uneven()
+    alone: list[int] = []
+    on_own_rows = solvers._on_own_rows
+    monkeypatch.setattr(solvers, "_on_own_rows", lambda rows, *more: (alone.append(len(rows)), on_own_rows(rows, *more))[1])
+    other = LinearSVC(C=C, fit_intercept=False, dual=False, tol=1e-8, max_iter=100_000).fit(A, y).coef_.T
+    best = squared_hinge(A, y, other, C)
+    for Cs in ([C], [C / 10, C]):
+        *_, fit = solvers.path(A, y, 12, Cs, loss="hinge", gram=False, tol=1e-5)
+        assert fit.converged
+        assert squared_hinge(A, y, fit.coef[0], C) == pytest.approx(best, rel=1e-4)
+        np.testing.assert_allclose(fit.scores[0], A @ fit.coef[0], atol=1e-6)
+
+    assert alone
+    assert max(alone) <= len(A) / solvers.FEW
+
+
+def test_rows_too_wide_to_be_turned_are_solved_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same scores without the turn."""
+    A, y = uneven()
+    found = []
+    for width in (10**6, 0):
+        monkeypatch.setattr(solvers, "TURNED", width)
+        found.append(solvers.solve(A, y, 12, np.ones((len(y), 1)), loss="hinge", gram=False, tol=1e-7)[1])
+
+    np.testing.assert_allclose(*found, atol=1e-3)
