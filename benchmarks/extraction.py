@@ -42,7 +42,7 @@ LITE0 = "tf_efficientnet_lite0"
 CASES = {
     "lite0": Case("extraction, lite0, 500×375", LITE0, (500, 375), 1000, 64, 10),
     "resnet50": Case("extraction, resnet50, 500×375", "resnet50", (500, 375), 400, 32, 4),
-    "large": Case("extraction, lite0, 12 megapixels", LITE0, (4000, 3000), 120, 16, 8),
+    "large": Case("extraction, lite0, 12 megapixels", LITE0, (4000, 3000), 400, 16, 8),
     "torch": Case("extraction, lite0, 500×375, by torch in float32", LITE0, (500, 375), 400, 32, 2, "torch", "float32"),
 }
 

@@ -9,7 +9,8 @@ The peer is the ordinary way: `ImageFolder`, timm's training transform, a DataLo
 same stages frozen (BatchNorm in eval, no gradients), the same optimizer, batch size and number of images, float32. Its
 first epoch warms it up and does not count. We train for `--epochs` epochs, without validation and checkpoints; an epoch is
 the median of them, the one-off pass over the frozen stages is what `fit` takes beyond its epochs. A third column is our
-loop with nothing stored, to show what storing alone gives. The three take turns in every round.
+loop with nothing stored, to show what storing alone gives. The three take turns in every round, in one process: after the
+first, the peer, too, gains from `machine.keep_memory`, which in a process of its own it would not have.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name)
 from torch.utils.hooks import RemovableHandle
 
-from finetune import files
+from finetune import files, machine
 from finetune import weights as weights_home
 from finetune.errors import UserError
 from finetune.network import Network, Preprocess, Tap
@@ -297,6 +297,7 @@ def described(backbone: Backbone, source: str) -> Backbone:
 
 def forward_seconds(backbone: Backbone, batch: int = 8) -> float:
     """Seconds that one image takes forward through the trunk in torch, on this machine now: what a plan's cost is made of."""
+    machine.keep_memory()
     side = backbone.network.preprocess.size
     pixels = torch.zeros(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():

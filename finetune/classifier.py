@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from finetune.backbone import Backbone
 
 Array = NDArray[np.float32]
+SCORED = 16  # rows that a prediction scores at once: few, so that one image alone is fast
 ROWS = 4096  # rows scored at once: keeps the kernel block of an RBF head small
 
 
@@ -163,10 +164,9 @@ class Classifier:
         faults: dict[int, Fault] = {}
         total = np.zeros((len(images), len(self.classes)), dtype=np.float32)
         for view in self.views:
-            for batch, blocks in features.stream(
-                images, range(len(images)), self.network, runner, faults, view=view, progress=progress
-            ):
-                total[batch] += self._scores(blocks)
+            stream = features.stream(images, range(len(images)), self.network, runner, faults, view=view, progress=progress)
+            for positions, blocks in _gathered(stream, SCORED):
+                total[positions] += self._scores(blocks)
         if faults and on_bad == "stop":
             features.refuse(list(faults.values()), images.name)
         keep = np.array([i for i in range(len(images)) if i not in faults], dtype=np.int64)
@@ -175,11 +175,24 @@ class Classifier:
         return Predictions(kept, self.classes, probabilities, tuple(faults.values()))
 
     def _scores(self, blocks: Sequence[Array]) -> Array:
-        # Always a full batch: BLAS may sum in another order for another number of rows, and one image alone must get the
+        # Always as many rows: BLAS may sum in another order for another number of them, and one image alone must get the
         # same bits as in a batch.
         count = len(blocks[0])
-        full = [np.concatenate([block, np.repeat(block[-1:], engine.BATCH - count, axis=0)]) for block in blocks]
-        return self.head.scores(full)[:count]
+        full = [np.concatenate([block, np.repeat(block[-1:], -count % SCORED, axis=0)]) for block in blocks]
+        parts = [self.head.scores([block[i : i + SCORED] for block in full]) for i in range(0, count, SCORED)]
+        return np.concatenate(parts)[:count]
+
+
+def _gathered(stream: Iterable[features.Batch], rows: int) -> Iterator[features.Batch]:
+    """The batches of `stream` joined to at least `rows` images; the last may have fewer."""
+    waiting: list[features.Batch] = []
+    for batch in stream:
+        waiting.append(batch)
+        if sum(len(positions) for positions, _ in waiting) >= rows:
+            yield features.joined(waiting)
+            waiting.clear()
+    if waiting:
+        yield features.joined(waiting)
 
 
 # ------------------------------------------------------------------------------------------------------ on the disk

@@ -29,13 +29,14 @@ from finetune.store import Rows, Space, Store
 if TYPE_CHECKING:
     from finetune.backbone import Backbone
 
-AHEAD = 8  # batches decoded ahead of the network: bounds the memory
+AHEAD = 64  # images decoded ahead of the network: bounds the memory
 COMMIT_ROWS = 1024  # rows, or
 COMMIT_SECONDS = 15.0  # seconds, between two commits of the store: what a kill can lose
 VIEWS = ("", "flip")
 NAMED = 20  # bad images that an error names: who mends them wants them all, but not a screen of ten thousand
 
 Progress = Callable[[int, int], None]
+Batch = tuple[list[int], engine.Blocks]  # positions of images, and their features: one (b, width) array a tap
 
 
 class Changed(UserError):  # noqa: N818 — it says what happened to the file
@@ -178,19 +179,18 @@ def _run(
 ) -> dict[int, Fault]:
     """Decode, run and store the missing images; returns those that could not be decoded."""
     faults: dict[int, Fault] = {}
-    waiting: list[tuple[list[int], engine.Blocks]] = []
+    waiting: list[Batch] = []
 
     def commit() -> None:
         if waiting:
-            positions = [i for batch, _ in waiting for i in batch]
-            blocks = [np.concatenate(parts) for parts in zip(*(outputs for _, outputs in waiting), strict=True)]
+            positions, blocks = joined(waiting)
             waiting.clear()
             store.append(spaces, [ids[i] for i in positions], blocks)
 
     last = time.monotonic()
     try:
-        for batch, outputs in stream(source, missing, network, runner, faults, view=view, ids=ids, progress=progress):
-            waiting.append((batch, outputs))
+        for batch in stream(source, missing, network, runner, faults, view=view, ids=ids, progress=progress):
+            waiting.append(batch)
             if sum(len(b) for b, _ in waiting) >= COMMIT_ROWS or time.monotonic() - last > COMMIT_SECONDS:
                 commit()
                 last = time.monotonic()
@@ -209,7 +209,7 @@ def stream(
     view: str = "",
     ids: Sequence[str] | None = None,
     progress: Progress | None = None,
-) -> Iterator[tuple[list[int], engine.Blocks]]:
+) -> Iterator[Batch]:
     """Decode images ahead and run them: `(positions, one (b, width) array a tap)` a batch, in order, past the store.
 
     What cannot be decoded is put into `faults`, by position. `ids` are the digests of all images of `source`: bytes that
@@ -224,7 +224,7 @@ def stream(
                 faults[i] = result
                 continue
             good.append((i, result[:, ::-1] if view == "flip" else result))
-            if len(good) == engine.BATCH:
+            if len(good) == runner.batch:
                 queue.append([i for i, _ in good])
                 yield np.stack([pixels for _, pixels in good])
                 good = []
@@ -245,6 +245,12 @@ def stream(
             progress(done + len(faults), len(positions))
     if progress and done < len(positions):  # the last images gave no batch
         progress(len(positions), len(positions))
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches of `stream` as one."""
+    positions = [i for batch, _ in batches for i in batch]
+    return positions, [np.concatenate(parts) for parts in zip(*(blocks for _, blocks in batches), strict=True)]
 
 
 def decoded(
@@ -270,7 +276,7 @@ def decoded(
         try:
             for i in positions:
                 running.append((i, pool.submit(one, i)))
-                if len(running) >= AHEAD * engine.BATCH:
+                if len(running) >= AHEAD:
                     position, future = running.popleft()
                     yield position, future.result()
             while running:

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from finetune import augment, engine, files, optim
+from finetune import augment, engine, files, machine, optim
 from finetune.backbone import Backbone, freeze
 from finetune.errors import UserError
 from finetune.feed import STORE_BATCH, Feed, Job, Log, Progress, even_batches, open_feed
@@ -371,6 +371,7 @@ def _device(name: str) -> torch.device:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {name!r} here", where="device", fix="use auto or cpu") from error
+    machine.keep_memory()
     return torch.device(name)
 
 

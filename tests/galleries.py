@@ -94,7 +94,7 @@ def install(patch: Callable[[Any, str, Any], None]) -> Asked:
             yield [i], [_table([data], network, tap, view) for tap in runner.taps]
 
     def open_runner(_network: Network, taps: Sequence[Tap], _load: Any, **_how: Any) -> engine.Runner:
-        return engine.Runner(tuple(taps), "torch", "float32", lambda batches: iter(()))
+        return engine.Runner(tuple(taps), "torch", "float32", 16, lambda batches: iter(()))
 
     patch(features, "extract", extract)
     patch(features, "stream", stream)

@@ -58,7 +58,7 @@ class Counting:
                 self.after()
                 yield [flat if tap == POOLED else pixels.mean((1, 2), dtype=np.float32) for tap in wanted]
 
-        return engine.Runner(wanted, "torch", "float32", stream)
+        return engine.Runner(wanted, "torch", "float32", 16, stream)
 
 
 @pytest.fixture
