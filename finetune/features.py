@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 AHEAD = 64  # images decoded ahead of the network: bounds the memory
 COMMIT_ROWS = 1024  # rows, or
 COMMIT_SECONDS = 15.0  # seconds, between two commits of the store: what a kill can lose
+PART = 4096  # files whose sizes and times are compared with the store's at once
 VIEWS = ("", "flip")
 NAMED = 20  # bad images that an error names: who mends them wants them all, but not a screen of ten thousand
 
@@ -132,27 +133,36 @@ def digests(source: ImageSet, store: Store) -> tuple[str, ...]:
     """
     if source.in_memory:
         return tuple(images.digests(source))
-    root = os.fspath(source.root.absolute())
-    paths = [os.path.join(root, path) for path in source.paths]  # noqa: PTH118 — half a second for 50,000 files otherwise
-    stats: dict[str, tuple[int, int]] = {}
-    for path in paths:
-        with contextlib.suppress(OSError):  # it cannot be read either, and is named below together with the others
-            info = os.stat(path)  # noqa: PTH116
-            stats[path] = info.st_size, info.st_mtime_ns
-    entries = [(path, size, changed) for path, (size, changed) in stats.items()]
-    remembered = dict(zip(stats, store.remembered(entries), strict=True))
-    known = [remembered.get(path) for path in paths]
+    root, count = os.fspath(source.root.absolute()), len(source)
+    stats = np.full((count, 2), -1, dtype=np.int64)  # size and mtime; in arrays and in parts, as there may be very many
+    known: list[str | None] = []
+    for part in _parts(count):
+        entries = []
+        for path in (os.path.join(root, source.paths[i]) for i in part):  # noqa: PTH118 — half a second for 50,000 otherwise
+            size = changed = -1
+            with contextlib.suppress(OSError):  # it cannot be read either, and is named below together with the others
+                info = os.stat(path)  # noqa: PTH116
+                if info.st_mtime_ns < 2**63:
+                    size, changed = info.st_size, info.st_mtime_ns
+            entries.append((path, size, changed))
+        stats[part.start : part.stop] = [(size, changed) for _, size, changed in entries]
+        known += store.remembered(entries)
     found = images.digests(source, known)
     # A file written this very moment could change again within the clock's grain: it is not remembered.
     settled = time.time_ns() - 2_000_000_000
-    fresh = [
-        (path, *stats[path], digest)
-        for path, before, digest in zip(paths, known, found, strict=True)
-        if before is None and path in stats and stats[path][1] < settled
-    ]
-    if fresh:
-        store.remember(fresh)
+    for part in _parts(count):
+        fresh = [
+            (os.path.join(root, source.paths[i]), *stats[i].tolist(), found[i])  # noqa: PTH118
+            for i in part
+            if known[i] is None and stats[i, 0] >= 0 and stats[i, 1] < settled
+        ]
+        if fresh:
+            store.remember(fresh)
     return tuple(found)
+
+
+def _parts(count: int) -> Iterator[range]:
+    return (range(start, min(start + PART, count)) for start in range(0, count, PART))
 
 
 def _missing(store: Store, spaces: Sequence[Space], ids: Sequence[str]) -> list[int]:

@@ -97,18 +97,15 @@ class Store:
 
     def find(self, space: Space, digests: Sequence[str]) -> NDArray[np.int64]:
         """Row numbers of `digests`, -1 where the store does not have them."""
-        found: dict[bytes, int] = {}
-        wanted = [bytes.fromhex(d) for d in digests]
-        for i in range(0, len(wanted), LOOKUP):
-            part = wanted[i : i + LOOKUP]
+        rows = np.full(len(digests), -1, dtype=np.int64)
+        for i in range(0, len(digests), LOOKUP):
+            part = [bytes.fromhex(d) for d in digests[i : i + LOOKUP]]
             marks = ",".join("?" * len(part))
+            query = f"select digest, row from rows where space = ? and digest in ({marks})"
             with database_errors(self.folder):
-                found.update(
-                    self.db.execute(
-                        f"select digest, row from rows where space = ? and digest in ({marks})", (space.number, *part)
-                    )
-                )
-        return np.fromiter((found.get(d, -1) for d in wanted), dtype=np.int64, count=len(wanted))
+                found = dict(self.db.execute(query, (space.number, *part)))
+            rows[i : i + LOOKUP] = [found.get(d, -1) for d in part]
+        return rows
 
     def append(self, spaces: Sequence[Space], digests: Sequence[str], blocks: Sequence[Rows]) -> None:
         """Add rows to several spaces in one commit. A digest that another writer has added meanwhile is left as it is."""
@@ -164,17 +161,15 @@ class Store:
 
     def remembered(self, stats: Sequence[tuple[str, int, int]]) -> list[str | None]:
         """Digests of files by (absolute path, size, mtime in ns), None where the file is new or has changed."""
-        found: dict[str, tuple[int, int, bytes]] = {}
+        result: list[str | None] = []
         for i in range(0, len(stats), LOOKUP):
-            part = [path for path, _, _ in stats[i : i + LOOKUP]]
+            part = stats[i : i + LOOKUP]
             marks = ",".join("?" * len(part))
             query = f"select path, size, mtime, digest from seen where path in ({marks})"
             with database_errors(self.folder):
-                found.update({path: (size, mtime, digest) for path, size, mtime, digest in self.db.execute(query, part)})
-        result = []
-        for path, size, mtime in stats:
-            known = found.get(path)
-            result.append(known[2].hex() if known is not None and tuple(known[:2]) == (size, mtime) else None)
+                rows = self.db.execute(query, [path for path, _, _ in part]).fetchall()
+            found = {(path, size, mtime): digest.hex() for path, size, mtime, digest in rows}
+            result += [found.get(entry) for entry in part]
         return result
 
     def remember(self, entries: Sequence[tuple[str, int, int, str]]) -> None:
