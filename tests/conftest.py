@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is imported
 
 if TYPE_CHECKING:
     from finetune.backbone import Backbone
+    from finetune.images import ImageSet
 
 SHAPES = ("circle", "square", "triangle")
 
@@ -162,3 +163,22 @@ def lite0() -> Backbone:
     from finetune import backbone
 
     return backbone.load("tf_efficientnet_lite0")
+
+
+@pytest.fixture(scope="session")
+def data() -> ImageSet:
+    """The images of `trainings`."""
+    import trainings
+
+    return trainings.colours()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors are quickest on one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,112 +1,31 @@
-"""The training loop: what it may change, what it must not, stored activations, going on after a kill, and faults."""
+"""The training loop: what it may change, what it must not, what it learns, and faults."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
-import io
 import itertools
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
-import timm.models.vgg
 import torch
-from PIL import Image
 from torch import nn
+from trainings import FAMILIES, TRAIN, VAL, fit, keys_of, make, plainly, plan, tensors
 
 from finetune import backbone as home
 from finetune import feed as feeding
-from finetune import files, images, optim, train
+from finetune import images, optim, train
 from finetune import tail as tails
 from finetune.backbone import Backbone
 from finetune.errors import UserError
 from finetune.images import ImageSet
-from finetune.network import Network, Preprocess
-from finetune.policy import Training
-from finetune.train import TrainResult
 
-SIDE = 64
-FAMILIES = ("resnet", "efficientnet", "convnext", "vit", "vgg")
-TRAIN, VAL = np.arange(0, 45), np.arange(45, 60)
-
-
-@pytest.fixture(scope="module")
-def data() -> ImageSet:
-    """60 noisy images of 48 × 48 pixels in three colours: the colour is the class."""
-    rng = np.random.default_rng(0)
-    encoded: dict[str, bytes] = {}
-    for i in range(60):
-        pixels = rng.integers(0, 160, (48, 48, 3), dtype=np.uint8)
-        pixels[:, :, i % 3] += rng.integers(40, 95, dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        encoded[f"{i}.png"] = buffer.getvalue()
-    labels = np.arange(60) % 3
-    return ImageSet("colours", Path("colours"), tuple(encoded), labels, ("red", "green", "blue"), source=encoded.__getitem__)
-
-
-def build(module: nn.Module, name: str = "own", size: int = SIDE) -> Backbone:
-    """A backbone of a module that is in no catalogue."""
-    module.eval()
-    with torch.no_grad():
-        width = int(module(torch.zeros(1, 3, size, size)).flatten(1).shape[1])
-    pre = Preprocess(size, size, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    network = Network(name, "0", "random", "random", pre, {"pooled": width})
-    return Backbone(module, network, home.split(module), "")
-
-
-def make(family: str = "efficientnet") -> Backbone:
-    """A small network with seeded random weights."""
-    torch.manual_seed(0)
-    if family == "vgg":
-        shape = [8, "M", 12, 12, "M", 16, "M"]
-        return build(timm.models.vgg.VGG(shape, num_classes=0, mlp_ratio=0.004))  # type: ignore[arg-type]
-    return home.load(f"test_{family}", "random", None if family == "vit" else SIDE)
-
-
-def plan(backbone: Backbone, **changes: Any) -> Training:
-    """The last stage moves, for two quick epochs."""
-    values: dict[str, Any] = {"trainable": home.last_stages(backbone, 1), "epochs": 2, "batch_size": 16, "views": 2, "lr": 0.01}
-    return Training(**{**values, **changes})
-
-
-def fit(backbone: Backbone, data: ImageSet, training: Training | None = None, **changes: Any) -> TrainResult:
-    values = {"train_index": TRAIN, "val_index": VAL, "classes": 3, "seed": 0}
-    return train.fit(backbone, data, training=training or plan(backbone), **{**values, **changes})
-
-
-def tensors(backbone: Backbone) -> dict[str, torch.Tensor]:
-    """Every parameter and every buffer, those that are not saved included."""
-    module = backbone.module
-    return {key: t.detach().clone() for key, t in (*module.named_parameters(), *module.named_buffers())}
-
-
-def keys_of(backbone: Backbone, stages: tuple[str, ...]) -> set[str]:
-    return {key for stage in backbone.stages if stage.name in stages for key in stage.keys}
-
-
-def outcome(backbone: Backbone, result: TrainResult) -> dict[str, Any]:
-    """Everything that two equal trainings must have in common, to the bit."""
-    history = [{key: value for key, value in row.items() if key != "seconds"} for row in result.history]
-    plain = {**dataclasses.asdict(result), "history": history}
-    digest = home.weights_home.tensor_digest(tensors(backbone))
-    return {**{key: v.tobytes() if isinstance(v, np.ndarray) else v for key, v in plain.items()}, "weights": digest}
-
-
-def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no activation be stored."""
-    monkeypatch.setattr(feeding, "STORE_LIMIT", 0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------------------------------ freezing
@@ -170,147 +89,6 @@ def test_the_callers_random_numbers_are_left_alone(data: ImageSet) -> None:
     fit(backbone, data)
 
     assert torch.equal(expected, torch.rand(3))
-
-
-# --------------------------------------------------------------------------------------------------- stored activations
-
-
-def sample_of(backbone: Backbone, count: int = 3) -> torch.Tensor:
-    size = backbone.network.preprocess.size
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize(("family", "moving"), [(f, k) for f in FAMILIES for k in (0, 1, 2) if (f, k) != ("resnet", 0)])
-def test_the_tail_gives_what_the_whole_network_gives(family: str, moving: int) -> None:
-    """At every boundary the network, started behind it, gives the features and the gradients of the whole."""
-    backbone = make(family)
-    trainable = home.last_stages(backbone, moving)
-    home.freeze(backbone, trainable)
-    end, x = feeding.boundary(backbone, trainable), sample_of(backbone)
-    assert end
-    with torch.no_grad():
-        activation = tails.until(backbone.module, end, x)
-    whole = backbone.module(x).flatten(1)
-    parameters = [p for p in backbone.module.parameters() if p.requires_grad]
-    expected = torch.autograd.grad(whole.square().sum(), parameters, allow_unused=True)
-    with tails.tail(backbone, end, tails.tail_works(backbone, end, x)) as tail:
-        found = tail(activation)
-        gradients = torch.autograd.grad(found.square().sum(), parameters, allow_unused=True)
-
-    assert torch.allclose(whole, found, rtol=1e-5, atol=1e-6)
-    for a, b in zip(expected, gradients, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or b is None or torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()))
-
-
-def test_the_tail_works_on_lite0_with_real_weights() -> None:
-    """The default backbone is started behind its sixth stage, at its own size."""
-    backbone = home.load("tf_efficientnet_lite0")
-    home.freeze(backbone, home.last_stages(backbone, 1))
-    with torch.no_grad():
-        assert tails.tail_works(backbone, "blocks.5", sample_of(backbone, 1)) is False
-
-
-def test_storing_changes_where_the_time_goes_not_what_is_learned(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 and without augmentation the stored and the plain loop learn the same weights up to rounding."""
-    results = []
-    for _ in range(2):
-        backbone = make()
-        result = fit(backbone, data, plan(backbone, augment="none"), precision="float32")
-        results.append((result, tensors(backbone)))
-        plainly(monkeypatch)
-    (stored, first), (plain, second) = results
-
-    assert () == tuple(w for w in stored.warnings if "every epoch" in w)
-    assert stored.head_weight == pytest.approx(plain.head_weight, rel=1e-2, abs=1e-3)
-    assert [row["val/loss"] for row in stored.history] == pytest.approx([row["val/loss"] for row in plain.history], rel=1e-3)
-    for key in first:
-        assert torch.allclose(first[key].float(), second[key].float(), rtol=1e-2, atol=1e-3), key
-
-
-def test_the_frozen_stages_run_once_a_view(data: ImageSet) -> None:
-    """However many epochs, the stem sees each view of each image once (and the few images of the comparison)."""
-    backbone = make()
-    seen: list[int] = []
-    hook = backbone.module.get_submodule("blocks.0").register_forward_hook(lambda _m, inputs, _o: seen.append(len(inputs[0])))
-    fit(backbone, data, plan(backbone, epochs=6, views=3))
-    hook.remove()
-    blank = [count for count in seen if count == 1]
-
-    assert 3 * len(TRAIN) + len(VAL) + 3 * feeding.VERIFIED == sum(seen) - len(blank)
-
-
-def test_every_view_is_used_and_the_first_is_clean() -> None:
-    """Over as many epochs as views each image shows each of its stored views once; without views every epoch is new."""
-    job = type("J", (), {"training": Training((), augment="light")})()
-    feed = feeding.Feed(3, lambda _: iter(()), lambda x: x, lambda _: None)
-    for k in range(5):
-        assert {0, 1, 2} == {train._view(job, feed, epoch, k) for epoch in (1, 2, 3)}
-    fresh = dataclasses.replace(feed, views=0)
-
-    assert [1, 2, 3] == [train._view(job, fresh, epoch, 4) for epoch in (1, 2, 3)]
-    job.training = Training((), augment="none")
-    assert [0, 0] == [train._view(job, fresh, epoch, 4) for epoch in (1, 2)]
-
-
-class Leaky(nn.Module):
-    """A network whose end looks at the image again: it cannot be started in the middle."""
-
-    def __init__(self, *, pair: bool = False) -> None:
-        super().__init__()
-        self.layer1, self.layer2, self.layer3 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
-        self.pair = pair
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        end = self.layer3(self.layer2(self.layer1(x)))
-        return torch.cat([end.mean((2, 3)), x.mean((2, 3))], 1)
-
-
-def test_a_network_that_cannot_be_started_in_the_middle_trains_plainly(data: ImageSet) -> None:
-    """Where the comparison fails, the frozen stages run in every epoch, and a warning says why."""
-    backbone = build(Leaky(), "leaky")
-    rows: list[dict[str, Any]] = []
-    result = fit(backbone, data, plan(backbone, trainable=("stage3",)), log=rows.append)
-
-    assert 0 == rows[0]["stored_views"]
-    assert any("leaky gives something else when it is started behind layer2" in warning for warning in result.warnings)
-
-
-def test_activations_that_do_not_fit_are_not_stored(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the stated limit, or the free disk, the loop runs plainly and says how much it would have taken."""
-    for name, value, words in (("STORE_LIMIT", 1000, "that is the limit"), ("FREE_SHARE", 0.0, "of the disk may be filled")):
-        with monkeypatch.context() as patch:
-            patch.setattr(feeding, name, value)
-            backbone = make()
-            result = fit(backbone, data, plan(backbone, epochs=1))
-
-        assert any("GiB of activations" in warning and words in warning for warning in result.warnings), result.warnings
-
-
-def test_a_disk_that_fills_up_is_a_user_error(data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No room while the activations are written: an error that says what to do, and nothing is left behind."""
-
-    class Full(io.BytesIO):
-        def write(self, _data: Any) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
-    backbone = make()
-    before = tensors(backbone)
-    with pytest.raises(UserError, match="the disk is full"):
-        fit(backbone, data, checkpoint=tmp_path / "c")
-
-    assert [] == list((tmp_path / "c").iterdir())
-    assert all(torch.equal(before[key], tensor) for key, tensor in tensors(backbone).items())
-
-
-def test_no_activations_are_left(data: ImageSet, tmp_path: Path) -> None:
-    """Neither the cache nor the checkpoint folder keeps them."""
-    fit(make(), data)
-    fit(make(), data, checkpoint=tmp_path / "c")
-
-    assert [] == list(files.cache_dir("activations").iterdir())
-    assert ["last.safetensors"] == [path.name for path in (tmp_path / "c").iterdir()]
 
 
 # --------------------------------------------------------------------------------------------------------- learning
@@ -659,150 +437,6 @@ def test_bf16_learns_what_float32_learns(data: ImageSet) -> None:
     assert losses[False] == pytest.approx(losses[True], abs=0.05)
 
 
-# ----------------------------------------------------------------------------------------------- the same bits, twice
-
-
-@pytest.mark.parametrize("stored", [True, False])
-def test_the_same_seed_gives_the_same_bits(stored: bool, data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two trainings with one seed agree in every bit; another seed gives another model."""
-    if not stored:
-        plainly(monkeypatch)
-    outcomes = []
-    for seed in (0, 0, 1):
-        backbone = make()
-        outcomes.append(outcome(backbone, fit(backbone, data, plan(backbone, mixup=0.2, ema=True), seed=seed)))
-
-    assert outcomes[0] == outcomes[1]
-    assert outcomes[0]["weights"] != outcomes[2]["weights"]
-
-
-def stop_after(epoch: int, error: BaseException) -> Callable[[dict[str, Any]], None]:
-    def log(row: dict[str, Any]) -> None:
-        if row.get("epoch") == epoch:
-            raise error
-
-    return log
-
-
-SHAKY = {"ema": True, "mixup": 0.2, "l2_sp": 0.01}
-STEADY = {"optimizer": "sgd", "norm_moves": True, "schedule": "step"}
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "judged", "stored"),
-    [
-        ("efficientnet", SHAKY, True, True),
-        ("efficientnet", SHAKY, False, False),
-        ("resnet", STEADY, True, False),
-        ("resnet", STEADY, False, True),
-        ("vit", {"augment": "strong", "label_smoothing": 0.1}, True, True),
-    ],
-)
-def test_two_and_two_epochs_are_four(
-    family: str,
-    changes: dict[str, Any],
-    judged: bool,
-    stored: bool,
-    data: ImageSet,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Interrupted in the third of four epochs and called again, it ends with the bits of the uninterrupted training."""
-    if not stored:
-        plainly(monkeypatch)
-    parts = {"val_index": VAL if judged else None}
-
-    def dropping() -> Backbone:
-        backbone = make(family)
-        backbone.module.drop_rate = 0.2  # type: ignore[assignment]
-        return backbone
-
-    backbone = dropping()
-    training = plan(backbone, epochs=4, **changes)
-    whole = outcome(backbone, fit(backbone, data, training, **parts))
-
-    backbone = dropping()
-    before = tensors(backbone)
-    with pytest.raises(KeyboardInterrupt):
-        fit(backbone, data, training, checkpoint=tmp_path, log=stop_after(3, KeyboardInterrupt()), **parts)
-    assert all(torch.equal(before[key], tensor) for key, tensor in tensors(backbone).items())
-
-    rows: list[dict[str, Any]] = []
-    resumed = fit(backbone, data, training, checkpoint=tmp_path, log=rows.append, **parts)
-
-    assert [3, 4] == [row["epoch"] for row in rows if "epoch" in row]
-    assert whole == outcome(backbone, resumed)
-
-
-def train_shapes(folder: Path, checkpoint: Path, log: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """What the killed process, the one that goes on and the undisturbed one all do."""
-    torch.set_num_threads(1)
-    backbone, source = make(), images.load(folder)
-    index = np.random.default_rng(0).permutation(len(source))
-    training = plan(backbone, epochs=4, ema=True)
-    return outcome(
-        backbone, fit(backbone, source, training, train_index=index[:48], val_index=index[48:], checkpoint=checkpoint, log=log)
-    )
-
-
-def die(row: dict[str, Any]) -> None:
-    if row.get("epoch") == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_process_goes_on(shapes: Path, tmp_path: Path) -> None:
-    """After kill -9 in the third of four epochs, a new process ends with the bits of one that was never killed."""
-    here = Path(__file__).resolve()
-    code = f"import test_train as t; t.train_shapes(t.Path({str(shapes)!r}), t.Path({str(tmp_path / 'a')!r}), t.die)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)])}
-    killed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120, env=environment
-    )
-
-    assert -signal.SIGKILL == killed.returncode, killed.stderr
-    assert ["last.safetensors"] == [path.name for path in (tmp_path / "a").iterdir()]
-    rows: list[dict[str, Any]] = []
-    assert train_shapes(shapes, tmp_path / "b") == train_shapes(shapes, tmp_path / "a", rows.append)
-    assert [3, 4] == [row["epoch"] for row in rows if "epoch" in row]
-
-
-def test_a_finished_training_is_not_repeated(data: ImageSet, tmp_path: Path) -> None:
-    """Called again after its end, it gives the same result without reading one image."""
-    backbone = make()
-    first = outcome(backbone, fit(backbone, data, checkpoint=tmp_path))
-    blind = dataclasses.replace(data, source=lambda path: pytest.fail(f"{path} was read"))
-    backbone = make()
-
-    assert first == outcome(backbone, fit(backbone, blind, checkpoint=tmp_path))
-
-
-def test_a_checkpoint_of_another_training_is_refused(data: ImageSet, tmp_path: Path) -> None:
-    """Another plan, seed, set of images or starting weights do not go on from it; the error says which file."""
-    fit(make(), data, checkpoint=tmp_path)
-    other = make()
-    with torch.no_grad():
-        next(other.module.parameters()).add_(1)
-    cases: list[Callable[[], Any]] = [
-        lambda: fit(make(), data, plan(make(), lr=0.02), checkpoint=tmp_path),
-        lambda: fit(make(), data, checkpoint=tmp_path, seed=1),
-        lambda: fit(make(), data, checkpoint=tmp_path, train_index=TRAIN[1:]),
-        lambda: fit(other, data, checkpoint=tmp_path),
-        lambda: fit(make(), data.subset(np.arange(60)[::-1]), checkpoint=tmp_path, train_index=59 - TRAIN, val_index=59 - VAL),
-        lambda: fit(make(), data, checkpoint=tmp_path, class_weights=[1, 2, 1]),
-    ]
-    for call in cases:
-        with pytest.raises(UserError, match=r"last\.safetensors: belongs to another training"):
-            call()
-
-
-def test_a_damaged_checkpoint_is_named(data: ImageSet, tmp_path: Path) -> None:
-    """A checkpoint that is no safetensors file, a pickle for one, is refused with its path."""
-    path = tmp_path / "last.safetensors"
-    torch.save({"epoch": 1}, path)
-    with pytest.raises(UserError, match=r"last\.safetensors: damaged"):
-        fit(make(), data, checkpoint=tmp_path)
-
-
 # ------------------------------------------------------------------------------------------------- no longer finite
 
 
@@ -847,15 +481,6 @@ def test_a_learning_rate_that_explodes_is_noticed(data: ImageSet) -> None:
     with pytest.raises(UserError, match=r"(?s)step \d+.*lower --set train\.lr"):
         fit(backbone, data, training)
     assert all(torch.isfinite(tensor).all() for tensor in tensors(backbone).values())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors are quickest on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_folders_train_too(shapes: Path) -> None:
