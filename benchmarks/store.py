@@ -95,13 +95,18 @@ def settle(folder: Path) -> None:
     time.sleep(max(0.0, newest + 3 - time.time()))
 
 
-def warm(rounds: int, quick: bool) -> None:
-    count = 200 if quick else 2000
-    folder, where = harness.copies(harness.SCRATCH / f"copies-{count}", count), harness.SCRATCH / "store-warm"
+def against_hashing(flag: str, count: int, rounds: int) -> tuple[list[harness.Measured], list[harness.Measured]]:
+    """Rounds of `--known` or `--look` on `count` files that the store knows, and of hashing their bytes."""
+    folder, where = harness.copies(harness.SCRATCH / f"copies-{count}", count), harness.SCRATCH / f"store{flag}"
     shutil.rmtree(where, ignore_errors=True)
     settle(folder)
-    child("--known", folder, where)()
-    mine, theirs = harness.rounds(child("--known", folder, where), child("--hashing", folder), rounds)
+    child(flag, folder, where)()
+    return harness.rounds(child(flag, folder, where), child("--hashing", folder), rounds)
+
+
+def warm(rounds: int, quick: bool) -> None:
+    count = 200 if quick else 2000
+    mine, theirs = against_hashing("--known", count, rounds)
     shares = [m["seconds"] / t["seconds"] for m, t in zip(mine, theirs, strict=True)]
     first, ours, peer = (
         1000 * statistics.median(m[key] for m in side) for side, key in ((mine, "first"), (mine, "seconds"), (theirs, "seconds"))
@@ -113,11 +118,7 @@ def warm(rounds: int, quick: bool) -> None:
 
 def rerun(rounds: int, quick: bool) -> None:
     count = 2000 if quick else 50_000
-    folder, where = harness.copies(harness.SCRATCH / f"copies-{count}", count), harness.SCRATCH / "store-rerun"
-    shutil.rmtree(where, ignore_errors=True)
-    settle(folder)
-    child("--look", folder, where)()
-    mine, theirs = harness.rounds(child("--look", folder, where), child("--hashing", folder), rounds)
+    mine, theirs = against_hashing("--look", count, rounds)
     ours, peer = (statistics.median(one["seconds"] for one in side) for side in (mine, theirs))
     result = harness.words(harness.ratio([t["seconds"] for t in theirs], [m["seconds"] for m in mine]))
     work = f"features.digests of {count:,} known, unchanged files of 65 KB"

@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 
 def main(points, out):
@@ -23,6 +24,11 @@ def main(points, out):
                 axis.plot(n, [middle[0] * x / n[0] for x in n], ":", color=line[0].get_color(), linewidth=1)
     for axis, title in ((axes[0], "seconds (dotted: linear from the first)"), (axes[1], "peak resident memory, MB")):
         axis.set(xscale="log", yscale="log", xlabel="images", title=title)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            side.set_minor_formatter(NullFormatter())
+        axis.set_xticks(n)
         axis.grid(True, which="both", alpha=0.3)
         axis.legend()
     figure.savefig(out, dpi=120)
