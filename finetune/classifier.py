@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float32]
 SCORED = 16  # rows that a prediction scores at once: few, so that one image alone is fast
-ROWS = 4096  # rows scored at once: keeps the kernel block of an RBF head small
+ROWS = 4096  # rows that a head scores at once, at most: keeps the kernel block of an RBF head small
 
 
 def side_by_side(blocks: Sequence[NDArray[Any]], normalize: bool) -> Array:

@@ -27,7 +27,8 @@ from finetune.network import Network, Tap
 if TYPE_CHECKING:
     from finetune.backbone import Backbone
 
-BATCH = 4  # static: a permuted or padded batch then gives the same bits; more would fall out of a CPU's cache
+# Batches are static: an image then gets the same bits whatever comes with it.
+OPENVINO_BATCH = 4  # more would fall out of a CPU's cache
 TORCH_BATCH = 8  # with 4, oneDNN computes a row of a small map in another way where it stands last: other bits
 GPU_BATCH = 64  # there, the more the better; not measured
 FORMAT = 3  # of the converted networks, and of how they are run; a change makes the old ones unused
@@ -239,7 +240,9 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
             if not free:
                 yield finish(running, free)
             request = free.pop()
-            request.start_async({0: _padded(pixels, BATCH)}, share_inputs=False)  # a copy: the array need not outlive the call
+            request.start_async(
+                {0: _padded(pixels, OPENVINO_BATCH)}, share_inputs=False
+            )  # a copy: the array need not outlive the call
             running.append((request, len(pixels)))
         while running:
             yield finish(running, free)
@@ -250,7 +253,7 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
         free.append(request)
         return [np.array(request.get_tensor(output).data[:count], dtype=np.float32) for output in order]
 
-    return Runner(taps, "openvino", precision, BATCH, stream)
+    return Runner(taps, "openvino", precision, OPENVINO_BATCH, stream)
 
 
 def _round_weights(model: Any) -> None:
@@ -272,7 +275,7 @@ def _converted(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backb
     every = standard(network)
     wanted = every if set(taps) <= set(every) else tuple(dict.fromkeys(taps))
     pre = network.preprocess  # how an image is cut to its input is no part of the graph
-    made_of = [FORMAT, _openvino().__version__, BATCH, network.name, network.digest, pre.size, pre.mean, pre.std]
+    made_of = [FORMAT, _openvino().__version__, OPENVINO_BATCH, network.name, network.digest, pre.size, pre.mean, pre.std]
     key = files.digest_json([*made_of, [str(tap) for tap in wanted]])
     folder = files.cache_dir("compiled")
     path = folder / f"{network.name}-{key[:24]}.xml"
@@ -300,8 +303,8 @@ def _convert(backbone: Backbone, taps: tuple[Tap, ...], path: Path) -> None:
     openvino = _openvino()
     side = backbone.network.preprocess.size
     reader = Reader(backbone, taps).eval()
-    example = torch.zeros(BATCH, side, side, 3, dtype=torch.uint8)
-    shape = [(openvino.PartialShape([BATCH, side, side, 3]), openvino.Type.u8)]
+    example = torch.zeros(OPENVINO_BATCH, side, side, 3, dtype=torch.uint8)
+    shape = [(openvino.PartialShape([OPENVINO_BATCH, side, side, 3]), openvino.Type.u8)]
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing warns of every shape that it fixes: fixed shapes are what we want
         # Traced here: convert_model would trace twice more, to check that the network gives the same each time.

@@ -28,8 +28,8 @@ def keep_memory() -> None:
     """Let the process keep memory that it frees, for its next tensors. glibc alone; elsewhere nothing happens.
 
     glibc returns large blocks to the system and asks for them again, and the system hands out pages filled with zeros, one
-    fault at a time. For a network on a CPU, whose every layer allocates its output, that can be half of the time. Blocks of
-    over 256 MB, which are no layer's output, still go back at once.
+    fault at a time. For a network on a CPU, whose every layer allocates its output, that can be half of the time
+    (docs/log.md, 2026-11-25). Blocks of over 256 MB, which are no layer's output, still go back at once.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):

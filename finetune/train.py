@@ -8,27 +8,24 @@ killed goes on from its last epoch and ends with the bits of an uninterrupted on
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from finetune import augment, engine, files, machine, optim
+from finetune import augment, checkpoints, engine, machine, optim
 from finetune.backbone import Backbone, freeze
+from finetune.checkpoints import State
 from finetune.errors import UserError
 from finetune.feed import STORE_BATCH, Feed, Job, Log, Progress, even_batches, open_feed
 from finetune.tail import replaced, slow_in_bf16
-from finetune.weights import tensor_digest
 
 if TYPE_CHECKING:
     from finetune.images import ImageSet
@@ -37,11 +34,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-FORMAT = 1  # of checkpoints
 PROBE_C = 0.01  # inverse strength of the probe's L2 penalty, as in scikit-learn
 PROBE_FLOAT64 = 20_000_000  # numbers: features up to this many are fitted in float64
-CHECKPOINT = "last.safetensors"
-PLAIN = ("epoch", "step", "stopped", "start", "history", "warnings")  # what of a `State` is JSON
 LOWER = "lower --set train.lr, or use --precision float32"
 
 
@@ -64,30 +58,6 @@ class TrainResult:
     stopped: str
     val_scores: Floats | None
     warnings: tuple[str, ...]
-
-
-@dataclass
-class State:
-    """Where the loop is and what it has seen: what a checkpoint holds beside the live weights and the optimizer's moments.
-
-    Order, augmentation, mixup and dropout follow from (seed, epoch), so that no generator has to be saved. `good` are the
-    weights after the last finished epoch, `average` the moving average, `best` the weights of the lowest validation loss
-    and `scores` (n_val, C) theirs.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    stopped: str = ""
-    start: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    good: optim.Tensors = field(default_factory=dict)
-    average: optim.Tensors = field(default_factory=dict)
-    best: optim.Tensors = field(default_factory=dict)
-    scores: Tensor | None = None
-
-    def val_losses(self) -> list[float]:
-        return [row["val/loss"] for row in (self.start, *self.history)]
 
 
 class DivergedError(UserError):
@@ -158,8 +128,8 @@ def _run(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> Trai
     moving = job.moving()
     start = _copy(moving)
     optimizer = optim.optimizer(optim.param_groups(job.backbone, job.head, job.training), job.training)
-    mark = _mark(job, head_start)
-    state = _load(job, mark, moving, optimizer)
+    mark = checkpoints.mark_of(job, head_start)
+    state = checkpoints.load(job, mark, moving, optimizer)
     try:
         if not state.stopped:
             with open_feed(job, state.warnings) as feed:
@@ -167,13 +137,13 @@ def _run(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> Trai
                     _begin(job, feed, state, moving, head_start)
                 _loop(job, feed, state, moving, start, optimizer, mark)
     except DivergedError:
-        _put(moving, state.good or start)
+        checkpoints.put(moving, state.good or start)
         raise
     except BaseException:
-        _put(moving, start)
+        checkpoints.put(moving, start)
         raise
     best, _ = optim.early_stop(state.val_losses(), 0) if len(job.val) else (state.epoch, False)
-    _put(moving, state.best or state.average or moving)
+    checkpoints.put(moving, state.best or state.average or moving)
     scores = None if state.scores is None else state.scores.cpu().numpy()
     return TrainResult(
         job.head.weight.detach().cpu().numpy().copy(),
@@ -290,7 +260,7 @@ def _loop(
         elif epoch == training.epochs:
             state.stopped = f"all {epoch} epochs"
         job.log(row)  # before the checkpoint: an epoch that is done again is told once, one that is not would be missing
-        _save(job, mark, state, optimizer)
+        checkpoints.save(job, mark, state, optimizer)
         if state.stopped:
             break
 
@@ -305,11 +275,11 @@ def _view(job: Job, feed: Feed, epoch: int, k: int) -> int:
 def _judge(job: Job, feed: Feed, state: State, moving: optim.Tensors, live: optim.Tensors) -> dict[str, float]:
     """Validate the live weights, or their average, and keep the best so far."""
     current = state.average or live
-    _put(moving, current)
+    checkpoints.put(moving, current)
     loss, top1, scores = _evaluate(job, feed)
     if loss < min(state.val_losses()):
         state.best, state.scores = {key: value.clone() for key, value in current.items()}, scores
-    _put(moving, live)
+    checkpoints.put(moving, live)
     return {"val/loss": loss, "val/top1": top1}
 
 
@@ -422,12 +392,6 @@ def _copy(tensors: Mapping[str, Tensor]) -> optim.Tensors:
     return {key: tensor.detach().clone() for key, tensor in tensors.items()}
 
 
-@torch.no_grad()
-def _put(target: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    for key, value in values.items():
-        target[key].copy_(value)
-
-
 def _first_loss(job: Job, state: State, value: float) -> None:
     """Keep the loss of the first batch; a head of zeros must give ln C, whatever the features are."""
     state.start["train/loss"] = value
@@ -455,76 +419,3 @@ def _doubts(state: State, best: int, n: int) -> list[str]:
         return []
     change = f"validation top-1 went from {before:.1%} to {after:.1%}"
     return [f"{change}: less than one binomial standard error ({error:.1%} with {n} images)"]
-
-
-# --------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def _mark(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> str:
-    """A digest of all that decides the outcome: a checkpoint of anything else is refused."""
-    known = {f"start.{key}": tensor for key, tensor in job.backbone.module.state_dict().items()}
-    known["class_weights"] = job.class_weights
-    known |= {f"head_start.{k}": torch.as_tensor(np.asarray(array)) for k, array in enumerate(head_start or ())}
-    about = {
-        "format": FORMAT,
-        "training": job.training.to_json(),
-        "seed": job.seed,
-        "device": str(job.device),
-        "bf16": job.half,
-        "preprocess": job.backbone.network.to_json()["preprocess"],
-        "tensors": tensor_digest(known),
-        "images": [[(job.images.paths[i], int(job.images.labels[i])) for i in part] for part in (job.train, job.val)],
-        "positions": [job.train.tolist(), job.val.tolist()],
-    }
-    return files.digest_json(about)
-
-
-def _save(job: Job, mark: str, state: State, optimizer: torch.optim.Optimizer) -> None:
-    """One safetensors file, its JSON in the header, so that tensors and state are replaced together or not at all."""
-    if job.folder is None:
-        return
-    tensors = {f"{part}/{key}": t for part in ("good", "average", "best") for key, t in getattr(state, part).items()}
-    if state.scores is not None:
-        tensors["scores"] = state.scores
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for k, parameter in enumerate(parameters):
-        tensors |= {f"optimizer/{k}/{name}": value for name, value in optimizer.state[parameter].items() if value is not None}
-    plain = {name: getattr(state, name) for name in PLAIN}
-    header = {"mark": mark, "state": json.dumps(plain, allow_nan=False)}
-    with files.atomic(job.folder / CHECKPOINT) as temporary:
-        try:
-            safetensors.torch.save_file(
-                {key: t.detach().contiguous().cpu() for key, t in tensors.items()}, temporary, metadata=header
-            )
-        except safetensors.SafetensorError as error:  # what it raises for a full disk
-            fix = "free some space, then run the same command again: it goes on"
-            raise UserError(f"the checkpoint cannot be written ({error})", where=job.folder, fix=fix) from error
-
-
-def _load(job: Job, mark: str, moving: optim.Tensors, optimizer: torch.optim.Optimizer) -> State:
-    """The state to go on from: that of the checkpoint, put into the model and the optimizer, or a new one."""
-    path = None if job.folder is None else job.folder / CHECKPOINT
-    if path is None or not path.exists():
-        return State()
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata()
-            tensors = {key: file.get_tensor(key).to(job.device) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"damaged: {error}", where=path, fix="remove it: the training then starts again") from error
-    if not header or header.get("mark") != mark:
-        raise UserError("belongs to another training", where=path, fix="remove it, or choose another folder with --out")
-    state = State(**json.loads(header["state"]), scores=tensors.pop("scores", None))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for key, value in tensors.items():
-        part, _, name = key.partition("/")
-        if part == "optimizer":
-            k, _, name = name.partition("/")
-            parameter = parameters[int(k)]
-            # In the layout of the parameter, which the fused kernel walks along.
-            own = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
-            optimizer.state[parameter][name] = own.detach().copy_(value)
-        else:
-            getattr(state, part)[name] = torch.empty_like(moving[name]).detach().copy_(value)
-    _put(moving, state.good)
-    return state

@@ -189,9 +189,9 @@ def test_taps_that_are_the_same_tensor_come_out_twice() -> None:
 @pytest.mark.parametrize("name", ["openvino", "torch"])
 def test_the_order_of_images_does_not_change_a_bit(tiny: Backbone, name: str, precision: str) -> None:
     """A permuted set gives the permuted rows, and an image alone the row that it has among others."""
-    images = noise(tiny.network, engine.BATCH + 5)
-    order = np.random.default_rng(1).permutation(len(images))
     runner = engine.open_runner(tiny.network, [POOLED, Tap("stage2", grid=3)], lambda: tiny, engine=name, precision=precision)
+    images = noise(tiny.network, runner.batch + 5)
+    order = np.random.default_rng(1).permutation(len(images))
     whole, permuted, alone = runner(images), runner(images[order]), runner(images[7:8])
 
     for a, b, c in zip(whole, permuted, alone, strict=True):

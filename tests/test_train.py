@@ -18,8 +18,8 @@ from torch import nn
 from trainings import FAMILIES, TRAIN, VAL, fit, keys_of, make, plainly, plan, tensors
 
 from finetune import backbone as home
+from finetune import checkpoints, images, optim, train
 from finetune import feed as feeding
-from finetune import images, optim, train
 from finetune import tail as tails
 from finetune.backbone import Backbone
 from finetune.errors import UserError
@@ -355,7 +355,7 @@ def test_patience_ends_the_training_and_the_start_can_win(data: ImageSet) -> Non
 
 def test_a_gain_within_the_noise_is_pointed_out() -> None:
     """A better top-1 that is less than one binomial standard error away is called so, with its size; a real one is not."""
-    state = train.State(start={"val/loss": 1.0, "val/top1": 0.80}, history=[{"val/loss": 0.9, "val/top1": 0.82}])
+    state = checkpoints.State(start={"val/loss": 1.0, "val/top1": 0.80}, history=[{"val/loss": 0.9, "val/top1": 0.82}])
     (doubt,) = train._doubts(state, 1, 100)
 
     assert "from 80.0% to 82.0%: less than one binomial standard error (3.8% with 100 images)" in doubt

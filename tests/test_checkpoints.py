@@ -115,7 +115,7 @@ def die(row: dict[str, Any]) -> None:
 def test_a_killed_process_goes_on(shapes: Path, tmp_path: Path) -> None:
     """After kill -9 in the third of four epochs, a new process ends with the bits of one that was never killed."""
     here = Path(__file__).resolve()
-    code = f"import test_checkpoint as t; t.train_shapes(t.Path({str(shapes)!r}), t.Path({str(tmp_path / 'a')!r}), t.die)"
+    code = f"import test_checkpoints as t; t.train_shapes(t.Path({str(shapes)!r}), t.Path({str(tmp_path / 'a')!r}), t.die)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)])}
     killed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120, env=environment
