@@ -9,17 +9,19 @@ The peer is the ordinary way: `ImageFolder`, timm's training transform, a DataLo
 same stages frozen (BatchNorm in eval, no gradients), the same optimizer, batch size and number of images, float32. Its
 first epoch warms it up and does not count. We train for `--epochs` epochs, without validation and checkpoints; an epoch is
 the median of them, the one-off pass over the frozen stages is what `fit` takes beyond its epochs. A third column is our
-loop with nothing stored, to show what storing alone gives. The three take turns in every round, in one process: after the
-first, the peer, too, gains from `machine.keep_memory`, which in a process of its own it would not have.
+loop with nothing stored, to show what storing alone gives. The three take turns in every round, each in a process of its own:
+what ours asks of the allocator (`machine.keep_memory`) is not the peer's.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import harness
@@ -38,8 +40,28 @@ from finetune.policy import Training
 NAME = "tf_efficientnet_lite0"
 
 
-def peer(folder: Path, chosen: list[int], training: Training, classes: int) -> Callable[[], float]:
-    """A function that runs one epoch of the plain loop and gives its seconds."""
+SIDES = ("plain", "stored", "unstored")
+
+
+def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
+    """One side of one round: seconds of an epoch and, for ours, of the pass before the first."""
+    data = images.load(options.folder)
+    chosen = np.random.default_rng(0).permutation(len(data))[: options.images].tolist()
+    training = Training(
+        last_stages(load(NAME), options.stages[0]),
+        head_init="zero",
+        epochs=options.epochs,
+        views=options.views,
+        patience=0,
+        augment="light",
+    )
+    if side == "plain":
+        return plain(options.folder, chosen, training, len(data.classes))
+    return ours(data, chosen, training, store=side == "stored")
+
+
+def plain(folder: Path, chosen: list[int], training: Training, classes: int) -> dict[str, float]:
+    """The second epoch of the plain loop; the first warms it up."""
     backbone = load(NAME)
     pre, module = backbone.network.preprocess, backbone.module
     freeze(backbone, training.trainable)
@@ -50,8 +72,8 @@ def peer(folder: Path, chosen: list[int], training: Training, classes: int) -> C
     )
     data = Subset(torchvision.datasets.ImageFolder(str(folder), transform), chosen)
     loader = DataLoader(data, training.batch_size, shuffle=True, num_workers=2, persistent_workers=True)
-
-    def epoch() -> float:
+    began = 0.0
+    for _ in range(2):
         began = time.perf_counter()
         module.train()
         for x, y in loader:
@@ -59,25 +81,21 @@ def peer(folder: Path, chosen: list[int], training: Training, classes: int) -> C
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return time.perf_counter() - began
-
-    epoch()
-    return epoch
+    return {"epoch": time.perf_counter() - began}
 
 
-def ours(data: ImageSet, chosen: list[int], training: Training, *, store: bool) -> tuple[float, float]:
-    """Seconds of one epoch (median), and of the pass before the first."""
-    limit, feed.STORE_LIMIT = feed.STORE_LIMIT, feed.STORE_LIMIT if store else 0
-    try:
-        backbone = load(NAME)
-        began = time.perf_counter()
-        result = train.fit(backbone, data, chosen, None, training, classes=len(data.classes), seed=0)
-        total = time.perf_counter() - began
-    finally:
-        feed.STORE_LIMIT = limit
+def ours(data: ImageSet, chosen: list[int], training: Training, *, store: bool) -> dict[str, float]:
+    """Our loop: the median epoch (of one, where nothing is stored), and what comes before the first."""
+    if not store:
+        feed.STORE_LIMIT = 0
+        training = dataclasses.replace(training, epochs=1)
+    backbone = load(NAME)
+    began = time.perf_counter()
+    result = train.fit(backbone, data, chosen, None, training, classes=len(data.classes), seed=0)
+    total = time.perf_counter() - began
     assert store != any("every epoch" in warning for warning in result.warnings), result.warnings
     seconds = [row["seconds"] for row in result.history]
-    return statistics.median(seconds), total - sum(seconds)
+    return {"epoch": statistics.median(seconds), "once": total - sum(seconds)}
 
 
 def spread(values: Sequence[float], unit: str) -> str:
@@ -87,23 +105,17 @@ def spread(values: Sequence[float], unit: str) -> str:
 
 def compare(folder: Path, options: argparse.Namespace, stages: int) -> None:
     data = images.load(folder)
-    chosen = np.random.default_rng(0).permutation(len(data))[: options.images].tolist()
-    training = Training(
-        last_stages(load(NAME), stages), head_init="zero", epochs=options.epochs, views=options.views, patience=0, augment="light"
-    )
-    plain = peer(folder, chosen, training, len(data.classes))
+    count = min(options.images or len(data), len(data))
+    words = [folder, "--stages", stages, "--epochs", options.epochs, "--views", options.views, "--images", count]
+    sides = [harness.side([sys.executable, __file__, *map(str, words), "--side", side]) for side in SIDES]
     rows: list[tuple[float, float, float, float]] = []
-    for _ in range(options.rounds):
-        theirs = plain()
-        stored, once = ours(data, chosen, training, store=True)
-        unstored, _ = ours(data, chosen, dataclasses.replace(training, epochs=1), store=False)
-        rows.append((theirs, stored, once, unstored))
+    for i in range(options.rounds):
+        theirs, stored, unstored = (side() for side in sides)
+        rows.append((theirs["epoch"], stored["epoch"], stored["once"], unstored["epoch"]))
+        print(f"  round {i + 1}: {rows[-1]}", file=sys.stderr, flush=True)
     theirs_, stored_, once_, unstored_ = zip(*rows, strict=True)
     whole = [options.epochs * t / (options.epochs * s + o) for t, s, o, _ in rows]
-    print(
-        f"\nlast {stages} stages ({', '.join(training.trainable)}), {len(chosen)} images, "
-        f"{options.rounds} rounds; min / median / max"
-    )
+    print(f"\nlast {stages} stages of {NAME}, {count} images, {options.rounds} rounds; min / median / max")
     print(f"  plain torch loop, an epoch        {spread(theirs_, 's')}")
     print(f"  ours, an epoch                    {spread(stored_, 's')}")
     print(f"  ours, one-off pass, {options.views} views       {spread(once_, 's')}")
@@ -113,7 +125,7 @@ def compare(folder: Path, options: argparse.Namespace, stages: int) -> None:
     print(f"  ratio of {options.epochs} epochs and the pass     {spread(whole, '×')}")
     harness.record(
         f"partial, last {stages} stages",
-        f"an epoch of {len(chosen)} images of {folder.name}, {NAME}, stored activations",
+        f"an epoch of {count} images of {folder.name}, {NAME}, stored activations",
         "a plain torch loop with the same freezing, float32",
         "≥ 4×",
         harness.words(harness.ratio(theirs_, stored_)),
@@ -132,7 +144,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4, help="of ours, in a round")
     parser.add_argument("--views", type=int, default=4, help="stored views of an image")
     parser.add_argument("--images", type=int, default=None, help="a seeded draw of so many; all without it")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.side:
+        print(json.dumps(measure(options.side, options)))
+        return
     if options.quick:
         options.folder, options.stages, options.rounds, options.epochs = harness.dataset("digits"), [1], 1, 2
         options.images, options.views = 48, 2

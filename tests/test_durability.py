@@ -226,9 +226,10 @@ def test_kill_at_a_few_moments(nursery: subprocess.Popen[str], tmp_path: Path, o
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_kill_at_many_moments(nursery: subprocess.Popen[str], tmp_path: Path, operation: str) -> None:
-    """The same at a hundred moments and at a hundred times; the kills fall on both sides of the commit."""
+    """The same at a hundred moments, the last among them, and at a hundred times; the kills fall on both sides of the commit."""
     ground, chance = Ground(nursery, operation, tmp_path), random.Random(0)
-    seen = {ground.kill(kill_at=at) for at in chance.sample(range(1, ground.moments), 100)}
+    moments = [*chance.sample(range(1, ground.moments), 99), ground.moments]  # little comes after the commit of a rebuild
+    seen = {ground.kill(kill_at=at) for at in moments}
     assert {"before", "after"} - ({"before"} if operation == "compact" else set()) == seen
     for _ in range(100):
         ground.kill(kill_after=chance.uniform(0.0005, ground.seconds))

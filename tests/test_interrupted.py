@@ -213,9 +213,9 @@ def leftovers(folder: Path) -> list[str]:
 MOMENTS = {
     "features, rows written and not committed": {"target": "finetune.store:Store._write_rows", "at": 3, "after": True},
     "the SVM": {"target": "finetune.svm:choose", "at": 1},
-    "fine-tuning, after the first checkpoint": {"target": "finetune.train:_save", "at": 1, "after": True},
-    "fine-tuning, before the third checkpoint": {"target": "finetune.train:_save", "at": 3},
-    "the refit, after its first checkpoint": {"target": "finetune.train:_save", "at": 4, "after": True},
+    "fine-tuning, after the first checkpoint": {"target": "finetune.checkpoints:save", "at": 1, "after": True},
+    "fine-tuning, before the third checkpoint": {"target": "finetune.checkpoints:save", "at": 3},
+    "the refit, after its first checkpoint": {"target": "finetune.checkpoints:save", "at": 4, "after": True},
     "the model being written": {"target": "finetune.classifier:save", "at": 1},
     "the judgement": {"target": "finetune.run:write_predictions", "at": 1, "after": True},
     "before run.json": {"target": "finetune.run:RunDir.finish", "at": 1},
