@@ -16,6 +16,7 @@ import numpy as np
 
 from finetune import (
     catalog,
+    choice,
     classifier,
     features,
     files,
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from finetune.backbone import Backbone
     from finetune.train import TrainResult
 
-ENOUGH_VALIDATION = 100  # images: fewer cannot tell two models apart, and out-of-fold scores choose instead
-HOLDOUT_FOLDS = 5  # without a validation part, one fold in five is what the fine-tuned model has not seen
 STOP_SHARE = 0.1  # of the images that it is fitted on: they decide when fine-tuning stops
 
 OPTIONS = {  # options of the commands and of `fit`, and the recipe's keys behind them
@@ -214,8 +213,9 @@ def _fit(settings: Recipe, store: Store, force: bool, say: Say, bar: Bar) -> Out
         seen = look.take(settings, pictures, ids, store, say, bar)
         baseline = _baseline(seen, say)
         tuned = _tune(seen, baseline, folder, say, bar)
-        pair = _compare(seen, baseline, tuned, say)
-        winner = tuned if pair is not None and _clearly_better(pair) and tuned is not None and tuned.result.best_epoch else None
+        pair = choice.compare(seen, baseline, tuned.scores if tuned else None, say)
+        better = pair is not None and choice.clearly_better(pair)
+        winner = tuned if better and tuned is not None and tuned.result.best_epoch else None
         head, trained = _refit(seen, baseline, winner, folder, say, bar)
         return _finish(seen, baseline, tuned, pair, head, trained, folder, began, say, bar)
 
@@ -271,10 +271,10 @@ def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -
     """Fine-tune on the training part, as the plan says, away from the images that will choose."""
     if seen.plan.training is None:
         return None
-    if reason := _decided(seen, baseline):
+    if reason := choice.decided(seen, baseline):
         say(f"fine-tune  left out: {reason}")
         return None
-    choosing = _choosing(seen)
+    choosing = choice.choosing(seen)
     rest = np.setdiff1d(seen.part("train"), choosing)
     with clock(seen.seconds, "fine-tune"), bar("fine-tune") as progress:
         stop = splits.hold_out(seen.images.labels, seen.groups, rest, STOP_SHARE, seen.recipe.data.seed)
@@ -329,57 +329,6 @@ def _scores(tuned: Tuned, seen: Look, index: Ints) -> Floats:
     return np.log(np.maximum(model.predict(seen.images.subset(index)).probabilities, 1e-12))
 
 
-def _choosing(seen: Look) -> Ints:
-    """The images that choose between the models: the validation part, or one fold of a small training part."""
-    validation = seen.part("val")
-    if len(validation) >= ENOUGH_VALIDATION:
-        return validation
-    return splits.hold_out(seen.images.labels, seen.groups, seen.part("train"), 1 / HOLDOUT_FOLDS, seen.recipe.data.seed)
-
-
-def _svm_choosing(seen: Look, baseline: SvmResult) -> tuple[Ints, Ints, Ints | None, str]:
-    """What the SVM says of the images that choose, which it was not fitted on: labels, its answers, groups, and a word."""
-    choosing = _choosing(seen)
-    groups = seen.groups[choosing] if seen.images.groups is not None else None
-    if len(seen.part("val")) >= ENOUGH_VALIDATION:
-        scores = baseline.head.scores([np.asarray(seen.features.blocks[tap][choosing]) for tap in baseline.head.taps])
-        return seen.images.labels[choosing], scores.argmax(1), groups, "validation images"
-    scores = baseline.oof_scores[np.searchsorted(seen.part("train"), choosing)]
-    return seen.images.labels[choosing], scores.argmax(1), groups, "training images (the SVM's scores are out of fold)"
-
-
-def _decided(seen: Look, baseline: SvmResult) -> str:
-    """Why nothing that fine-tuning can give would ship, or nothing: then it has to be tried, as when it was asked for.
-
-    The rule of shipping decides before the training where not even a model without errors would be clearly better.
-    """
-    if seen.plan.training is None or seen.recipe.policy.strategy != "auto":
-        return ""
-    y, first, groups, words = _svm_choosing(seen, baseline)
-    if _clearly_better(metrics.paired(y, first, y, groups)):
-        return ""
-    errors = f"the SVM errs on {int((first != y).sum())} of {len(y)} {words}"
-    return f"{errors}; not even a model without errors would be better by more than one paired standard error"
-
-
-def _compare(seen: Look, baseline: SvmResult, tuned: Tuned | None, say: Say) -> Paired | None:
-    """Both models on images that neither was fitted on; the difference is that of the fine-tuned model to the SVM."""
-    if tuned is None:
-        return None
-    y, first, groups, words = _svm_choosing(seen, baseline)
-    pair = metrics.paired(y, first, tuned.scores.argmax(1), groups)
-    say(
-        f"choose     fine-tuned − SVM = {100 * pair.difference.value:+.1f} points on {len(y)} {words}; one paired standard "
-        f"error is {100 * pair.standard_error:.1f} → {'the fine-tuned model' if _clearly_better(pair) else 'the SVM'} ships"
-    )
-    return pair
-
-
-def _clearly_better(pair: Paired) -> bool:
-    """The rule of shipping: the fine-tuned model must be better by more than one paired standard error."""
-    return pair.difference.value > pair.standard_error
-
-
 def _refit(
     seen: Look, baseline: SvmResult, winner: Tuned | None, folder: RunDir, say: Say, bar: Bar
 ) -> tuple[AnyHead, Tuned | None]:
@@ -392,7 +341,7 @@ def _refit(
         say(f"refit      on {len(both)} training and validation images, {winner.result.best_epoch} epochs")
         with bar("refit") as progress:
             again = _train(seen, both, None, folder, "refit", winner.result.best_epoch, progress)
-        temperature = metrics.fit_temperature(winner.scores, seen.images.labels[_choosing(seen)])
+        temperature = metrics.fit_temperature(winner.scores, seen.images.labels[choice.choosing(seen)])
         return head, dataclasses.replace(again, head=dataclasses.replace(again.head, temperature=temperature))
 
 
@@ -430,7 +379,7 @@ def _finish(
     folder.write_json("metrics.json", judged)
     folder.write_json("plan.json", _plan_json(seen, baseline, pair))
     seen.seconds["all"] = time.monotonic() - began
-    verdict = _verdict(seen, judged, baseline, pair, trained is not None)
+    verdict = choice.verdict(seen, judged, baseline, pair, trained is not None)
     beside = Estimate.from_json(judged["test/svm"]) if "test/svm" in judged else None
     plain = metrics.judge(found.images.labels, found.probabilities, found.classes, found.images.groups)
     data = page.collect(
@@ -448,7 +397,7 @@ def _finish(
             "test_evaluations": 1,
         }
     )
-    say(f"judge      {_short(judged)}; {seen.seconds['all']:.1f} s in all")
+    say(f"judge      {choice.short(judged)}; {seen.seconds['all']:.1f} s in all")
     return outcome(folder.path)
 
 
@@ -479,36 +428,6 @@ def _plan_json(seen: Look, baseline: SvmResult, pair: Paired | None) -> dict[str
         },
         "choice": pair.to_json() if pair else None,
     }
-
-
-def _short(judged: dict[str, Any]) -> str:
-    top1 = judged["test/top1"]
-    return f"accuracy {top1['value']:.1%} ({top1['low']:.1%}–{top1['high']:.1%}) on {top1['n']} test images"
-
-
-def _verdict(seen: Look, judged: dict[str, Any], baseline: SvmResult, pair: Paired | None, fine_tuned: bool) -> tuple[str, str]:
-    """Two sentences: what to ship and how good it is; how it stands beside the other model."""
-    name = (
-        f"the fine-tuned model ({seen.plan.strategy})" if fine_tuned else f"the SVM on {' + '.join(map(str, baseline.head.taps))}"
-    )
-    first = f"Ship {name}: {_short(judged)}."
-    if pair is None:
-        largest = f"Always saying the largest class gives {judged['test/majority']:.1%}."
-        second = f"{largest} Nothing was fine-tuned: {_decided(seen, baseline) or seen.plan.because[-1]}."
-    else:
-        numbers = (
-            f"{100 * pair.difference.value:+.1f} points ({100 * pair.difference.low:+.1f} to {100 * pair.difference.high:+.1f})"
-        )
-        on = f"on {pair.difference.n} images that neither was fitted on"
-        why = "more than" if fine_tuned else "not more than"
-        error = f"{why} one paired standard error ({100 * pair.standard_error:.1f})"
-        second = f"Fine-tuning moved the accuracy by {numbers} over the SVM {on}, {error}."
-    loud = (
-        " THE BACKBONE'S WEIGHTS ARE RANDOM: this says nothing about transfer."
-        if seen.named.network.pretraining == "random"
-        else ""
-    )
-    return first, f"{second}{loud}"
 
 
 def outcome(path: Path) -> Outcome:

@@ -21,6 +21,8 @@ from PIL import Image, ImageDraw
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is imported
 
 if TYPE_CHECKING:
+    import webs
+
     from finetune.backbone import Backbone
     from finetune.images import ImageSet
 
@@ -182,3 +184,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[webs.Site]:
+    """A gallery that is served to requests without a server."""
+    import webs
+
+    yield from webs.served(tmp_path, monkeypatch.setattr)

@@ -1,80 +1,26 @@
-"""`retrieve serve`: the API, who is let in, what is served, and many who ask at once."""
+"""`retrieve serve`: the API, what is served, and the command."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import galleries
 import httpx
 import pytest
-import webs
-from galleries import ENCODER
 from PIL import Image
-from webs import ask, make
+from webs import Site, ask, png
 
 from finetune import files
-from finetune.errors import UserError
-from retrieval import api, app, batching, guard, upkeep
-from retrieval.batching import Desk, Query
+from retrieval import api, guard, upkeep
 from retrieval.gallery import Gallery
 from retrieval.thumbs import Thumbs
-
-
-@dataclass(frozen=True)
-class Site:
-    """A gallery that is served to requests without a server."""
-
-    index: Path
-    gallery: Gallery
-    desk: Desk
-    app: Any
-    asked: galleries.Asked
-
-    @property
-    def photos(self) -> Path:
-        return self.index.parent / "photos"
-
-    def get(self, url: str, **how: Any) -> httpx.Response:
-        return ask(self.app, "GET", url, **how)
-
-    def search(self, *pictures: tuple[str, bytes], **fields: Any) -> httpx.Response:
-        return ask(self.app, "POST", "/api/search", files=[("files", one) for one in pictures], data=fields)
-
-    def id_of(self, path: str) -> int:
-        found = self.get("/api/images?limit=500").json()["images"]
-        return next(image["id"] for image in found if path in (image["path"], *image["also"]))
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    asked = webs.install(monkeypatch.setattr)
-    index = make(tmp_path)
-    with Gallery(index) as gallery, Desk(gallery) as desk:
-        yield Site(index, gallery, desk, api.create(desk, hosts=app.LOOPBACK), asked)
-
-
-def png(colour: tuple[int, int, int], side: int = 20) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(out, "PNG")
-    return out.getvalue()
-
-
-def locked(site: Site, token: str = "open sesame") -> Any:
-    return api.create(site.desk, token=token)
-
 
 # ------------------------------------------------------------------------------------------------------------ searching
 
@@ -384,219 +330,6 @@ def test_the_page_is_self_contained(site: Site) -> None:
         assert "http" not in answer.text.replace("http://www.w3.org/2000/svg", "")
         assert " style=" not in answer.text
         assert " onclick=" not in answer.text
-
-
-# -------------------------------------------------------------------------------------------------------- who is let in
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "localhost", "[::1]:8000", "LOCALHOST:1"])
-def test_own_hosts(site: Site, host: str) -> None:
-    """This machine's own names are answered."""
-    assert 200 == site.get("/api/info", headers={"host": host}).status_code
-
-
-@pytest.mark.parametrize(
-    "host", ["evil.example", "127.0.0.1.evil.example", "evil.example:8000", "", "localhost@evil.example", "[::1"]
-)
-def test_foreign_hosts(site: Site, host: str) -> None:
-    """A foreign name that points at this machine is refused, whatever is asked for."""
-    for url in ("/", "/page.js", "/api/info", "/thumbs/1", "/files/1", "/openapi.json"):
-        answer = site.get(url, headers={"host": host})
-        assert (400, True) == (answer.status_code, "not served here" in answer.json()["detail"])
-
-
-def test_foreign_pages(site: Site) -> None:
-    """A page of another origin can neither send pictures nor embed ours."""
-    how = {"files": {"files": png((1, 2, 3))}, "headers": {"origin": "http://evil.example"}}
-    assert 403 == ask(site.app, "POST", "/api/search", **how).status_code
-    how["headers"] = {"origin": webs.BASE}
-    assert 200 == ask(site.app, "POST", "/api/search", **how).status_code
-    assert "same-origin" == site.get("/thumbs/1").headers["cross-origin-resource-policy"]
-
-
-@pytest.mark.parametrize(
-    "url", ["/", "/page.css", "/page.js", "/api/info", "/api/images", "/thumbs/1", "/files/1", "/openapi.json", "/x"]
-)
-def test_every_route_needs_the_token(site: Site, url: str) -> None:
-    """Without the token nothing is answered; with it as a bearer, everything."""
-    door = locked(site)
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "open sesame"}, {"cookie": "regraft-1=open sesame"}):
-        answer = ask(door, "GET", url, headers=headers)
-        assert (401, "Bearer") == (answer.status_code, answer.headers["www-authenticate"])
-    assert 401 == ask(door, "GET", f"{url}?token=wrong").status_code
-    answer = ask(door, "GET", url, headers={"authorization": "Bearer open sesame"})
-    assert (404 if url == "/x" else 200, False) == (answer.status_code, "set-cookie" in answer.headers)
-
-
-def test_the_token_becomes_a_cookie(site: Site) -> None:
-    """?token= once, then a cookie that scripts cannot read, that other sites cannot send, and that is not the token."""
-    door = locked(site, "ключ 1")
-    first = ask(door, "GET", "/", params={"token": "ключ 1"})
-    text = first.headers["set-cookie"]
-    assert 200 == first.status_code
-    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(text.split("; "))
-    pair = text.partition(";")[0]
-    for others in ("", 'odd="x; [y]=1; '):
-        assert 200 == ask(door, "GET", "/api/info", headers={"cookie": others + pair}).status_code
-    assert 401 == ask(locked(site, "another"), "GET", "/api/info", headers={"cookie": pair}).status_code
-    assert 401 == ask(door, "GET", "/api/info", headers={"cookie": pair[:-1]}).status_code
-
-
-def test_a_person_is_asked_for_the_token(site: Site) -> None:
-    """A browser gets a form instead of JSON, and is told when the token was wrong."""
-    door = locked(site)
-    answer = ask(door, "GET", "/", headers={"accept": "text/html"})
-    assert (401, True) == (answer.status_code, "name=token" in answer.text)
-    assert "not the right one" in ask(door, "GET", "/?token=x", headers={"accept": "text/html"}).text
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
-def test_other_machines_need_a_token(host: str, site: Site) -> None:
-    """Any other address than this machine's own is refused without a token."""
-    with pytest.raises(UserError, match="--token"):
-        app.serve(site.index, host=host)
-
-
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.9.1", "::1"])
-def test_own_addresses(host: str) -> None:
-    """The addresses of this machine alone need none; an empty token is none."""
-    app.check_token(host, None)
-    with pytest.raises(UserError, match="empty"):
-        app.check_token(host, " ")
-
-
-def test_a_port_in_use(site: Site) -> None:
-    """The port is named, and another one that is free."""
-    with app.listen("127.0.0.1", 0) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"port {port} is in use.*\n.*--port \d+"):
-            app.serve(site.index, port=port)
-
-
-def test_no_such_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is none is said."""
-
-    def nowhere(*_: Any, **__: Any) -> Any:
-        raise socket.gaierror("no such name")
-
-    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
-    with pytest.raises(UserError, match="no address is called"):
-        app.listen("no.such.host", 8000)
-
-
-@pytest.mark.parametrize("name", ["fastapi", "uvicorn", "python_multipart"])
-def test_without_the_extra(name: str, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a package of the extra is missing, the command that installs it is said."""
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"pip install 'regraft\[web\]'"):
-        app.serve(site.index)
-
-
-# ------------------------------------------------------------------------------------------------------------- many
-
-
-def test_a_thousand_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,000 uploads over real connections, 64 at a time: each gets its own picture, and few runs of the network serve all."""
-    asked = webs.install(monkeypatch.setattr)
-    photos = galleries.pictures(tmp_path / "photos", 300)
-    index = tmp_path / "photos.index"
-    upkeep.build([tmp_path / "photos"], index, ENCODER)
-    fresh = {i: png((i, 255 - i, 7)) for i in range(100)}  # not in the gallery: these go through the network
-    with Gallery(index) as gallery, Desk(gallery) as desk, webs.running(api.create(desk)) as base:
-        expected = {i: desk.ask(Query((("x", data),), k=2)).result().hits for i, data in fresh.items()}
-        asked.contents.clear()
-        runs: list[int] = []
-        plain = Gallery.encode
-        monkeypatch.setattr(
-            Gallery, "encode", lambda self, source, *more: (runs.append(len(source)), plain(self, source, *more))[1]
-        )
-
-        async def one(client: httpx.AsyncClient, gate: asyncio.Semaphore, i: int) -> None:
-            name = photos[i % 300].name
-            data = fresh[i // 10] if i % 10 == 0 else photos[i % 300].read_bytes()
-            async with gate:
-                form = {"k": "2", "keep_self": "true"}
-                answer = await client.post("/api/search", files={"files": (f"{i}.png", data)}, data=form)
-            found = answer.json()
-            assert (200, f"{i}.png", 2) == (answer.status_code, found["query"][0]["name"], len(found["results"]))
-            if i % 10 == 0:
-                assert [(hit.id, hit.score) for hit in expected[i // 10]] == [
-                    (hit["id"], hit["score"]) for hit in found["results"]
-                ]
-            else:
-                assert (name, pytest.approx(1.0)) == (found["results"][0]["path"], found["results"][0]["score"])
-
-        async def everybody() -> None:
-            gate = asyncio.Semaphore(64)
-            async with httpx.AsyncClient(base_url=base, timeout=60, trust_env=False) as client:
-                await asyncio.gather(*(one(client, gate, i) for i in range(1000)))
-
-        asyncio.run(everybody())
-    assert 100 == sum(runs) == len(asked.contents)
-    assert len(runs) < 100
-
-
-def test_waiting_queries_are_one_batch(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits while the desk is busy is answered together, by one run of the network and one search a way of asking."""
-    runs: list[int] = []
-    searches: list[int] = []
-    encode, search = Gallery.encode, Gallery.search
-    monkeypatch.setattr(Gallery, "encode", lambda self, source, *more: (runs.append(len(source)), encode(self, source, *more))[1])
-    monkeypatch.setattr(
-        Gallery, "search", lambda self, v, *more, **how: (searches.append(len(v)), search(self, v, *more, **how))[1]
-    )
-    started, busy = threading.Event(), threading.Event()
-    held = site.desk.call(lambda _: (started.set(), busy.wait(10))[1])
-    assert started.wait(10)
-    waiting = [site.desk.ask(Query((("x", png((i, 0, 0))),), k=1 + i % 2)) for i in range(20)]
-    busy.set()
-    assert held.result()
-    assert [1 + i % 2 for i in range(20)] == [len(one.result().hits) for one in waiting]
-    assert {20} == {one.result().batch for one in waiting}
-    assert ([20], [10, 10]) == (runs, searches)
-
-
-def test_one_bad_query_spoils_no_other(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a batch fails as a whole, each is answered alone, and only the culprit gets the error."""
-    encode = Gallery.encode
-
-    def failing(self: Gallery, source: Any, *more: Any) -> Any:
-        if any(source.read(i) == png((66, 6, 6)) for i in range(len(source))):
-            raise UserError("the network gives NaN")
-        return encode(self, source, *more)
-
-    monkeypatch.setattr(Gallery, "encode", failing)
-    busy = threading.Event()
-    site.desk.call(lambda _: busy.wait(10))
-    waiting = [site.desk.ask(Query((("x", png((i, 6, 6))),))) for i in (65, 66, 67)]
-    missing = site.desk.ask(Query(image=99))
-    busy.set()
-    assert 10 == len(waiting[0].result().hits) == len(waiting[2].result().hits)
-    with pytest.raises(UserError, match="NaN"):
-        waiting[1].result()
-    with pytest.raises(batching.NoImage):
-        missing.result()
-
-
-def test_the_desk_answers_before_it_closes(site: Site) -> None:
-    """What waits at the end is answered; what comes later is refused."""
-    desk = Desk(site.gallery)
-    waiting = [desk.ask(Query(image=1, k=2)) for _ in range(100)]
-    desk.close()
-    assert {2} == {len(one.result().hits) for one in waiting}
-    with pytest.raises(UserError, match="closing"):
-        desk.ask(Query(image=1))
-
-
-def test_who_leaves_is_not_answered(site: Site) -> None:
-    """A query that was given up while it waited costs nothing."""
-    busy = threading.Event()
-    site.desk.call(lambda _: busy.wait(10))
-    left = site.desk.ask(Query((("x", png((1, 1, 9))),)))
-    assert left.cancel()
-    busy.set()
-    assert site.desk.call(len).result()
-    assert not any("IHDR" in text for text in site.asked.contents[12:])
 
 
 # -------------------------------------------------------------------------------------------------------- the command

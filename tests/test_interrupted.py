@@ -54,7 +54,7 @@ def live(order: dict[str, Any]) -> None:
     """A child's whole life: its own streams, cache and trap, then one command."""
     import resource  # not on Windows
 
-    from finetune import cli, job, similarity
+    from finetune import choice, cli, similarity
 
     with open(order["text"], "wb", buffering=0) as text:  # noqa: PTH123
         os.dup2(text.fileno(), 1)
@@ -63,7 +63,7 @@ def live(order: dict[str, Any]) -> None:
     os.chdir(order["where"])
     sys.argv = ["finetune", *order["words"]]
     # The moved model ships, however good it is: only then is it fitted a second time.
-    job._clearly_better = lambda pair: True  # type: ignore[assignment]
+    choice.clearly_better = lambda pair: True  # type: ignore[assignment]
     # The distance to photographs costs more than all the rest, and nothing follows from it here.
     similarity.measure = lambda *images, **how: similarity.unknown("not measured")  # type: ignore[assignment]
     if order["limit"]:

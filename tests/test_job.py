@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import finetune
-from finetune import classifier, files, images, job, look, run
+from finetune import choice, classifier, files, images, job, look, run
 from finetune.errors import UserError
 from finetune.network import Tap
 
@@ -137,7 +137,7 @@ def test_a_fine_tuned_model_that_ships_opens_in_timm(shapes: Path, tmp_path: Pat
 
     from finetune import decode
 
-    monkeypatch.setattr(job, "_clearly_better", lambda pair: True)
+    monkeypatch.setattr(choice, "clearly_better", lambda pair: True)
     outcome = job.fit(shapes, out=tmp_path / "tuned", strategy="full", epochs=2, assignments=("train.patience=0",), **TINY)
     if outcome.shipped == "svm":
         pytest.skip("no epoch beat the start on this machine")

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import galleries
 import httpx
 from galleries import ENCODER
+from PIL import Image
 
 from finetune import decode, features
 from finetune.images import Fault
-from retrieval import upkeep
+from retrieval import api, upkeep
+from retrieval.app import LOOPBACK
+from retrieval.batching import Desk
+from retrieval.gallery import Gallery
 
 BASE = "http://127.0.0.1:8000"
 EVIL = "<script>alert(1)</script>.png".replace("/", "∕")  # a slash cannot be in a name, its lookalike can
@@ -82,3 +88,46 @@ def running(app: Any) -> Iterator[str]:
         finally:
             uvicorn_server.should_exit = True
             thread.join(10)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A gallery that is served to requests without a server."""
+
+    index: Path
+    gallery: Gallery
+    desk: Desk
+    app: Any
+    asked: galleries.Asked
+
+    @property
+    def photos(self) -> Path:
+        return self.index.parent / "photos"
+
+    def get(self, url: str, **how: Any) -> httpx.Response:
+        return ask(self.app, "GET", url, **how)
+
+    def search(self, *pictures: tuple[str, bytes], **fields: Any) -> httpx.Response:
+        return ask(self.app, "POST", "/api/search", files=[("files", one) for one in pictures], data=fields)
+
+    def id_of(self, path: str) -> int:
+        found = self.get("/api/images?limit=500").json()["images"]
+        return next(image["id"] for image in found if path in (image["path"], *image["also"]))
+
+
+def served(folder: Path, patch: Callable[[Any, str, Any], None]) -> Iterator[Site]:
+    """A gallery in `folder`, open and served, for as long as the iterator is held."""
+    asked = install(patch)
+    index = make(folder)
+    with Gallery(index) as gallery, Desk(gallery) as desk:
+        yield Site(index, gallery, desk, api.create(desk, hosts=LOOPBACK), asked)
+
+
+def png(colour: tuple[int, int, int], side: int = 20) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def locked(site: Site, token: str = "open sesame") -> Any:
+    return api.create(site.desk, token=token)

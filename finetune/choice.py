@@ -1,0 +1,104 @@
+"""Which of the two models ships, the SVM or the fine-tuned one, and the verdict in words.
+
+They are compared on images that neither was fitted on: the validation part where it is large enough, else a fold of the
+training part, for which the SVM answers out of fold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from finetune import metrics, splits
+from finetune.look import Floats, Ints, Look, Say
+from finetune.metrics import Paired
+from finetune.svm import SvmResult
+
+ENOUGH_VALIDATION = 100  # images: fewer cannot tell two models apart, and out-of-fold scores choose instead
+HOLDOUT_FOLDS = 5  # without a validation part, one fold in five is what the fine-tuned model has not seen
+
+
+def choosing(seen: Look) -> Ints:
+    """The images that choose between the models: the validation part, or one fold of a small training part."""
+    validation = seen.part("val")
+    if len(validation) >= ENOUGH_VALIDATION:
+        return validation
+    return splits.hold_out(seen.images.labels, seen.groups, seen.part("train"), 1 / HOLDOUT_FOLDS, seen.recipe.data.seed)
+
+
+def svm_answers(seen: Look, baseline: SvmResult) -> tuple[Ints, Ints, Ints | None, str]:
+    """What the SVM says of the images that choose, which it was not fitted on: labels, its answers, groups, and a word."""
+    chosen = choosing(seen)
+    groups = seen.groups[chosen] if seen.images.groups is not None else None
+    if len(seen.part("val")) >= ENOUGH_VALIDATION:
+        scores = baseline.head.scores([np.asarray(seen.features.blocks[tap][chosen]) for tap in baseline.head.taps])
+        return seen.images.labels[chosen], scores.argmax(1), groups, "validation images"
+    scores = baseline.oof_scores[np.searchsorted(seen.part("train"), chosen)]
+    return seen.images.labels[chosen], scores.argmax(1), groups, "training images (the SVM's scores are out of fold)"
+
+
+def decided(seen: Look, baseline: SvmResult) -> str:
+    """Why nothing that fine-tuning can give would ship, or nothing: then it has to be tried, as when it was asked for.
+
+    The rule of shipping decides before the training where not even a model without errors would be clearly better.
+    """
+    if seen.plan.training is None or seen.recipe.policy.strategy != "auto":
+        return ""
+    y, first, groups, words = svm_answers(seen, baseline)
+    if clearly_better(metrics.paired(y, first, y, groups)):
+        return ""
+    errors = f"the SVM errs on {int((first != y).sum())} of {len(y)} {words}"
+    return f"{errors}; not even a model without errors would be better by more than one paired standard error"
+
+
+def compare(seen: Look, baseline: SvmResult, tuned: Floats | None, say: Say) -> Paired | None:
+    """Both models on images that neither was fitted on; the difference is that of the fine-tuned model to the SVM.
+
+    `tuned` (n, C) are its scores on the images that choose; without them there is nothing to compare.
+    """
+    if tuned is None:
+        return None
+    y, first, groups, words = svm_answers(seen, baseline)
+    pair = metrics.paired(y, first, tuned.argmax(1), groups)
+    say(
+        f"choose     fine-tuned − SVM = {100 * pair.difference.value:+.1f} points on {len(y)} {words}; one paired standard "
+        f"error is {100 * pair.standard_error:.1f} → {'the fine-tuned model' if clearly_better(pair) else 'the SVM'} ships"
+    )
+    return pair
+
+
+def clearly_better(pair: Paired) -> bool:
+    """The rule of shipping: the fine-tuned model must be better by more than one paired standard error."""
+    return pair.difference.value > pair.standard_error
+
+
+def short(judged: dict[str, Any]) -> str:
+    """How good the shipped model is, in a few words."""
+    top1 = judged["test/top1"]
+    return f"accuracy {top1['value']:.1%} ({top1['low']:.1%}–{top1['high']:.1%}) on {top1['n']} test images"
+
+
+def verdict(seen: Look, judged: dict[str, Any], baseline: SvmResult, pair: Paired | None, fine_tuned: bool) -> tuple[str, str]:
+    """Two sentences: what to ship and how good it is; how it stands beside the other model."""
+    name = (
+        f"the fine-tuned model ({seen.plan.strategy})" if fine_tuned else f"the SVM on {' + '.join(map(str, baseline.head.taps))}"
+    )
+    first = f"Ship {name}: {short(judged)}."
+    if pair is None:
+        largest = f"Always saying the largest class gives {judged['test/majority']:.1%}."
+        second = f"{largest} Nothing was fine-tuned: {decided(seen, baseline) or seen.plan.because[-1]}."
+    else:
+        numbers = (
+            f"{100 * pair.difference.value:+.1f} points ({100 * pair.difference.low:+.1f} to {100 * pair.difference.high:+.1f})"
+        )
+        on = f"on {pair.difference.n} images that neither was fitted on"
+        why = "more than" if fine_tuned else "not more than"
+        error = f"{why} one paired standard error ({100 * pair.standard_error:.1f})"
+        second = f"Fine-tuning moved the accuracy by {numbers} over the SVM {on}, {error}."
+    loud = (
+        " THE BACKBONE'S WEIGHTS ARE RANDOM: this says nothing about transfer."
+        if seen.named.network.pretraining == "random"
+        else ""
+    )
+    return first, f"{second}{loud}"
