@@ -65,8 +65,9 @@ def ours(folder: str, name: str, engine: str, precision: str) -> None:
     runner(np.concatenate([warm] * 4))
     model_only = (time.perf_counter() - start) / 256
     start = time.perf_counter()
-    for _ in features.decoded(source, range(len(source)), named.network):
-        pass
+    with features.decoding(source, range(len(source)), named.network) as pictures:
+        for _ in pictures:
+            pass
     decode_only = (time.perf_counter() - start) / len(source)
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()

@@ -69,14 +69,14 @@ def verdict(rows: list[Point], key: str) -> str:
 
 def measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[Point]]:
     """Series → points with minimum, median and maximum of seconds and bytes."""
-    images = harness.copies(harness.SCRATCH / f"copies-{sizes[-1]}", sizes[-1])
+    images = {n: harness.copies(harness.SCRATCH / f"copies-{n}", n) for n in sizes}
     tables = {n: prepare(harness.SCRATCH / f"growth-{n}", n) for n in sizes}
-    store = [sys.executable, harness.HERE / "store.py", "--extraction", images]
-    harness.side([*store, "64"])()  # converts, and compiles
+    store = [sys.executable, harness.HERE / "store.py", "--extraction"]
+    harness.side([*store, images[sizes[0]]])()  # converts, and compiles
     found: dict[str, dict[int, list[harness.Measured]]] = {name: {n: [] for n in sizes} for name in ("extraction", "SVM")}
     for i in range(rounds):
         for n in sizes:
-            found["extraction"][n].append(harness.side([*store, str(n)])())
+            found["extraction"][n].append(harness.side([*store, images[n]])())
             found["SVM"][n].append(harness.side([sys.executable, __file__, "--machine", tables[n]])())
             print(f"  round {i + 1}: {found['extraction'][n][-1]}  {found['SVM'][n][-1]}", file=sys.stderr, flush=True)
 

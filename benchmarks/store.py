@@ -69,20 +69,18 @@ def look(folder: Path, where: Path) -> None:
     print(json.dumps({"seconds": seconds(lambda: features.digests(source, store)), "n": len(source)}))
 
 
-def extraction(folder: Path, count: int) -> None:
-    """One extraction of the first `count` images into an empty store, and this process's peak memory."""
-    import numpy as np
-
+def extraction(folder: Path) -> None:
+    """One extraction into an empty store, and this process's peak memory."""
     from finetune import catalog, features, images
     from finetune.network import Tap
     from finetune.store import Store
 
-    named, source = catalog.open_named(), images.load_unlabelled(folder).subset(np.arange(count))
+    named, source = catalog.open_named(), images.load_unlabelled(folder)
     with tempfile.TemporaryDirectory(dir=harness.SCRATCH) as scratch:
         took = seconds(
             lambda: features.extract(source, named.network, [Tap("pooled")], named.load, store=Store(Path(scratch) / "store"))
         )
-    print(json.dumps({"seconds": took, "n": count, "peak": harness.peak()}))
+    print(json.dumps({"seconds": took, "n": len(source), "peak": harness.peak()}))
 
 
 def child(*words: str | Path) -> Callable[[], harness.Measured]:
@@ -128,12 +126,12 @@ def rerun(rounds: int, quick: bool) -> None:
 
 def memory(rounds: int, quick: bool) -> None:
     counts = (200, 1000) if quick else (1000, 10_000, 50_000)
-    folder = harness.copies(harness.SCRATCH / f"copies-{counts[-1]}", counts[-1])
-    child("--extraction", folder, "64")()  # converts, and compiles
+    folders = {count: harness.copies(harness.SCRATCH / f"copies-{count}", count) for count in counts}
+    child("--extraction", folders[counts[0]])()  # converts, and compiles
     found: dict[int, list[harness.Measured]] = {count: [] for count in counts}
     for i in range(rounds):
         for count in counts:
-            found[count].append(child("--extraction", folder, str(count))())
+            found[count].append(child("--extraction", folders[count])())
             print(f"  round {i + 1}: {found[count][-1]}", file=sys.stderr, flush=True)
     pairs = zip(found[counts[0]], found[counts[-1]], strict=True)
     growth = [100 * (many["peak"] / few["peak"] - 1) for few, many in pairs]
@@ -149,7 +147,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=("warm", "rerun", "memory"), help="all of them without it")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, help="[5; memory 3; 1 with --quick]")
-    for name, many in (("--hashing", 1), ("--known", 2), ("--look", 2), ("--extraction", 2)):
+    for name, many in (("--hashing", 1), ("--known", 2), ("--look", 2), ("--extraction", 1)):
         parser.add_argument(name, nargs=many, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.hashing:
@@ -159,7 +157,7 @@ def main() -> None:
     elif options.look:
         look(*map(Path, options.look))
     elif options.extraction:
-        extraction(Path(options.extraction[0]), int(options.extraction[1]))
+        extraction(Path(options.extraction[0]))
     else:
         harness.use_cache()
         for name, work, usual in (("warm", warm, 5), ("rerun", rerun, 5), ("memory", memory, 3)):

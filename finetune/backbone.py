@@ -336,8 +336,8 @@ class Reader(nn.Module):
         scale = 1 / (255 * torch.tensor(pre.std))
         self.scale: Tensor
         self.shift: Tensor
-        self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", -(torch.tensor(pre.mean) * 255 * scale).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("shift", -(torch.tensor(pre.mean) * 255 * scale), persistent=False)
 
     def _hook(self) -> list[RemovableHandle]:
         hooks = [
@@ -359,7 +359,8 @@ class Reader(nn.Module):
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 `(n, H, W, 3)` → float `(n, 3, H, W)`, as the weights expect it."""
-        return pixels.permute(0, 3, 1, 2).float() * self.scale + self.shift
+        # Transposed last: a converter then leaves it to the first convolution, which wants the channels last anyway.
+        return (pixels.float() * self.scale + self.shift).permute(0, 3, 1, 2)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         self._captured.clear()

@@ -164,7 +164,9 @@ class Classifier:
         faults: dict[int, Fault] = {}
         total = np.zeros((len(images), len(self.classes)), dtype=np.float32)
         for view in self.views:
-            stream = features.stream(images, range(len(images)), self.network, runner, faults, view=view, progress=progress)
+            stream = features.stream(
+                images, range(len(images)), self.network, lambda: runner, faults, view=view, progress=progress
+            )
             for positions, blocks in _gathered(stream, SCORED):
                 total[positions] += self._scores(blocks)
         if faults and on_bad == "stop":

@@ -230,7 +230,8 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
         "CACHE_DIR": str(files.cache_dir("compiled", "blobs")),
     }
     compiled = _core().compile_model(model, "CPU", options)
-    requests = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
+    # More than there are streams: the next batch is there when one ends, however late this thread is woken.
+    requests = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) + 2
     order = [compiled.output(list(wanted).index(results[str(tap)].get_friendly_name())) for tap in taps]
 
     def stream(batches: Iterable[Pixels]) -> Iterator[Blocks]:

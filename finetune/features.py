@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -30,13 +32,14 @@ if TYPE_CHECKING:
     from finetune.backbone import Backbone
 
 AHEAD = 64  # images decoded ahead of the network: bounds the memory
-COMMIT_ROWS = 1024  # rows, or
+COMMIT_BYTES = 4 << 20  # bytes of features, or
 COMMIT_SECONDS = 15.0  # seconds, between two commits of the store: what a kill can lose
 PART = 4096  # files whose sizes and times are compared with the store's at once
 VIEWS = ("", "flip")
 NAMED = 20  # bad images that an error names: who mends them wants them all, but not a screen of ten thousand
 
 Progress = Callable[[int, int], None]
+Picture = NDArray[np.uint8] | Fault
 Batch = tuple[list[int], engine.Blocks]  # positions of images, and their features: one (b, width) array a tap
 
 
@@ -58,7 +61,7 @@ class Features:
 
     blocks: dict[Tap, Rows]
     images: ImageSet
-    digests: tuple[str, ...]
+    digests: files.Digests
     faults: tuple[Fault, ...]
     spaces: dict[Tap, str]
 
@@ -93,15 +96,15 @@ def extract(
     own_store = store is None
     store = store or Store()
     try:
-        ids = tuple(known) if known is not None else digests(source, store)
+        ids = files.Digests.of(known) if known is not None else digests(source, store)
         used, bits = engine.resolve(engine_name, precision, taps)
         spaces = [store.space(about(network, tap, used, bits, view), network.width(tap)) for tap in taps]
         missing = _missing(store, spaces, ids)
         faults: dict[int, Fault] = {}
-        if missing:
-            runner = engine.open_runner(network, taps, load, engine=used, precision=bits)
+        if len(missing):
+            opened = functools.partial(engine.open_runner, network, taps, load, engine=used, precision=bits)
             try:
-                faults = _run(source, ids, missing, runner, network, store, spaces, view, progress)
+                faults = _run(source, ids, missing, opened, network, store, spaces, view, progress)
             except Changed as error:
                 store.forget([os.fspath(error.path.absolute())])  # its size and time may be those of the old content
                 raise
@@ -126,13 +129,13 @@ def about(network: Network, tap: Tap, engine_name: str, precision: str, view: st
     }
 
 
-def digests(source: ImageSet, store: Store) -> tuple[str, ...]:
+def digests(source: ImageSet, store: Store) -> files.Digests:
     """SHA-256 of every image's bytes; files that the store remembers by path, size and time are not read again.
 
     Raises `UserError` naming the files that cannot be read.
     """
     if source.in_memory:
-        return tuple(images.digests(source))
+        return files.Digests.of(images.digests(source))
     root, count = os.fspath(source.root.absolute()), len(source)
     stats = np.full((count, 2), -1, dtype=np.int64)  # size and mtime; in arrays and in parts, as there may be very many
     known: list[str | None] = []
@@ -158,29 +161,26 @@ def digests(source: ImageSet, store: Store) -> tuple[str, ...]:
         ]
         if fresh:
             store.remember(fresh)
-    return tuple(found)
+    return files.Digests.of(found)
 
 
 def _parts(count: int) -> Iterator[range]:
     return (range(start, min(start + PART, count)) for start in range(0, count, PART))
 
 
-def _missing(store: Store, spaces: Sequence[Space], ids: Sequence[str]) -> list[int]:
+def _missing(store: Store, spaces: Sequence[Space], ids: files.Digests) -> NDArray[np.int64]:
     """Positions whose content at least one space does not have, each content once, in order."""
     absent = np.zeros(len(ids), dtype=bool)
     for space in spaces:
         absent |= store.find(space, ids) < 0
-    first: dict[str, int] = {}
-    for i in np.flatnonzero(absent).tolist():
-        first.setdefault(ids[i], i)
-    return list(first.values())
+    return ids.first(np.flatnonzero(absent))
 
 
 def _run(
     source: ImageSet,
-    ids: Sequence[str],
-    missing: Sequence[int],
-    runner: engine.Runner,
+    ids: files.Digests,
+    missing: NDArray[np.int64],
+    opened: Callable[[], engine.Runner],
     network: Network,
     store: Store,
     spaces: Sequence[Space],
@@ -190,18 +190,22 @@ def _run(
     """Decode, run and store the missing images; returns those that could not be decoded."""
     faults: dict[int, Fault] = {}
     waiting: list[Batch] = []
+    held = 0  # bytes of features in them
 
     def commit() -> None:
+        nonlocal held
         if waiting:
             positions, blocks = joined(waiting)
             waiting.clear()
-            store.append(spaces, [ids[i] for i in positions], blocks)
+            held = 0
+            store.append(spaces, ids.take(positions), blocks)
 
     last = time.monotonic()
     try:
-        for batch in stream(source, missing, network, runner, faults, view=view, ids=ids, progress=progress):
+        for batch in stream(source, missing, network, opened, faults, view=view, ids=ids, progress=progress):
             waiting.append(batch)
-            if sum(len(b) for b, _ in waiting) >= COMMIT_ROWS or time.monotonic() - last > COMMIT_SECONDS:
+            held += sum(block.nbytes for block in batch[1])
+            if held >= COMMIT_BYTES or time.monotonic() - last > COMMIT_SECONDS:
                 commit()
                 last = time.monotonic()
     finally:
@@ -211,9 +215,9 @@ def _run(
 
 def stream(
     source: ImageSet,
-    positions: Sequence[int],
+    positions: Sequence[int] | NDArray[np.int64],
     network: Network,
-    runner: engine.Runner,
+    opened: Callable[[], engine.Runner],
     faults: dict[int, Fault],
     *,
     view: str = "",
@@ -222,19 +226,20 @@ def stream(
 ) -> Iterator[Batch]:
     """Decode images ahead and run them: `(positions, one (b, width) array a tap)` a batch, in order, past the store.
 
+    `opened` gives the runner, and is called when decoding is under way: opening a network then takes no time of its own.
     What cannot be decoded is put into `faults`, by position. `ids` are the digests of all images of `source`: bytes that
     are not theirs raise `Changed`. Raises `UserError` where the network gives no number.
     """
     queue: deque[list[int]] = deque()  # the positions of every batch on its way through the network
 
-    def batches() -> Iterator[NDArray[np.uint8]]:
+    def batches(pictures: Iterable[tuple[int, Picture]], size: int) -> Iterator[NDArray[np.uint8]]:
         good: list[tuple[int, NDArray[np.uint8]]] = []
-        for i, result in decoded(source, positions, network, ids):
+        for i, result in pictures:
             if isinstance(result, Fault):
                 faults[i] = result
                 continue
             good.append((i, result[:, ::-1] if view == "flip" else result))
-            if len(good) == runner.batch:
+            if len(good) == size:
                 queue.append([i for i, _ in good])
                 yield np.stack([pixels for _, pixels in good])
                 good = []
@@ -243,16 +248,18 @@ def stream(
             yield np.stack([pixels for _, pixels in good])
 
     done = 0
-    for outputs in runner.stream(batches()):
-        batch = queue.popleft()
-        for block in outputs:
-            if not np.isfinite(block).all():
-                name = source.paths[batch[int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])]]
-                raise UserError(f"the network gives NaN for {name}", where=network.name, fix="try --precision float32")
-        done += len(batch)
-        yield batch, outputs
-        if progress:  # after the batch is taken: whoever stops the work from here loses none of it
-            progress(done + len(faults), len(positions))
+    with decoding(source, positions, network, ids) as pictures:
+        runner = opened()
+        for outputs in runner.stream(batches(pictures, runner.batch)):
+            batch = queue.popleft()
+            for block in outputs:
+                if not np.isfinite(block).all():
+                    name = source.paths[batch[int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])]]
+                    raise UserError(f"the network gives NaN for {name}", where=network.name, fix="try --precision float32")
+            done += len(batch)
+            yield batch, outputs
+            if progress:  # after the batch is taken: whoever stops the work from here loses none of it
+                progress(done + len(faults), len(positions))
     if progress and done < len(positions):  # the last images gave no batch
         progress(len(positions), len(positions))
 
@@ -263,16 +270,18 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return positions, [np.concatenate(parts) for parts in zip(*(blocks for _, blocks in batches), strict=True)]
 
 
-def decoded(
+@contextlib.contextmanager
+def decoding(
     source: ImageSet, positions: Iterable[int], network: Network, ids: Sequence[str] | None = None
-) -> Iterator[tuple[int, NDArray[np.uint8] | Fault]]:
-    """Network input `(size, size, 3)` uint8 of images, in order, decoded ahead in threads; a `Fault` where that fails.
+) -> Iterator[Iterator[tuple[int, Picture]]]:
+    """Decode images ahead, in threads, from now on: gives them in order, each with its position.
 
-    Raises `Changed` where the bytes of an image are not those of its digest in `ids`.
+    A picture is the network's input `(size, size, 3)` uint8, or a `Fault` where it cannot be had. Raises `Changed` where
+    the bytes of an image are not those of its digest in `ids`.
     """
     pre = network.preprocess
 
-    def one(i: int) -> NDArray[np.uint8] | Fault:
+    def one(i: int) -> Picture:
         data = source.read(i)
         if ids is not None and hashlib.sha256(data).hexdigest() != ids[i]:
             raise Changed(source.root / source.paths[i])
@@ -282,16 +291,18 @@ def decoded(
             return Fault(source.paths[i], error.kind, error.detail)
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=machine.cores()) as pool:
-        running: deque[tuple[int, concurrent.futures.Future[Any]]] = deque()
-        try:
-            for i in positions:
-                running.append((i, pool.submit(one, i)))
-                if len(running) >= AHEAD:
-                    position, future = running.popleft()
-                    yield position, future.result()
+        coming = ((int(i), pool.submit(one, int(i))) for i in positions)
+        running = deque(itertools.islice(coming, AHEAD))
+
+        def results() -> Iterator[tuple[int, Picture]]:
             while running:
                 position, future = running.popleft()
-                yield position, future.result()
+                result = future.result()
+                running.extend(itertools.islice(coming, 1))
+                yield position, result
+
+        try:
+            yield results()
         finally:
             for _, future in running:
                 future.cancel()
@@ -299,7 +310,7 @@ def decoded(
 
 def _gather(
     source: ImageSet,
-    ids: Sequence[str],
+    ids: files.Digests,
     taps: Sequence[Tap],
     store: Store,
     spaces: Sequence[Space],
@@ -307,12 +318,13 @@ def _gather(
     on_bad: str,
 ) -> Features:
     reasons = {ids[i]: fault for i, fault in faults.items()}
-    bad = [Fault(source.paths[i], reasons[d].kind, reasons[d].detail) for i, d in enumerate(ids) if d in reasons]
+    of = [reasons.get(digest) for digest in ids] if reasons else []
+    bad = [Fault(source.paths[i], fault.kind, fault.detail) for i, fault in enumerate(of) if fault]
     if bad and on_bad == "stop":
         refuse(bad, source.name)
-    keep = np.array([i for i, d in enumerate(ids) if d not in reasons], dtype=np.int64)
+    keep = np.array([i for i, fault in enumerate(of) if not fault], dtype=np.int64) if bad else np.arange(len(source))
     kept = source if len(keep) == len(source) else source.subset(keep)
-    good = tuple(ids[i] for i in keep)
+    good = ids.take(keep)
     blocks = {tap: store.read(space, store.find(space, good)) for tap, space in zip(taps, spaces, strict=True)}
     return Features(blocks, kept, good, tuple(bad), {tap: space.key for tap, space in zip(taps, spaces, strict=True)})
 

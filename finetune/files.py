@@ -12,9 +12,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from finetune.errors import UserError
 
@@ -134,3 +137,44 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, as `sha256sum` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Digests(Sequence[str]):
+    """SHA-256 digests as 64 hex digits each, kept in the 32 bytes that they are: text would take four times as much."""
+
+    def __init__(self, rows: NDArray[np.uint8]) -> None:
+        self.rows = rows  # (n, 32)
+
+    @classmethod
+    def of(cls, digests: Sequence[str]) -> Digests:
+        """`digests` as they are here; any sequence of whole digests will do."""
+        if isinstance(digests, Digests):
+            return digests
+        rows = np.empty((len(digests), 32), dtype=np.uint8)
+        for row, text in zip(rows, digests, strict=True):
+            row[:] = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+        return cls(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> Digests: ...
+    def __getitem__(self, i: int | slice) -> str | Digests:
+        return Digests(self.rows[i]) if isinstance(i, slice) else self.rows[i].tobytes().hex()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def take(self, at: ArrayLike) -> Digests:
+        """Those at the positions `at`, in their order."""
+        return Digests(self.rows[np.asarray(at, dtype=np.int64)])
+
+    def first(self, at: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of the positions `at`, the first of each content, in order."""
+        contents = np.ascontiguousarray(self.rows[at]).view("S32")[:, 0]  # of one length: a zero at the end makes no two alike
+        return at[np.sort(np.unique(contents, return_index=True)[1])]

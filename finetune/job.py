@@ -35,6 +35,7 @@ from finetune import (
 from finetune.classifier import AnyHead, Classifier, Head, Predictions
 from finetune.crossval import Kernel
 from finetune.errors import UserError
+from finetune.files import Digests
 from finetune.look import Bar, Floats, Ints, Look, Say, clock, no_bar, quiet
 from finetune.metrics import Estimate, Paired
 from finetune.network import Tap
@@ -226,7 +227,7 @@ def _name(settings: Recipe) -> str:
     return re.split(r"[/\\:]", str(Path(text).resolve()) if set(text) <= set("./") else text.rstrip("/"))[-1].removesuffix(".csv")
 
 
-def _job_digest(settings: Recipe, pictures: images.ImageSet, ids: tuple[str, ...]) -> str:
+def _job_digest(settings: Recipe, pictures: images.ImageSet, ids: Digests) -> str:
     """Changes with the recipe (its place excepted), with any image's bytes, label or part.
 
     What bad images do is excepted too: a run that they stopped goes on with --on-bad-image skip, as its error advises.

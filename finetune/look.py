@@ -21,6 +21,7 @@ from finetune.crossval import Trial
 from finetune.errors import UserError
 from finetune.faults import some
 from finetune.features import Features
+from finetune.files import Digests
 from finetune.images import ImageSet
 from finetune.network import Network, Tap
 from finetune.policy import Plan
@@ -54,7 +55,7 @@ class Look:
 
     recipe: Recipe
     images: ImageSet
-    digests: tuple[str, ...]
+    digests: Digests
     groups: Ints
     named: Named
     features: Features
@@ -85,7 +86,7 @@ class Look:
         return {tap: np.asarray(block[index]) for tap, block in self.features.blocks.items()}
 
 
-def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, tuple[str, ...]]:
+def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
     """Find the images, their digests and their parts."""
     about = settings.data
     if about.data is None:
@@ -97,7 +98,8 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, tuple[str,
     found = images.make_splits(found, ids, seed=about.seed, test=about.test_share, val=about.validation_share)
     if about.shots is not None:
         keep = images.take_shots(found, about.shots, about.seed)
-        found, ids = keep, tuple(_matching(found, ids, keep))
+        place = {path: i for i, path in enumerate(found.paths)}
+        found, ids = keep, ids.take([place[path] for path in keep.paths])
     assert found.split is not None
     counts = ", ".join(
         f"{int((found.split == name).sum())} {word}"
@@ -120,14 +122,7 @@ def leaks(pictures: ImageSet, ids: Sequence[str]) -> str:
     return f"{words}: {some([' = '.join(group) for group in twice])}"
 
 
-def _matching(before: ImageSet, ids: tuple[str, ...], after: ImageSet) -> Iterator[str]:
-    by_path = dict(zip(before.paths, ids, strict=True))
-    return (by_path[path] for path in after.paths)
-
-
-def take(
-    settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], store: Store, say: Say, bar: Bar, pooled_only: bool = False
-) -> Look:
+def take(settings: Recipe, pictures: ImageSet, ids: Digests, store: Store, say: Say, bar: Bar, pooled_only: bool = False) -> Look:
     """Extract features once, measure similarity, decide."""
     seconds: dict[str, float] = {}
     named = open_backbone(settings, say)
@@ -159,7 +154,7 @@ def open_backbone(settings: Recipe, say: Say) -> Named:
     return named
 
 
-def _frame(settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Named, store: Store, say: Say, bar: Bar) -> str:
+def _frame(settings: Recipe, pictures: ImageSet, ids: Digests, named: Named, store: Store, say: Say, bar: Bar) -> str:
     """Whether the network sees the centre crop of its weights or the whole image: cross-validated on training images.
 
     The whole image is taken unless the crop's log loss is lower by more than one paired standard error: a picture's border
@@ -171,7 +166,7 @@ def _frame(settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Na
     assert pictures.split is not None
     rng = np.random.default_rng([settings.data.seed, 7])
     part = np.sort(rng.permutation(np.flatnonzero(pictures.split == "train"))[:FRAME_SAMPLE])
-    sample, known = pictures.subset(part), [ids[i] for i in part]
+    sample, known = pictures.subset(part), ids.take(part)
     used, bits = engine.resolve(settings.backbone.engine, settings.backbone.precision)
     taps = policy_taps(named.network)
     trials: dict[str, Trial] = {}
@@ -226,7 +221,7 @@ def default_taps(network: Network, word: str) -> tuple[Tap, ...]:
 
 
 def extract(
-    settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Named, taps: list[Tap], store: Store, say: Say, bar: Bar
+    settings: Recipe, pictures: ImageSet, ids: Digests, named: Named, taps: list[Tap], store: Store, say: Say, bar: Bar
 ) -> Features:
     used, bits = engine.resolve(settings.backbone.engine, settings.backbone.precision)
     how: dict[str, Any] = {"store": store, "engine_name": used, "precision": bits, "on_bad": settings.data.on_bad_image}
@@ -248,7 +243,7 @@ def extract(
 
 
 def _early_look(
-    settings: Recipe, pictures: ImageSet, ids: tuple[str, ...], named: Named, taps: list[Tap], how: dict[str, Any], bar: Bar
+    settings: Recipe, pictures: ImageSet, ids: Digests, named: Named, taps: list[Tap], how: dict[str, Any], bar: Bar
 ) -> list[Tap]:
     """Choose the taps of a set that is too large for all of them on a seeded part of its training images."""
     assert pictures.split is not None
@@ -256,7 +251,7 @@ def _early_look(
     part = np.sort(np.random.default_rng(settings.data.seed).permutation(train)[:SUBSET])
     with bar("a first look") as progress:
         found = features.extract(
-            pictures.subset(part), named.network, taps, named.load, known=[ids[i] for i in part], progress=progress, **how
+            pictures.subset(part), named.network, taps, named.load, known=ids.take(part), progress=progress, **how
         )
     blocks = {tap: np.asarray(block) for tap, block in found.blocks.items()}
     result = svm.choose(

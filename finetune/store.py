@@ -114,7 +114,8 @@ class Store:
                 known = self.find(space, digests)
                 fresh = [i for i in dict.fromkeys(dict(zip(digests, range(len(digests)), strict=True)).values()) if known[i] < 0]
                 (start,) = self.db.execute("select count from spaces where id = ?", (space.number,)).fetchone()
-                self._write_rows(space, start, np.ascontiguousarray(block[fresh], dtype=np.float32))
+                rows = block if len(fresh) == len(block) else block[fresh]  # no copy of them all
+                self._write_rows(space, start, np.ascontiguousarray(rows, dtype=np.float32))
                 self.db.executemany(
                     "insert into rows (space, digest, row) values (?, ?, ?)",
                     [(space.number, bytes.fromhex(digests[i]), start + j) for j, i in enumerate(fresh)],
@@ -131,7 +132,7 @@ class Store:
                 raise _damaged(self._file(space))
             os.ftruncate(handle, start * space.width * 4)
             os.lseek(handle, 0, os.SEEK_END)
-            data = memoryview(block.tobytes())
+            data = memoryview(block.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
             while data:
                 data = data[os.write(handle, data) :]
             os.fsync(handle)

@@ -87,7 +87,7 @@ class Plan:
     root: Path
     known: dict[str, tuple[int, str]]
     fresh: tuple[Found, ...]
-    digests: tuple[str, ...]
+    digests: Sequence[str]
     have: dict[str, int]
     new: tuple[int, ...]
     gone: tuple[str, ...]
@@ -143,7 +143,7 @@ def compare(
     old = [one for one in fresh if one.mtime != UNSETTLED and broken.get(one.path, (0, 0))[:2] == (one.size, one.mtime)]
     skipped = {one.path for one in old}
     fresh = [one for one in fresh if one.path not in skipped]
-    digests: tuple[str, ...] = ()
+    digests: Sequence[str] = ()
     have: dict[str, int] = {}
     if fresh:
         assert store is not None

@@ -329,19 +329,31 @@ def directly(
     faults: dict[int, Fault] = {}
     seen: list[list[Rows]] = []
     for network, runner in zip(encoder.networks, runners, strict=True):
-        for view in encoder.views:
-            blocks = [np.zeros((len(source), network.width(tap)), np.float32) for tap in encoder.taps]
-            todo = [i for i in range(len(source)) if i not in faults]
-            for batch, outputs in features.stream(source, todo, network, runner, faults, view=view, progress=progress):
-                for block, output in zip(blocks, outputs, strict=True):
-                    block[batch] = output
-            seen.append(blocks)
+        seen += [_read(encoder.taps, source, network, runner, view, faults, progress) for view in encoder.views]
     plain = combine(dataclasses.replace(encoder, whitening=None), seen)
     for i in np.flatnonzero(~np.any(plain, axis=1)).tolist():
         faults.setdefault(i, _no_direction(source.paths[i]))
     vectors = plain if encoder.whitening is None else unit(encoder.whitening(plain))
     vectors[list(faults)] = 0
     return vectors, faults
+
+
+def _read(
+    taps: Sequence[Tap],
+    source: ImageSet,
+    network: Network,
+    runner: engine.Runner,
+    view: str,
+    faults: dict[int, Fault],
+    progress: Progress | None,
+) -> list[Rows]:
+    """A block of features a tap, `(n, width)`; new faults join the others, the rows of all of them are zero."""
+    blocks = [np.zeros((len(source), network.width(tap)), np.float32) for tap in taps]
+    todo = [i for i in range(len(source)) if i not in faults]
+    for batch, outputs in features.stream(source, todo, network, lambda: runner, faults, view=view, progress=progress):
+        for block, output in zip(blocks, outputs, strict=True):
+            block[batch] = output
+    return blocks
 
 
 def combine(encoder: Encoder, seen: Sequence[Sequence[Rows]]) -> Rows:

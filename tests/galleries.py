@@ -18,6 +18,7 @@ from PIL import Image
 
 from finetune import engine, features
 from finetune.features import Features
+from finetune.files import Digests
 from finetune.images import Fault, ImageSet
 from finetune.network import Network, Preprocess, Tap
 from retrieval.encode import Encoder
@@ -73,13 +74,13 @@ def install(patch: Callable[[Any, str, Any], None]) -> Asked:
         good = [i for i, text in enumerate(data) if text != b"broken"]
         asked.contents += [data[i].decode(errors="replace") for i in good]
         blocks = {tap: _table([data[i] for i in good], network, tap, view) for tap in taps}
-        return Features(blocks, source.subset(good), tuple(known[i] for i in good), bad, {})
+        return Features(blocks, source.subset(good), Digests.of(known).take(good), bad, {})
 
     def stream(
         source: ImageSet,
         positions: Iterable[int],
         network: Network,
-        runner: engine.Runner,
+        opened: Callable[[], engine.Runner],
         faults: dict[int, Fault],
         *,
         view: str = "",
@@ -91,7 +92,7 @@ def install(patch: Callable[[Any, str, Any], None]) -> Asked:
                 faults[i] = Fault(source.paths[i], "damaged", "for the test")
                 continue
             asked.contents.append(data.decode(errors="replace"))
-            yield [i], [_table([data], network, tap, view) for tap in runner.taps]
+            yield [i], [_table([data], network, tap, view) for tap in opened().taps]
 
     def open_runner(_network: Network, taps: Sequence[Tap], _load: Any, **_how: Any) -> engine.Runner:
         return engine.Runner(tuple(taps), "torch", "float32", 16, lambda batches: iter(()))

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from finetune import engine, features, images
+from finetune import decode, engine, features, images
 from finetune.errors import UserError
 from finetune.features import Features, extract
 from finetune.images import ImageSet, load, load_unlabelled
@@ -81,7 +82,8 @@ def read(source: ImageSet, taps: tuple[Tap, ...] = (POOLED,), **how: Any) -> Fea
 
 def own_rows(source: ImageSet) -> NDArray[np.float32]:
     """What the made-up network says of each image, computed one by one."""
-    pixels = [pixels for _, pixels in features.decoded(source, range(len(source)), NETWORK)]
+    with features.decoding(source, range(len(source)), NETWORK) as pictures:
+        pixels = [pixels for _, pixels in pictures]
     return np.stack([np.asarray(p, np.float32).reshape(-1) for p in pixels])
 
 
@@ -300,6 +302,37 @@ def test_a_network_that_gives_no_number_is_named_with_the_image(folder: Path, ne
     assert f"NaN for {source.paths[20]}" in message
     assert "--precision float32" in message
     assert 44 == network.seen - seen
+
+
+def test_images_are_decoded_while_the_network_opens(folder: Path, network: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening waits here for the first picture, and both get on."""
+    begun = threading.Event()
+    plain = decode.to_input
+
+    def noticed(data: bytes, pre: Preprocess) -> NDArray[np.uint8]:
+        begun.set()
+        return plain(data, pre)
+
+    def opening(*given: Any, **how: Any) -> engine.Runner:
+        assert begun.wait(60)
+        return network.open(*given, **how)
+
+    monkeypatch.setattr(decode, "to_input", noticed)
+    monkeypatch.setattr(engine, "open_runner", opening)
+
+    assert 60 == len(read(load(folder)))
+
+
+def test_a_network_that_cannot_be_opened_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error comes out, though images are being decoded by then; the next call works."""
+
+    def opening(*_given: Any, **_how: Any) -> engine.Runner:
+        raise UserError("the disk is full", where="cache")
+
+    monkeypatch.setattr(engine, "open_runner", opening)
+    assert "the disk is full" in refusal(lambda: read(load(folder)))
+    monkeypatch.setattr(engine, "open_runner", Counting().open)
+    assert 60 == len(read(load(folder)))
 
 
 def test_what_was_done_before_an_interrupt_stays(folder: Path, network: Counting) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -262,3 +263,26 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytes
 
     with pytest.raises(UserError, match="a file stands where a folder is needed"):
         files.cache_dir()
+
+
+@given(st.lists(st.binary(min_size=32, max_size=32), max_size=8), st.data())
+def test_digests_are_kept_as_they_are(contents: list[bytes], data: st.DataObject) -> None:
+    """Compact, they are still a sequence of the same texts, also those that end in zeros; `first` names each content once."""
+    texts = [content.hex() for content in contents]
+    kept = files.Digests.of(texts)
+    at = np.array(sorted(data.draw(st.sets(st.integers(0, len(texts) - 1)))) if texts else [], dtype=np.int64)
+
+    assert texts == list(kept)
+    assert kept == tuple(texts)
+    assert texts[1:3] == list(kept[1:3])
+    assert [texts[i] for i in at] == list(kept.take(at))
+    assert [i for n, i in enumerate(at) if texts[i] not in {texts[j] for j in at[:n]}] == kept.first(at).tolist()
+    assert 32 * len(texts) == kept.rows.nbytes
+
+
+def test_digests_that_end_in_zeros_are_not_alike() -> None:
+    """Numpy's own strings end at the last byte that is not zero; a digest does not."""
+    kept = files.Digests.of(["ab" + "00" * 31, "ab" + "00" * 30 + "01", "00" * 32, "ab" + "00" * 31])
+
+    assert [0, 1, 2] == kept.first(np.arange(4)).tolist()
+    assert "ab" + "00" * 31 == kept[3]

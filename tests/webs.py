@@ -33,7 +33,7 @@ def install(patch: Callable[[Any, str, Any], None]) -> galleries.Asked:
     asked = galleries.install(patch)
     plain = features.stream
 
-    def stream(source: Any, positions: Any, network: Any, runner: Any, faults: dict[int, Fault], **how: Any) -> Any:
+    def stream(source: Any, positions: Any, network: Any, opened: Any, faults: dict[int, Fault], **how: Any) -> Any:
         good = []
         for i in positions:
             try:
@@ -41,7 +41,7 @@ def install(patch: Callable[[Any, str, Any], None]) -> galleries.Asked:
                 good.append(i)
             except decode.DecodeError as error:
                 faults[i] = Fault(source.paths[i], error.kind, error.detail)
-        return plain(source, good, network, runner, faults, **how)
+        return plain(source, good, network, opened, faults, **how)
 
     patch(features, "stream", stream)
     return asked
