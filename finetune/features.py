@@ -136,17 +136,20 @@ def digests(source: ImageSet, store: Store) -> files.Digests:
     """
     if source.in_memory:
         return files.Digests.of(images.digests(source))
-    root, count = os.fspath(source.root.absolute()), len(source)
+    # Names are put together and looked up one by one: for 50,000 files `os.path.join` and a context manager cost a quarter.
+    root, count = os.path.join(os.fspath(source.root.absolute()), ""), len(source)  # noqa: PTH118
     stats = np.full((count, 2), -1, dtype=np.int64)  # size and mtime; in arrays and in parts, as there may be very many
     known: list[str | None] = []
     for part in _parts(count):
         entries = []
-        for path in (os.path.join(root, source.paths[i]) for i in part):  # noqa: PTH118 — half a second for 50,000 otherwise
-            size = changed = -1
-            with contextlib.suppress(OSError):  # it cannot be read either, and is named below together with the others
+        for i in part:
+            path, size, changed = root + source.paths[i], -1, -1
+            try:
                 info = os.stat(path)  # noqa: PTH116
                 if info.st_mtime_ns < 2**63:
                     size, changed = info.st_size, info.st_mtime_ns
+            except OSError:
+                pass  # it cannot be read either, and is named below together with the others
             entries.append((path, size, changed))
         stats[part.start : part.stop] = [(size, changed) for _, size, changed in entries]
         known += store.remembered(entries)
@@ -155,7 +158,7 @@ def digests(source: ImageSet, store: Store) -> files.Digests:
     settled = time.time_ns() - 2_000_000_000
     for part in _parts(count):
         fresh = [
-            (os.path.join(root, source.paths[i]), *stats[i].tolist(), found[i])  # noqa: PTH118
+            (root + source.paths[i], *stats[i].tolist(), found[i])
             for i in part
             if known[i] is None and stats[i, 0] >= 0 and stats[i, 1] < settled
         ]

@@ -151,8 +151,9 @@ class Digests(Sequence[str]):
         if isinstance(digests, Digests):
             return digests
         rows = np.empty((len(digests), 32), dtype=np.uint8)
-        for row, text in zip(rows, digests, strict=True):
-            row[:] = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+        for start in range(0, len(digests), 4096):  # in parts: the joined text of very many would be large
+            part = digests[start : start + 4096]
+            rows[start : start + len(part)] = np.frombuffer(bytes.fromhex("".join(part)), dtype=np.uint8).reshape(-1, 32)
         return cls(rows)
 
     def __len__(self) -> int:
