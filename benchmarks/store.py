@@ -5,11 +5,12 @@
     python benchmarks/store.py memory     extraction of 1k, 10k and 50k images; bar: peak memory grows by ≤ 10 %
     --quick                               200; 2,000; 200 and 1,000 images; not recorded
 
-The images are copies of one JPEG (500×375, about 65 KB) with a changing comment, so that every file has bytes of its own;
-50,000 take 3 GB in the temporary folder. The peer reads and hashes (SHA-256) every file in as many threads as there are
+The images are copies of one JPEG (500×375, about 65 KB) with a changing comment, so that every file has bytes of its own; all
+of them take 4 GB in the temporary folder. The peer reads and hashes (SHA-256) every file in as many threads as there are
 cores, from the page cache. Every measurement is a new process with its modules imported; `warm` counts the second call in
 it, in which the engine is known, and the detail has the first. `memory` is the peak of resident memory of a process that
-does one extraction into an empty store with EfficientNet-Lite0; the converted network is in the cache.
+does one extraction into an empty store with EfficientNet-Lite0; the converted network is in the cache. (No content comes twice:
+in a folder with copies the rows do not stand together in the store, and are gathered in memory, not mapped.)
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from finetune.metrics import Paired
 from finetune.svm import SvmResult
 
 ENOUGH_VALIDATION = 100  # images: fewer cannot tell two models apart, and out-of-fold scores choose instead
+NOT_TRAINED = "no epoch of the training was better than its start"
 HOLDOUT_FOLDS = 5  # without a validation part, one fold in five is what the fine-tuned model has not seen
 
 
@@ -52,18 +53,18 @@ def decided(seen: Look, baseline: SvmResult) -> str:
     return f"{errors}; not even a model without errors would be better by more than one paired standard error"
 
 
-def compare(seen: Look, baseline: SvmResult, tuned: Floats | None, say: Say) -> Paired | None:
+def compare(seen: Look, baseline: SvmResult, tuned: Floats, best_epoch: int, say: Say) -> Paired:
     """Both models on images that neither was fitted on; the difference is that of the fine-tuned model to the SVM.
 
-    `tuned` (n, C) are its scores on the images that choose; without them there is nothing to compare.
+    `tuned` (n, C) are its scores on the images that choose, after `best_epoch` epochs.
     """
-    if tuned is None:
-        return None
     y, first, groups, words = svm_answers(seen, baseline)
     pair = metrics.paired(y, first, tuned.argmax(1), groups)
+    model = "the fine-tuned model" if ships(pair, best_epoch) else "the SVM"
+    untrained = f"; {NOT_TRAINED}" if clearly_better(pair) and not best_epoch else ""
     say(
         f"choose     fine-tuned − SVM = {100 * pair.difference.value:+.1f} points on {len(y)} {words}; one paired standard "
-        f"error is {100 * pair.standard_error:.1f} → {'the fine-tuned model' if clearly_better(pair) else 'the SVM'} ships"
+        f"error is {100 * pair.standard_error:.1f}{untrained} → {model} ships"
     )
     return pair
 
@@ -71,6 +72,11 @@ def compare(seen: Look, baseline: SvmResult, tuned: Floats | None, say: Say) -> 
 def clearly_better(pair: Paired) -> bool:
     """The rule of shipping: the fine-tuned model must be better by more than one paired standard error."""
     return pair.difference.value > pair.standard_error
+
+
+def ships(pair: Paired, best_epoch: int) -> bool:
+    """Whether the fine-tuned model does: it is clearly better, and some epoch of its training was better than its start."""
+    return clearly_better(pair) and best_epoch > 0
 
 
 def short(judged: dict[str, Any]) -> str:
@@ -93,8 +99,10 @@ def verdict(seen: Look, judged: dict[str, Any], baseline: SvmResult, pair: Paire
             f"{100 * pair.difference.value:+.1f} points ({100 * pair.difference.low:+.1f} to {100 * pair.difference.high:+.1f})"
         )
         on = f"on {pair.difference.n} images that neither was fitted on"
-        why = "more than" if fine_tuned else "not more than"
+        why = "more than" if clearly_better(pair) else "not more than"
         error = f"{why} one paired standard error ({100 * pair.standard_error:.1f})"
+        if clearly_better(pair) and not fine_tuned:
+            error += f"; but {NOT_TRAINED}"
         second = f"Fine-tuning moved the accuracy by {numbers} over the SVM {on}, {error}."
     loud = (
         " THE BACKBONE'S WEIGHTS ARE RANDOM: this says nothing about transfer."

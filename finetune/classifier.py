@@ -6,6 +6,7 @@ over a temperature that was fitted on scores of images that the head had not see
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -167,8 +168,9 @@ class Classifier:
             stream = features.stream(
                 images, range(len(images)), self.network, lambda: runner, faults, view=view, progress=progress
             )
-            for positions, blocks in _gathered(stream, SCORED):
-                total[positions] += self._scores(blocks)
+            with contextlib.closing(stream):  # an error below ends the decoding, too
+                for positions, blocks in _gathered(stream, SCORED):
+                    total[positions] += self._scores(blocks)
         if faults and on_bad == "stop":
             features.refuse(list(faults.values()), images.name)
         keep = np.array([i for i in range(len(images)) if i not in faults], dtype=np.int64)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OPENVINO_BATCH = 4  # more would fall out of a CPU's cache
 TORCH_BATCH = 8  # with 4, oneDNN computes a row of a small map in another way where it stands last: other bits
 GPU_BATCH = 64  # there, the more the better; not measured
-FORMAT = 3  # of the converted networks, and of how they are run; a change makes the old ones unused
+FORMAT = 4  # of the converted networks, and of how they are run; a change makes the old ones unused
 ENGINES = ("auto", "openvino", "torch")
 PRECISIONS = ("auto", "bf16", "float32")
 

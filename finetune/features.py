@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from finetune.backbone import Backbone
 
 AHEAD = 64  # images decoded ahead of the network: bounds the memory
-COMMIT_BYTES = 4 << 20  # bytes of features, or
+COMMIT_BYTES = 4 << 20  # bytes of features a space, or
 COMMIT_SECONDS = 15.0  # seconds, between two commits of the store: what a kill can lose
 PART = 4096  # files whose sizes and times are compared with the store's at once
 VIEWS = ("", "flip")
@@ -97,6 +97,8 @@ def extract(
     store = store or Store()
     try:
         ids = files.Digests.of(known) if known is not None else digests(source, store)
+        if len(ids) != len(source):
+            raise ValueError(f"{len(ids)} digests of {len(source)} images")
         used, bits = engine.resolve(engine_name, precision, taps)
         spaces = [store.space(about(network, tap, used, bits, view), network.width(tap)) for tap in taps]
         missing = _missing(store, spaces, ids)
@@ -199,16 +201,20 @@ def _run(
         nonlocal held
         if waiting:
             positions, blocks = joined(waiting)
+            try:
+                store.append(spaces, ids.take(positions), blocks)
+            except Exception:
+                waiting.clear()  # a full disk is not tried twice; after Ctrl-C the last commit is
+                raise
             waiting.clear()
             held = 0
-            store.append(spaces, ids.take(positions), blocks)
 
     last = time.monotonic()
     try:
         for batch in stream(source, missing, network, opened, faults, view=view, ids=ids, progress=progress):
             waiting.append(batch)
             held += sum(block.nbytes for block in batch[1])
-            if held >= COMMIT_BYTES or time.monotonic() - last > COMMIT_SECONDS:
+            if held >= COMMIT_BYTES * len(spaces) or time.monotonic() - last > COMMIT_SECONDS:
                 commit()
                 last = time.monotonic()
     finally:
@@ -226,10 +232,10 @@ def stream(
     view: str = "",
     ids: Sequence[str] | None = None,
     progress: Progress | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Decode images ahead and run them: `(positions, one (b, width) array a tap)` a batch, in order, past the store.
 
-    `opened` gives the runner, and is called when decoding is under way: opening a network then takes no time of its own.
+    `opened` gives the runner, and is called when decoding is under way: opening a network overlaps with the first images.
     What cannot be decoded is put into `faults`, by position. `ids` are the digests of all images of `source`: bytes that
     are not theirs raise `Changed`. Raises `UserError` where the network gives no number.
     """
@@ -250,7 +256,7 @@ def stream(
             queue.append([i for i, _ in good])
             yield np.stack([pixels for _, pixels in good])
 
-    done = 0
+    done, before = 0, len(faults)
     with decoding(source, positions, network, ids) as pictures:
         runner = opened()
         for outputs in runner.stream(batches(pictures, runner.batch)):
@@ -262,7 +268,7 @@ def stream(
             done += len(batch)
             yield batch, outputs
             if progress:  # after the batch is taken: whoever stops the work from here loses none of it
-                progress(done + len(faults), len(positions))
+                progress(done + len(faults) - before, len(positions))
     if progress and done < len(positions):  # the last images gave no batch
         progress(len(positions), len(positions))
 
@@ -295,7 +301,7 @@ def decoding(
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=machine.cores()) as pool:
         coming = ((int(i), pool.submit(one, int(i))) for i in positions)
-        running = deque(itertools.islice(coming, AHEAD))
+        running: deque[tuple[int, concurrent.futures.Future[Picture]]] = deque()
 
         def results() -> Iterator[tuple[int, Picture]]:
             while running:
@@ -305,6 +311,7 @@ def decoding(
                 yield position, result
 
         try:
+            running.extend(itertools.islice(coming, AHEAD))
             yield results()
         finally:
             for _, future in running:

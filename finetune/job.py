@@ -214,10 +214,9 @@ def _fit(settings: Recipe, store: Store, force: bool, say: Say, bar: Bar) -> Out
         seen = look.take(settings, pictures, ids, store, say, bar)
         baseline = _baseline(seen, say)
         tuned = _tune(seen, baseline, folder, say, bar)
-        pair = choice.compare(seen, baseline, tuned.scores if tuned else None, say)
-        better = pair is not None and choice.clearly_better(pair)
-        winner = tuned if better and tuned is not None and tuned.result.best_epoch else None
-        head, trained = _refit(seen, baseline, winner, folder, say, bar)
+        pair = choice.compare(seen, baseline, tuned.scores, tuned.result.best_epoch, say) if tuned else None
+        ships = tuned is not None and pair is not None and choice.ships(pair, tuned.result.best_epoch)
+        head, trained = _refit(seen, baseline, tuned if ships else None, folder, say, bar)
         return _finish(seen, baseline, tuned, pair, head, trained, folder, began, say, bar)
 
 

@@ -113,7 +113,7 @@ class Store:
             for space, block in zip(spaces, blocks, strict=True):
                 known = self.find(space, digests)
                 fresh = [i for i in dict.fromkeys(dict(zip(digests, range(len(digests)), strict=True)).values()) if known[i] < 0]
-                (start,) = self.db.execute("select count from spaces where id = ?", (space.number,)).fetchone()
+                start = self._count(space)
                 rows = block if len(fresh) == len(block) else block[fresh]  # no copy of them all
                 self._write_rows(space, start, np.ascontiguousarray(rows, dtype=np.float32))
                 self.db.executemany(
@@ -141,19 +141,26 @@ class Store:
 
     def read(self, space: Space, rows: NDArray[np.int64]) -> Rows:
         """Rows of a space, memory-mapped where they stand one after the other, else gathered."""
-        (count,) = self.db.execute("select count from spaces where id = ?", (space.number,)).fetchone()
+        count = self._count(space)
         if not len(rows):
             return np.zeros((0, space.width), dtype=np.float32)
         path = self._file(space)
         if not path.exists() or path.stat().st_size < count * space.width * 4:
             raise _damaged(path)
         if rows.min() < 0 or rows.max() >= count:
-            raise UserError("rows have gone: another command cleared the cache", where=path, fix="run the same command again")
+            raise _gone(path)
         table = np.memmap(path, dtype=np.float32, mode="r", shape=(count, space.width))
         start = int(rows[0])
         if np.array_equal(rows, np.arange(start, start + len(rows))):
             return table[start : start + len(rows)]
         return np.asarray(table[rows])
+
+    def _count(self, space: Space) -> int:
+        # Numbers are used again: the key tells whether the space is still the one that was opened.
+        found = self.db.execute("select count from spaces where id = ? and key = ?", (space.number, space.key)).fetchone()
+        if found is None:
+            raise _gone(self._file(space))
+        return int(found[0])
 
     def _file(self, space: Space) -> Path:
         return self.folder / f"{space.key[:32]}.f32"
@@ -222,6 +229,10 @@ class Store:
                     self.db.execute("rollback")
                 raise
             self.db.execute("commit")
+
+
+def _gone(path: Path) -> UserError:
+    return UserError("rows have gone: another command cleared the cache", where=path, fix="run the same command again")
 
 
 def _damaged(path: Path) -> UserError:

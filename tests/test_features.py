@@ -246,6 +246,21 @@ def test_progress_reaches_the_end_where_all_are_bad(tmp_path: Path, network: Cou
     assert (0, 192) == found.blocks[POOLED].shape
 
 
+def test_progress_counts_each_pass_for_itself(folder: Path, network: Counting) -> None:
+    """A second view of the images that could be read does not begin with the faults of the first."""
+    (folder / "circle" / "05.png").write_bytes(b"")
+    source, faults = load(folder), dict[int, Any]()
+    runner = network.open(NETWORK, [POOLED], None)
+    calls: list[tuple[int, int]] = []
+    for _view in range(2):
+        todo = [i for i in range(len(source)) if i not in faults]
+        calls.clear()
+        list(features.stream(source, todo, NETWORK, lambda: runner, faults, progress=lambda *done: calls.append(done)))
+
+    assert (59, 59) == calls[-1]
+    assert max(calls) == calls[-1]
+
+
 # -------------------------------------------------------------------------------------------------------------- faults
 
 

@@ -322,6 +322,22 @@ def test_rows_that_another_command_removed_are_not_mistaken(store: Store) -> Non
             store.read(space, np.array([0, wrong]))
 
 
+@pytest.mark.parametrize("reused", [False, True], ids=["gone", "number used again"])
+def test_a_space_that_another_command_removed_is_not_written_to(store: Store, reused: bool) -> None:
+    """Its number may belong to another space by then: no row gets there, and the message says what to do."""
+    space = store.space(ABOUT, WIDTH)
+    store.append([space], ids(1), [rows(1)])
+    store.prune(-1)
+    other = store.space({**ABOUT, "tap": "stage1"}, WIDTH) if reused else None
+
+    for act in (lambda: store.append([space], ids(2), [rows(2)]), lambda: store.read(space, np.array([0]))):
+        with pytest.raises(UserError, match="another command cleared the cache"):
+            act()
+    if other is not None:
+        assert other.number == space.number
+        assert [-1] == store.find(other, ids(2)).tolist()
+
+
 def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     """The message names the folder and the way out."""
     (tmp_path / "index.sqlite").write_bytes(b"this is no database" * 100)
