@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,10 +101,21 @@ def operate(operation: str, base: Path) -> None:
         upkeep.compact(index)
 
 
+def age(folder: Path, hours: float) -> None:
+    """Let the images in the folder be that old, where they are younger."""
+    then = time.time() - 3600 * hours
+    for path in folder.rglob("*.png"):
+        os.utime(path, (then, min(then, path.stat().st_mtime)))
+
+
 def prepare(operation: str, base: Path) -> tuple[set[str] | None, set[str]]:
-    """What stands before an operation; the paths of the gallery before it (None: no gallery) and after it."""
+    """What stands before an operation; the paths of the gallery before it (None: no gallery) and after it.
+
+    All files are old enough for their times to be trusted, or the moments of an operation would change while they age.
+    """
     photos, index = write(base / "photos", words(12)), base / "photos.index"
     write(base / "more", words(4, start=100))
+    age(base, hours=2)
     first, more = set(words(12)), {f"../more/{name}" for name in words(4, start=100)}
     if operation == "build":
         return None, first
@@ -118,6 +130,7 @@ def prepare(operation: str, base: Path) -> tuple[set[str] | None, set[str]]:
     write(photos, words(3, start=50) | {"0000.png": "changed", "moved.png": "word 5"})
     (photos / "0005.png").unlink()
     (photos / "0006.png").unlink()
+    age(photos, hours=1)
     return first, (first | set(words(3, start=50)) | {"moved.png"}) - {"0005.png", "0006.png"}
 
 
