@@ -111,7 +111,8 @@ def age(folder: Path, hours: float) -> None:
 def prepare(operation: str, base: Path) -> tuple[set[str] | None, set[str]]:
     """What stands before an operation; the paths of the gallery before it (None: no gallery) and after it.
 
-    All files are old enough for their times to be trusted, or the moments of an operation would change while they age.
+    All files are old enough for their times to be trusted, or an operation would have more moments before its commit as they
+    age, and the last one counted would no longer lie behind it.
     """
     photos, index = write(base / "photos", words(12)), base / "photos.index"
     write(base / "more", words(4, start=100))
