@@ -27,6 +27,9 @@ from finetune.files import digest_json
 
 PACKAGE = "finetune.recipes"
 
+# Keys that version 0.1.0 did not know: at their default they are left out of the digest, so that its runs keep theirs.
+LATER: tuple[str, ...] = ()
+
 
 def _one_or_more(value: object) -> object:
     return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
@@ -330,6 +333,10 @@ def dump(recipe: Recipe) -> str:
 def digest(recipe: Recipe) -> str:
     """Digest of what the recipe asks for, wherever the images lie and the run goes: the images have their own digest."""
     tree = recipe.model_dump(mode="json")
+    for key in LATER:
+        section, _, name = key.rpartition(".")
+        if tree[section][name] == _sections()[section].model_fields[name].default:
+            del tree[section][name]
     return digest_json({**tree, "out": None, "data": {**tree["data"], "data": None, "test": None}})
 
 
