@@ -163,6 +163,16 @@ def compare(
     return Plan(root, known, tuple(fresh), digests, have, tuple(first.values()), gone, unchanged, faults, tuple(bad))
 
 
+def bad_files(plan: Plan, made: Encoded | None) -> list[tuple[Found, Fault]]:
+    """Every new file whose content cannot be read, not the one alone that stood for the content."""
+    if made is None or not made.faults:
+        return []
+    digest_of = {plan.fresh[i].path: plan.digests[i] for i in plan.new}
+    broken = {digest_of[fault.path]: fault for fault in made.faults}
+    pairs = zip(plan.fresh, plan.digests, strict=True)
+    return [(one, dataclasses.replace(broken[digest], path=one.path)) for one, digest in pairs if digest in broken]
+
+
 def image_set(root: Path, found: Sequence[Found]) -> ImageSet:
     return ImageSet(str(root), root, tuple(one.path for one in found), np.full(len(found), -1, dtype=np.int64), ())
 
@@ -185,7 +195,7 @@ def commit(
 ) -> Change:
     """Make a plan visible. `replace`: nothing from before stays but the ids; `whole`: the plan has seen all files."""
     digest_of = {plan.fresh[i].path: plan.digests[i] for i in plan.new}
-    broken = {digest_of[fault.path]: fault for fault in made.faults} if made else {}
+    bad = bad_files(plan, made)
     with writer.commit(**meta) as db:
         old = [number for (number,) in db.execute("select number from segment")] if replace else []
         if replace:
@@ -203,18 +213,18 @@ def commit(
             )
         for stored in files:
             writer.keep(stored)
-        _write_paths(writer, plan, broken, whole)
+        _write_paths(writer, plan, bad, whole)
         db.executemany("insert or ignore into source (path) values (?)", [(source,) for source in sources])
         for prefix in forget:
             db.execute("delete from source where path = ? or path glob ?", (prefix, f"{literal(prefix)}/*"))
         writer.drop_segments(old)
-        return _counted(writer, plan, broken, len(made.images) if made else 0)
+        return _counted(writer, plan, bad, len(made.images) if made else 0)
 
 
-def _write_paths(writer: Writer, plan: Plan, broken: dict[str, Fault], whole: bool) -> None:
+def _write_paths(writer: Writer, plan: Plan, bad: Sequence[tuple[Found, Fault]], whole: bool) -> None:
     db = writer.db
-    good = [(one, digest) for one, digest in zip(plan.fresh, plan.digests, strict=True) if digest not in broken]
-    bad = [(one, broken[digest]) for one, digest in zip(plan.fresh, plan.digests, strict=True) if digest in broken]
+    broken = {one.path for one, _ in bad}
+    good = [(one, digest) for one, digest in zip(plan.fresh, plan.digests, strict=True) if one.path not in broken]
     if whole:
         db.execute("delete from fault")
     db.executemany("delete from fault where path = ?", [(one.path,) for one, _ in good] + [(path,) for path in plan.gone])
@@ -237,7 +247,7 @@ def _write_paths(writer: Writer, plan: Plan, broken: dict[str, Fault], whole: bo
     )
 
 
-def _counted(writer: Writer, plan: Plan, broken: dict[str, Fault], encoded: int) -> Change:
+def _counted(writer: Writer, plan: Plan, bad: Sequence[tuple[Found, Fault]], encoded: int) -> Change:
     """Count paths: a new path is *moved* where its content lost another path in the same step, else *added*."""
     lost: dict[str, list[str]] = defaultdict(list)
     for path in plan.gone:
@@ -248,10 +258,9 @@ def _counted(writer: Writer, plan: Plan, broken: dict[str, Fault], encoded: int)
         if one.path in plan.known and plan.known[one.path][1] != digest:
             lost[plan.known[one.path][1]].append("")  # its path lives on with another content: nothing was removed
     added = changed = moved = unchanged = removed = 0
-    faults = [fault for _, fault in plan.old_faults]
+    broken = {one.path for one, _ in bad}
     for one, digest in pairs:
-        if digest in broken:
-            faults.append(Fault(one.path, broken[digest].kind, broken[digest].detail))
+        if one.path in broken:
             removed += one.path in plan.known
         elif one.path in plan.known:
             same = plan.known[one.path][1] == digest
@@ -263,8 +272,8 @@ def _counted(writer: Writer, plan: Plan, broken: dict[str, Fault], encoded: int)
         else:
             added += 1
     removed += sum(path != "" for paths in lost.values() for path in paths)
-    faults += plan.scan_faults
-    return Change(added, changed, moved, removed, plan.unchanged + unchanged, encoded, alive(writer), tuple(faults))
+    faults = (*(fault for _, fault in (*plan.old_faults, *bad)), *plan.scan_faults)
+    return Change(added, changed, moved, removed, plan.unchanged + unchanged, encoded, alive(writer), faults)
 
 
 def alive(writer: Writer) -> int:

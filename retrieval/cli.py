@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+SHOWN = 20  # lines about unreadable files: a screen is not filled with ten thousand
 a_path = click.Path(path_type=Path)
 index_argument = click.argument("index", type=a_path)
 as_json = click.option("--json", "json_", is_flag=True, help="print one JSON value instead of text")
@@ -391,7 +392,9 @@ def _say_faults(faults: Sequence[Fault]) -> None:
 
 
 def _print_change(change: Change, index: Path, json_: bool) -> None:
-    _say_faults(change.faults)
+    _say_faults(change.faults[:SHOWN])
+    if len(change.faults) > SHOWN:
+        click.echo(f"left out: {len(change.faults) - SHOWN} more; --json lists them all", err=True)
     _warn(change.notes)
     if json_:
         _print_json(change.to_json())

@@ -274,9 +274,9 @@ class Encoded:
 
 
 def from_store(
-    encoder: Encoder, source: ImageSet, digests: Sequence[str], store: Store, on_bad: str, progress: Progress | None = None
+    encoder: Encoder, source: ImageSet, digests: Sequence[str], store: Store, progress: Progress | None = None
 ) -> Encoded:
-    """Features of images by way of the store: the network sees unknown content alone. `on_bad` as in `features.extract`.
+    """Features of images by way of the store: the network sees unknown content alone. What cannot be read is a fault.
 
     An image whose features are all zero has no direction: it is a fault, too.
     """
@@ -295,8 +295,6 @@ def from_store(
         alive = [np.any(part.blocks[tap][where[rows]], axis=1) for part, where in found.parts for tap in encoder.taps]
         for i in rows[~np.logical_or.reduce(alive)].tolist():
             faults[found.images.paths[i]] = _no_direction(found.images.paths[i])
-    if faults and on_bad == "stop":
-        features.refuse(list(faults.values()), source.name)
     return _kept(encoder, source, parts, faults)
 
 

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from finetune import folders
+from finetune import features, folders
 from finetune.errors import UserError
-from finetune.images import Fault
+from finetune.faults import some
+from finetune.images import Fault, list_faults
+from finetune.names import shown
 from finetune.store import Store
 from retrieval import changes, encode, merge, segments, vectors
 from retrieval.changes import Bar, Change, Found, Plan, no_bar
@@ -63,7 +65,9 @@ def build(
         plan = changes.compare(None, root, found, (), store, on_bad, bad, bar)
         made = _encode(plan, encoder, store, on_bad, bar)
         if made is None or not len(made.images):
-            raise UserError("no image here can be read", where=", ".join(map(str, given)), fix="give a folder of images")
+            bad = [*(fault for _, fault in changes.bad_files(plan, made)), *plan.scan_faults]
+            what = f"no image here can be read; {list_faults(bad, features.NAMED)}"
+            raise UserError(what, where=", ".join(map(str, given)), fix="mend them, or give other images")
         if whiten is not None:
             made = _whitened(made, whiten)
         number, stored = writer.write_vectors(made.blocks())
@@ -85,8 +89,9 @@ def build(
 
 def check_build(given: Sequence[str | Path], folder: Path, force: bool) -> None:
     """Raise the `UserError` of a build that cannot succeed, before a network is loaded for it."""
-    if not folders.gather(given)[1]:
-        raise UserError("holds no images", where=", ".join(map(str, given)), fix="give a folder of images, or image files")
+    _, inside, others = folders.gather(given)
+    if not inside:
+        raise _no_images(given, others)
     if not force and segments.is_index(folder):
         raise UserError("an index is here already", where=folder, fix=HERE_ALREADY)
 
@@ -95,9 +100,9 @@ def add(folder: Path, given: Sequence[str | Path], *, on_bad: str = "stop", bar:
     """Add files, and all images in folders, to a gallery; what it knows already costs nothing."""
     with writing(folder) as writer:
         root = find_root(writer.meta, folder)
-        own, inside, _ = folders.gather(given)
+        own, inside, others = folders.gather(given)
         if not inside:
-            raise UserError("holds no images", where=", ".join(map(str, given)), fix="give image files, or folders of them")
+            raise _no_images(given, others)
         paths = [posixpath.normpath(f"{changes.way(own, root)}/{path}") for path in inside]
         found, bad = changes.scan(root, paths, folder)
         return _update(writer, root, found, (), on_bad, bad, bar, _sources(given, root))
@@ -165,7 +170,10 @@ def _encode(plan: Plan, encoder: Encoder, store: Store, on_bad: str, bar: Bar) -
         return None
     source = changes.image_set(plan.root, [plan.fresh[i] for i in plan.new])
     with bar("features") as progress:
-        return encode.from_store(encoder, source, [plan.digests[i] for i in plan.new], store, on_bad, progress)
+        made = encode.from_store(encoder, source, [plan.digests[i] for i in plan.new], store, progress)
+    if made.faults and on_bad == "stop":
+        features.refuse([fault for _, fault in changes.bad_files(plan, made)], source.name)
+    return made
 
 
 def _update(
@@ -232,6 +240,14 @@ def _whitened(made: Encoded, dims: int) -> Encoded:
     sample = np.concatenate(list(made.blocks(np.arange(0, len(made.images), step))))
     encoder = dataclasses.replace(made.encoder, whitening=vectors.whiten(sample, dims))
     return dataclasses.replace(made, encoder=encoder)
+
+
+def _no_images(given: Sequence[str | Path], others: Sequence[str]) -> UserError:
+    what = "holds no images"
+    if others:
+        what += f", but {len(others)} other file{'s' * (len(others) > 1)}: {some([shown(name) for name in others])}"
+    fix = f"give a folder of images, or image files; in folders they are known by {' '.join(sorted(folders.EXTENSIONS))}"
+    return UserError(what, where=", ".join(map(str, given)), fix=fix)
 
 
 def _sources(given: Sequence[str | Path], root: Path) -> list[str]:

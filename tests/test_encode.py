@@ -38,7 +38,7 @@ def refusal(call: object, *args: object, **how: object) -> str:
 def both_ways(encoder: Encoder, source: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     """Vectors by way of the store, and past it."""
     store = Store()
-    found = encode.from_store(encoder, source, features.digests(source, store), store, "stop")
+    found = encode.from_store(encoder, source, features.digests(source, store), store)
     store.close()
     stored = np.concatenate(list(found.blocks()))
     return stored, encode.directly(encoder, source, encode.open_runners(encoder))[0]

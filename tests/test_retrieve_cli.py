@@ -114,6 +114,17 @@ def test_changes_are_counted(texts: Path) -> None:
     assert {"moved": 0, "added": 0, "images": 13}.items() <= json.loads(run("compact", texts, "--json").stdout).items()
 
 
+def test_very_many_left_out(texts: Path) -> None:
+    """Of very many unreadable files the first are named and the others counted; --json names them all."""
+    write(texts.parent, {f"photos/bad{i:02d}.png": "broken" for i in range(23)})
+    result = run("sync", texts, "--on-bad-image", "skip")
+    assert "23 left out" in result.stdout
+    assert ["left out: bad19.png: damaged (for the test)", "left out: 3 more; --json lists them all"] == (
+        result.stderr.splitlines()[-2:]
+    )
+    assert 23 == len(json.loads(run("sync", texts, "--on-bad-image", "skip", "--json").stdout)["faults"])
+
+
 def test_what_is_left_out_is_named(texts: Path) -> None:
     """With skip, unreadable files are listed on stderr, and stdout stays clean."""
     write(texts.parent, {"photos/bad.png": "broken"})

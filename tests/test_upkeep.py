@@ -347,6 +347,41 @@ def test_a_file_that_breaks_leaves_the_gallery(index: Path, photos: Path) -> Non
     assert "c.png" not in held(index)
 
 
+def test_every_bad_file_is_counted_and_named(photos: Path, index: Path, tmp_path: Path) -> None:
+    """Five files of one broken content are five bad images, all of them named: in build, add and sync, with stop and skip."""
+    bad = [f"bad{i}.png" for i in range(5)]
+    more = write(tmp_path / "more", {**dict.fromkeys(bad, "broken"), "good.png": "good"})
+    for said in (refusal(upkeep.build, [more], tmp_path / "new.index", ENCODER), refusal(upkeep.add, index, [more])):
+        assert "5 bad images" in said
+        assert all(name in said for name in bad)
+    change = upkeep.build([more], tmp_path / "new.index", ENCODER, on_bad="skip")
+    assert (bad, 1) == ([fault.path for fault in change.faults], change.images)
+    write(photos, dict.fromkeys(bad, "broken"))
+    assert "5 bad images" in refusal(upkeep.sync, index)
+    assert bad == [fault.path for fault in upkeep.sync(index, on_bad="skip").faults]
+
+
+def test_a_folder_without_images(index: Path, tmp_path: Path) -> None:
+    """A folder without a known image name is refused; what lies there instead is named, and what images are called."""
+    write(tmp_path / "notes", {"one.txt": "text", "two.webp2": "text"})
+    (tmp_path / "empty").mkdir()
+    calls = (lambda folder: upkeep.build([folder], tmp_path / "x.index", ENCODER), lambda folder: upkeep.add(index, [folder]))
+    for call in calls:
+        said = refusal(call, tmp_path / "notes")
+        assert "holds no images, but 2 other files: one.txt; two.webp2" in said
+        assert ".jpg" in said
+        assert "holds no images\n" in refusal(call, tmp_path / "empty")
+
+
+def test_only_broken_images(tmp_path: Path) -> None:
+    """Of a folder without one readable image, all files are named, whatever an unreadable image is to do."""
+    bad = write(tmp_path / "bad", {"1.png": "broken", "2.png": "broken"})
+    for on_bad in ("stop", "skip"):
+        said = refusal(upkeep.build, [bad], tmp_path / "x.index", ENCODER, on_bad=on_bad)
+        assert "2 bad images: 1.png (damaged: for the test); 2.png (damaged: for the test)" in said
+        assert not (tmp_path / "x.index").exists()
+
+
 def test_features_of_zeros_are_refused_by_name(index: Path, photos: Path) -> None:
     """An image whose features are all zero has no direction: it is a fault like any other."""
     write(photos, {"black.png": "zero"})
