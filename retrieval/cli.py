@@ -50,6 +50,12 @@ def cli() -> None:
 @click.option("--backbone", metavar="NAME", help="a timm model, alexnet or googlenet [tf_efficientnet_lite0]")
 @click.option("--weights", metavar="auto|PATH|random", default="auto", help="where the pretrained weights come from [auto]")
 @click.option("--size", type=click.IntRange(min=16), metavar="PIXELS", help="side of the network's input [the weights' own]")
+@click.option(
+    "--frame",
+    type=click.Choice(["auto", "crop", "squash", "whole"]),
+    metavar="auto|crop|squash",
+    help="the weights' own centre crop, or the whole picture squashed [auto: measured; a run's own]",
+)
 @click.option("--taps", metavar="TAP[,TAP]", help="where to read: pooled, stage6/gem, stage6/rmac, fc7 [pooled; a run's own]")
 @click.option("--scales", metavar="S[,S]", default="1", help="average over input sizes, as in 1,0.7071,0.5 [1]")
 @click.option("--flip", is_flag=True, help="average over the image and its mirror image")
@@ -67,8 +73,8 @@ def cli() -> None:
 @click.option("--force", is_flag=True, help="replace the index that is there")
 @as_json
 def build(
-    images: tuple[Path, ...], out: Path, whiten: int | None, factory: str, recall: float, memory_mb: float | None, on_bad: str,
-    force: bool, json_: bool, **network: Any,
+    images: tuple[Path, ...], out: Path, whiten: int | None, factory: str, recall: float, memory_mb: float | None,
+    frame: str | None, on_bad: str, force: bool, json_: bool, **network: Any,
 ) -> None:  # fmt: skip
     """Make an index of the images in folders, or of image files.
 
@@ -82,8 +88,8 @@ def build(
     upkeep.check_build(images, out, force)
     encoder = _encoder(**network)
     change = upkeep.build(
-        images, out, encoder, whiten=whiten, factory=factory, recall=recall, memory_mb=memory_mb, on_bad=on_bad, force=force,
-        bar=console.progress,
+        images, out, encoder, whiten=whiten, factory=factory, recall=recall, memory_mb=memory_mb, frame=frame or "auto",
+        on_bad=on_bad, force=force, bar=console.progress, say=lambda text: click.echo(text, err=True),
     )  # fmt: skip
     _print_change(change, out, json_)
     if not json_:

@@ -121,7 +121,7 @@ def open_run(
     precision: str | None = None,
 ) -> Encoder:
     """The encoder of a finished run's network, read where its head reads it unless `taps` are given."""
-    from finetune import classifier, run
+    from finetune import catalog, classifier, run
 
     folder = run.finished(path)
     model = classifier.load(folder, engine_name=engine_name, precision=precision)
@@ -131,7 +131,7 @@ def open_run(
         network, load = model.network, model.load
         if scale != 1.0:
             load = functools.cache(functools.partial(_load_sized, model.network, weights, _side(model.network, scale)))
-            network = load().network
+            network = catalog.framed(load().network, "whole" if model.network.preprocess.squash else "crop")
         networks.append(network)
         loads.append(load)
     used, bits = engine.resolve(model.engine, model.precision)
@@ -240,6 +240,13 @@ def from_manifest(folder: Path, manifest: dict[str, Any]) -> Encoder:
     )
     check_manifest(about, describe(encoder), folder)
     return encoder
+
+
+def frame_words(manifest: dict[str, Any]) -> str:
+    """The frame of a gallery's pictures, and why it was chosen where that was recorded."""
+    if about := manifest.get("frame"):
+        return f"{about['name']}: {about['why']}"
+    return "squash" if manifest["networks"][0]["preprocess"].get("squash") else "crop"
 
 
 def _load_again(network: Network, source: str) -> Backbone:

@@ -21,6 +21,7 @@ from finetune import images
 from finetune.errors import UserError
 from finetune.images import ImageSet
 from retrieval import metrics
+from retrieval.frame import first_folder
 from retrieval.gallery import Gallery
 from retrieval.metrics import Summary
 from retrieval.segments import Ints, Rows
@@ -187,17 +188,9 @@ def _labels(gallery: Gallery, ids: Sequence[int]) -> list[str | None]:
     paths = gallery.now.paths(ids)
     found = []
     for number in ids:
-        names = {_first_folder(path, sources) for path in paths[number]}
+        names = {first_folder(path, sources) for path in paths[number]}
         found.append(names.pop() if len(names) == 1 else None)
     return found
-
-
-def _first_folder(path: str, sources: Sequence[str]) -> str | None:
-    for source in sources:
-        if source != "." and path.startswith(f"{source}/"):
-            path = path[len(source) + 1 :]
-            break
-    return path.split("/")[0] if "/" in path else None
 
 
 def _judge(gallery: Gallery, positions: Ints, queries: _Queries, ks: Sequence[int], left_out: int) -> Judged:

@@ -374,6 +374,7 @@ class Gallery:
             "root": str(self.root),
             "folders": [path for (path,) in now.db.execute("select path from source order by path")],
             "network": f"{about['networks'][0]['name']}: {about['networks'][0]['source']}",
+            "frame": encode.frame_words(about),
             "width": about["width"],
             "vector": about["vector"],
             "run": about.get("run"),

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ from finetune.images import Fault, list_faults
 from finetune.names import shown
 from finetune.store import Store
 from retrieval import changes, encode, merge, segments, vectors
+from retrieval import frame as framing
 from retrieval.changes import Bar, Change, Found, Plan, no_bar
 from retrieval.encode import Encoded, Encoder
+from retrieval.frame import Frame
 from retrieval.gallery import find_root
 from retrieval.segments import Stored
 from retrieval.writer import Writer, writing
@@ -46,23 +48,30 @@ def build(
     factory: str = "auto",
     recall: float = 0.99,
     memory_mb: float | None = None,
+    frame: str | None = None,
     on_bad: str = "stop",
     force: bool = False,
     bar: Bar = no_bar,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Change:
     """Make a gallery in `folder` of the images in files and folders.
 
+    `frame` is `crop`, `squash` or `auto` (measured, with the reason for `say`); None looks as the encoder does.
     `whiten` is the number of dimensions that PCA-whitening keeps, `factory` a faiss factory string or `auto`, `recall` what
     an approximate index has to reach, `memory_mb` what its codes may take. A gallery that is there already is only replaced
     with `force`, in one moment, and its contents keep their ids. Raises `UserError` for what a person can mend.
     """
     check_build(given, folder, force)
+    framing.check(encoder, frame)
     root, paths, _ = folders.gather(given)
     with writing(folder, create=True, replace=force) as writer, contextlib.closing(Store()) as store:
         if not writer.is_new and not force:
             raise UserError("an index is here already", where=folder, fix=HERE_ALREADY)
         found, bad = changes.scan(root, paths, folder)
         plan = changes.compare(None, root, found, (), store, on_bad, bad, bar)
+        encoder, looks = _framed(plan, encoder, frame, _sources(given, root), store, bar)
+        if frame == "auto" and not encoder.run:
+            say(f"frame      {looks.name}: {looks.why}")
         made = _encode(plan, encoder, store, on_bad, bar)
         if made is None or not len(made.images):
             bad = [*(fault for _, fault in changes.bad_files(plan, made)), *plan.scan_faults]
@@ -71,7 +80,7 @@ def build(
         if whiten is not None:
             made = _whitened(made, whiten)
         number, stored = writer.write_vectors(made.blocks())
-        kept, manifest = _manifest(writer, made.encoder)
+        kept, manifest = _manifest(writer, made.encoder, looks)
         settings = {"factory": factory, "recall": recall, "memory_mb": memory_mb}
         table = segments.open_table(folder / stored.name, made.encoder.width)
         with bar("search index") as progress:
@@ -210,7 +219,26 @@ def _tended(writer: Writer, change: Change) -> Change:
 # ------------------------------------------------------------------------------------------------------------- details
 
 
-def _manifest(writer: Writer, encoder: Encoder) -> tuple[list[Stored], dict[str, Any]]:
+def _framed(
+    plan: Plan, encoder: Encoder, asked: str | None, sources: Sequence[str], store: Store, bar: Bar
+) -> tuple[Encoder, Frame]:
+    """The encoder that looks at the pictures of a new gallery in the frame that was asked for, and why it does."""
+    if encoder.run or asked is None:
+        return encoder, Frame(framing.seen(encoder), "as the run was trained" if encoder.run else "as the network looks")
+    if asked != "auto":
+        encoder = framing.framed(encoder, asked)
+        return encoder, Frame(framing.seen(encoder), "as was asked")
+    source = changes.image_set(plan.root, [plan.fresh[i] for i in plan.new])
+    places = sorted(sources, key=len, reverse=True)
+    classes = [framing.first_folder(path, places) for path in source.paths]
+    with bar("frame") as progress:
+        progress(0, 1)
+        looks = framing.choose(encoder, source, [plan.digests[i] for i in plan.new], classes, store)
+        progress(1, 1)
+    return encoder if looks.name == framing.seen(encoder) else framing.framed(encoder, looks.name), looks
+
+
+def _manifest(writer: Writer, encoder: Encoder, looks: Frame) -> tuple[list[Stored], dict[str, Any]]:
     """The files that a query will need, written, and the manifest that names them."""
     from finetune import run
 
@@ -226,6 +254,7 @@ def _manifest(writer: Writer, encoder: Encoder) -> tuple[list[Stored], dict[str,
         "vector": encode.describe(encoder),
         "width": encoder.width,
         "networks": [network.to_json() for network in encoder.networks],
+        "frame": {"name": looks.name, "why": looks.why},
         "run": {"path": encoder.run[0], "digest": encoder.run[1]} if encoder.run else None,
         **{key: kept[key].name if key in kept else None for key in ("weights file", "whitening file")},
         "versions": run.versions(),

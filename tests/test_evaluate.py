@@ -10,7 +10,7 @@ import pytest
 from galleries import ENCODER, Asked, vector_of, words, write
 
 from finetune.errors import UserError
-from retrieval import evaluate, upkeep
+from retrieval import evaluate, frame, upkeep
 from retrieval.gallery import Gallery
 
 
@@ -79,8 +79,8 @@ def test_added_folders_have_their_own_classes(tmp_path: Path) -> None:
     upkeep.add(gallery.folder, [tmp_path / "more"])
     gallery.refresh()
     assert ("cat", "more") == (
-        evaluate._first_folder("../more/cat/7.png", ["../more", "."]),
-        evaluate._first_folder("more/cat/7.png", ["."]),
+        frame.first_folder("../more/cat/7.png", ["../more", "."]),
+        frame.first_folder("more/cat/7.png", ["."]),
     )
     assert 14 == evaluate.by_folder(gallery).queries
 
