@@ -23,6 +23,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from finetune.machine import cores
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.md"
 PEERS = HERE.parent / ".peers"
@@ -116,7 +118,7 @@ def machine() -> str:
         name = found.group(1) if found else name
         flags = ", AVX-512 bf16" if "avx512_bf16" in text else ""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores, {name}{flags}, {memory:.0f} GiB, {platform.system()}"
+    return f"{cores()} cores, {name}{flags}, {memory:.0f} GiB, {platform.system()}"
 
 
 def versions() -> str:

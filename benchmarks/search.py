@@ -36,6 +36,7 @@ import harness
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune import machine
 from retrieval import index
 from retrieval.kinds import inverted
 from retrieval.vectors import Rows, prepare
@@ -44,7 +45,7 @@ D, K, BATCH = 256, 10, 256
 TOPICS, PER_THING, SHARES = 100, 50, (0.4, 0.3, 0.3)
 FALL, FALL_WITHIN, MEAN = 0.86, 1.2, 0.5
 JUDGED = 2000  # fresh queries for the recall
-THREADS = faiss.omp_get_max_threads()
+THREADS = machine.cores()
 
 CHILD = """
 import sys

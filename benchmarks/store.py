@@ -30,6 +30,8 @@ from pathlib import Path
 
 import harness
 
+from finetune import machine
+
 
 def seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
@@ -40,7 +42,7 @@ def seconds(call: Callable[[], object]) -> float:
 def hashing(folder: Path) -> None:
     """The peer: all bytes read and hashed."""
     paths = sorted(path for path in folder.rglob("*.jpg"))
-    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(machine.cores()) as pool:
         took = seconds(lambda: list(pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths)))
     print(json.dumps({"seconds": took, "n": len(paths)}))
 

@@ -108,6 +108,20 @@ def share(right: NDArray[Any], groups: Sequence[Any] | NDArray[Any] | None = Non
     return _estimates(lambda weights: np.array([weights @ hits / (weights @ sizes)]), len(right), group, flat)[0]
 
 
+def mean(values: NDArray[Any]) -> Estimate:
+    """The mean of `values` `(n,)` in [0, 1]: a share where each is 0 or 1, else a bootstrap over them.
+
+    Where all are equal, resampling cannot move the mean, and Wilson's interval stands in: no values in [0, 1] of that mean
+    vary more than zeros and ones do. Raises `UserError` where there is no value.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    _some(len(values))
+    if np.all((values == 0) | (values == 1)):
+        return share(values)
+    flat = bool(np.all(values == values[0]))
+    return _estimates(lambda weights: np.array([weights @ values / weights.sum()]), len(values), None, flat)[0]
+
+
 def top_k(y: Ints, probabilities: NDArray[Any], k: int) -> NDArray[np.bool_]:
     """Whether the true class is among the `k` most probable ones, `(n,)`.
 

@@ -35,7 +35,7 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Judged:
-    """`metrics` by name, each a mean over queries with a bootstrap interval. `depth` results a query were judged.
+    """`metrics` by name, each a mean over queries with its interval. `depth` results a query were judged.
 
     `left_out` counts images that could not be queries: without a folder, or in two; `search` says how the gallery searches
     and `search_recall` which share of the exact results that finds (1 where it is exact).
@@ -55,8 +55,8 @@ class Judged:
 
     def to_text(self) -> str:
         """The figures, a line each, and what they leave out."""
-        lines = [f"{self.queries} queries on {self.images} images (95 % intervals: bootstrap over queries)"]
-        lines += [f"  {name:<14} {one.value:.3f}  [{one.low:.3f}, {one.high:.3f}]" for name, one in self.metrics.items()]
+        lines = [f"{self.queries} queries on {self.images} images, 95 % intervals over queries"]
+        lines += [f"  {name:<14} {_words(one)}" for name, one in self.metrics.items()]
         if without := next(iter(self.metrics.values())).left_out:
             lines.append(f"  {without} queries have nothing to find and are left out of the means")
         if self.left_out:
@@ -65,7 +65,13 @@ class Judged:
         return "\n".join(lines)
 
 
-def _number(value: float) -> float | None:
+def _words(one: Summary) -> str:
+    if not one.n:
+        return "unknown: no query has anything to find"
+    return f"{one.value:.3f}  ({one.low:.3f}–{one.high:.3f}, {one.method}, n = {one.n})"
+
+
+def _number(value: Any) -> Any:
     return None if value != value else value  # NaN: JSON has none
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from finetune import metrics as intervals
+
 LEVELS = ("easy", "medium", "hard")
 
 
@@ -113,33 +115,30 @@ def reciprocal_rank(hits: ArrayLike, positives: ArrayLike) -> NDArray[np.float64
 
 @dataclass(frozen=True)
 class Summary:
-    """A mean over queries: `value` in [`low`, `high`], over `n` queries; `left_out` had no positives."""
+    """A mean over `n` queries in [`low`, `high`], by `method`; `left_out` more had no positives."""
 
     value: float
     low: float
     high: float
     n: int
+    method: str
     left_out: int
 
 
-def summarise(values: ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Summary:
-    """Mean over queries with a percentile bootstrap interval: queries are drawn again with replacement.
+def summarise(values: ArrayLike) -> Summary:
+    """Mean over queries with its 95 % interval: `finetune.metrics.mean`, the definition that `finetune` uses.
 
     The mean of `average_precision` is the mAP. NaN values are left out and counted. The interval says how the value
-    would move with other queries of the same kind; it knows nothing of another gallery. Below two queries there is no
-    interval (NaN). Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+    would move with other queries of the same kind; it knows nothing of another gallery. Without any query there is
+    neither value nor interval (NaN).
     """
     scores = np.asarray(values, np.float64).ravel()
     kept = scores[~np.isnan(scores)]
-    n = len(kept)
-    value = float(kept.mean()) if n else float("nan")
-    if n < 2:
-        return Summary(value, float("nan"), float("nan"), n, len(scores) - n)
-    random = np.random.default_rng(seed)
-    step = max(1, 4_000_000 // n)  # bounds the memory of the resampled indices
-    means = [kept[random.integers(0, n, (min(step, resamples - start), n))].mean(1) for start in range(0, resamples, step)]
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Summary(value, float(low), float(high), n, len(scores) - n)
+    without = len(scores) - len(kept)
+    if not len(kept):
+        return Summary(float("nan"), float("nan"), float("nan"), 0, "none", without)
+    made = intervals.mean(kept)
+    return Summary(made.value, made.low, made.high, made.n, made.method, without)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune import decode, files
+from finetune import decode, files, machine
 from finetune.errors import UserError
 
 FORMAT = 1  # raise it when the pictures change
@@ -19,7 +19,6 @@ SIDES = {"small": 320, "large": 1600}  # pixels of the longer side
 LIMIT = 500_000_000  # bytes kept
 QUALITY = 82
 TINY = 96  # pixels: up to here JPEG would show, and PNG is as small
-AT_ONCE = os.cpu_count() or 2  # decoded side by side: each may take much memory
 
 
 class Thumbs:
@@ -30,7 +29,7 @@ class Thumbs:
         self.limit = limit
         self._bytes: int | None = None  # kept; None: not counted yet
         self._lock = threading.Lock()
-        self._places = threading.BoundedSemaphore(AT_ONCE)
+        self._places = threading.BoundedSemaphore(machine.cores())  # decoded side by side: each may take much memory
 
     def get(self, digest: str, size: str, read: Callable[[], bytes]) -> bytes:
         """The picture of the content with this SHA-256, in one of `SIDES`; `read` gives the content where it has to be made.

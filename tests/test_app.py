@@ -257,6 +257,12 @@ def test_large_pictures_become_small(tmp_path: Path) -> None:
         thumbs.get("cd" * 32, "small", lambda: b"hello")
 
 
+def test_thumbs_are_made_by_the_cores_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pictures are decoded at once as this process has cores, not as many as the machine has."""
+    monkeypatch.setattr("finetune.machine.cores", lambda: 3)
+    assert 3 == Thumbs(tmp_path)._places._initial_value
+
+
 def test_thumbs_are_bounded(tmp_path: Path) -> None:
     """Beyond the limit the longest unused go; a cache that cannot be written costs nothing but time."""
     size = len(png((0, 0, 0)))

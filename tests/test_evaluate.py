@@ -45,6 +45,8 @@ def test_folders_as_classes(tmp_path: Path) -> None:
     assert expected == {name: pytest.approx(judged.metrics[name].value) for name in expected}
     one = judged.metrics["recall@5"]
     assert 0 <= one.low <= one.value <= one.high <= 1
+    assert f"({one.low:.3f}–{one.high:.3f}, {one.method}, n = 13)" in judged.to_text()
+    assert "wilson" == judged.metrics["success@1"].method
     names = {f"{name}@{k}" for name in ("recall", "precision", "success") for k in (1, 5)}
     assert names | {"mAP", "MRR"} == set(judged.metrics)
 
