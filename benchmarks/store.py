@@ -19,7 +19,6 @@ import argparse
 import concurrent.futures
 import hashlib
 import json
-import os
 import shutil
 import statistics
 import sys
