@@ -60,6 +60,11 @@ deciding = options(
 )
 
 
+waiting = click.option(
+    "--wait", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="for another process on the same run [0]"
+)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="regraft", prog_name="finetune")
 def cli() -> None:
@@ -95,8 +100,11 @@ def _say(text: str) -> None:
 @deciding
 @click.option("--out", metavar="DIR", help="the run's folder; the same one again goes on where it stopped [runs/NAME-DIGEST]")
 @click.option("--force", is_flag=True, help="do a finished run again")
+@waiting
 @as_json
-def fit(data: str | None, source: str | None, assignments: tuple[str, ...], force: bool, json_: bool, **given: Any) -> None:
+def fit(
+    data: str | None, source: str | None, assignments: tuple[str, ...], force: bool, wait: float, json_: bool, **given: Any
+) -> None:  # fmt: skip
     """The main job: look, decide, SVM baseline, fine-tune if it pays, judge, report.
 
     DATA is a folder with a folder per class, a folder with train/ val/ test/ inside, a CSV table (path,label[,split][,group]),
@@ -108,7 +116,9 @@ def fit(data: str | None, source: str | None, assignments: tuple[str, ...], forc
     """
     from finetune import job
 
-    outcome = job.fit(data, source=source, assignments=assignments, force=force, say=_say, bar=console.progress, **_plain(given))
+    outcome = job.fit(
+        data, source=source, assignments=assignments, force=force, wait=wait, say=_say, bar=console.progress, **_plain(given)
+    )
     if json_:
         _print_json(
             {"run": str(outcome.path), "shipped": outcome.shipped, "metrics": outcome.metrics, "verdict": outcome.verdict}
@@ -148,6 +158,7 @@ def advise(data: str | None, source: str | None, assignments: tuple[str, ...], j
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="one value of the recipe, as in svm.folds=3")
 @click.option("--out", metavar="DIR", help="the run's folder [runs/NAME-DIGEST]")
 @click.option("--force", is_flag=True, help="do a finished run again")
+@waiting
 @as_json
 @click.pass_context
 def svm(context: click.Context, **given: Any) -> None:

@@ -65,7 +65,7 @@ def disk_errors(where: object) -> Iterator[None]:
             raise UserError(
                 f"cannot write here ({error.strerror})",
                 where=where,
-                fix="choose another folder with --out, or $REGRAFT_CACHE for the cache",
+                fix="mend its permissions, or choose another folder: --out or -o for results, $REGRAFT_CACHE for the cache",
             ) from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise UserError(

@@ -36,6 +36,7 @@ from finetune.classifier import AnyHead, Classifier, Head, Predictions
 from finetune.crossval import Kernel
 from finetune.errors import UserError
 from finetune.files import Digests
+from finetune.lock import Wait
 from finetune.look import Bar, Floats, Ints, Look, Say, clock, no_bar, quiet
 from finetune.metrics import Estimate, Paired
 from finetune.network import Tap
@@ -102,6 +103,7 @@ def fit(
     source: str | Path | None = None,
     assignments: tuple[str, ...] = (),
     force: bool = False,
+    wait: float = 0.0,
     say: Say = quiet,
     bar: Bar = no_bar,
     **options: Any,
@@ -110,12 +112,13 @@ def fit(
 
     `data` is a folder per class, a folder with train/ val/ test/, a CSV table or a named set; `source` a recipe's path
     or name; `options` are those of the command (`OPTIONS`). A finished run of the same recipe and data is returned as
-    it is unless `force`. Raises `UserError` for everything that the user can mend.
+    it is unless `force`; where another process is at work on it, `wait` says for how many seconds to wait. Raises
+    `UserError` for everything that the user can mend.
     """
     settings = build_recipe(data, source, assignments, **options)
     store = Store()
     try:
-        return _fit(settings, store, force, say, bar)
+        return _fit(settings, store, force, Wait(wait, say), say, bar)
     finally:
         store.close()
 
@@ -201,11 +204,11 @@ class Tuned:
     scores: Floats
 
 
-def _fit(settings: Recipe, store: Store, force: bool, say: Say, bar: Bar) -> Outcome:
+def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar: Bar) -> Outcome:
     began = time.monotonic()
     pictures, ids = look.scan(settings, store, say)
     digest = _job_digest(settings, pictures, ids)
-    folder = run.open_run(Path(settings.out) if settings.out else None, _name(settings), digest, force=force)
+    folder = run.open_run(Path(settings.out) if settings.out else None, _name(settings), digest, force=force, wait=wait)
     if folder.is_complete:
         say(f"finished   {folder.path} holds this run already; --force does it again")
         return outcome(folder.path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from finetune import files, lock
 from finetune.errors import UserError
+from finetune.lock import NO_WAIT, Wait
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
@@ -135,18 +137,21 @@ class RunDir:
         return self.path / name
 
 
-def open_run(out: Path | None, name: str, digest: str, *, root: Path = Path("runs"), force: bool = False) -> RunDir:
+def open_run(
+    out: Path | None, name: str, digest: str, *, root: Path = Path("runs"), force: bool = False, wait: Wait = NO_WAIT
+) -> RunDir:
     """Open the run directory `out`, or `root/<name>-<digest>`, for the work that `digest` (hex) names.
 
     A complete run of the same digest is given back as it is (`is_complete`, no lock); an unfinished one goes on. Raises
-    `UserError` where another process is at work there, and where the folder holds another run or anything else.
+    `UserError` where another process is at work there for longer than `wait`, and where the folder holds another run or
+    anything else.
     `force` removes the run that is there, finished or not, and begins anew.
     """
     path = out if out is not None else root / f"{_slug(name)}-{digest[:10]}"
     if not force and (path / MANIFEST).exists():
         return _finished(path, digest)
     _refuse_foreign(path)
-    held = lock.take(path / CHECKPOINTS / LOCK, path)
+    held = lock.take(path / CHECKPOINTS / LOCK, path, dataclasses.replace(wait, other="choose another folder with --out"))
     try:
         if not force and (path / MANIFEST).exists():  # finished by another process since the first look
             held.close()

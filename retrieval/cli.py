@@ -6,6 +6,7 @@ every `--help` answers at once.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from finetune import console
 
 if TYPE_CHECKING:
     from finetune.images import Fault
+    from finetune.lock import Wait
     from retrieval.changes import Change
     from retrieval.gallery import Answer
 
@@ -29,6 +31,16 @@ as_json = click.option("--json", "json_", is_flag=True, help="print one JSON val
 bad_images = click.option(
     "--on-bad-image", "on_bad", type=click.Choice(["stop", "skip"]), default="stop", help="what an unreadable image does [stop]"
 )
+waiting = click.option(
+    "--wait", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="for another process that changes it [0]",
+    callback=lambda _context, _option, seconds: _wait(seconds),
+)  # fmt: skip
+
+
+def _wait(seconds: float) -> Wait:
+    from finetune.lock import Wait
+
+    return Wait(seconds, functools.partial(click.echo, err=True))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -71,10 +83,11 @@ def cli() -> None:
 @click.option("--precision", type=click.Choice(["auto", "bf16", "float32"]), help="[auto: bf16 where the hardware has it]")
 @bad_images
 @click.option("--force", is_flag=True, help="replace the index that is there")
+@waiting
 @as_json
 def build(
     images: tuple[Path, ...], out: Path, whiten: int | None, factory: str, recall: float, memory_mb: float | None,
-    frame: str | None, on_bad: str, force: bool, json_: bool, **network: Any,
+    frame: str | None, on_bad: str, force: bool, wait: Wait, json_: bool, **network: Any,
 ) -> None:  # fmt: skip
     """Make an index of the images in folders, or of image files.
 
@@ -89,7 +102,7 @@ def build(
     encoder = _encoder(**network)
     change = upkeep.build(
         images, out, encoder, whiten=whiten, factory=factory, recall=recall, memory_mb=memory_mb, frame=frame or "auto",
-        on_bad=on_bad, force=force, bar=console.progress, say=lambda text: click.echo(text, err=True),
+        on_bad=on_bad, force=force, wait=wait, bar=console.progress, say=lambda text: click.echo(text, err=True),
     )  # fmt: skip
     _print_change(change, out, json_)
     if not json_:
@@ -201,8 +214,9 @@ def _answer_text(answer: Answer) -> str:
 @index_argument
 @click.argument("images", nargs=-1, required=True, type=a_path)
 @bad_images
+@waiting
 @as_json
-def add(index: Path, images: tuple[Path, ...], on_bad: str, json_: bool) -> None:
+def add(index: Path, images: tuple[Path, ...], on_bad: str, wait: Wait, json_: bool) -> None:
     """Add image files, or all images in folders; only contents that are new go through the network.
 
     \b
@@ -211,14 +225,15 @@ def add(index: Path, images: tuple[Path, ...], on_bad: str, json_: bool) -> None
     """
     from retrieval import upkeep
 
-    _print_change(upkeep.add(index, images, on_bad=on_bad, bar=console.progress), index, json_)
+    _print_change(upkeep.add(index, images, on_bad=on_bad, wait=wait, bar=console.progress), index, json_)
 
 
 @cli.command()
 @index_argument
 @click.argument("images", nargs=-1, required=True, type=a_path)
+@waiting
 @as_json
-def remove(index: Path, images: tuple[Path, ...], json_: bool) -> None:
+def remove(index: Path, images: tuple[Path, ...], wait: Wait, json_: bool) -> None:
     """Take images out of the index: paths as `query` shows them, files, or folders. The files themselves stay.
 
     A later `sync` brings back what still lies in the folders of the index.
@@ -229,7 +244,7 @@ def remove(index: Path, images: tuple[Path, ...], json_: bool) -> None:
     """
     from retrieval import upkeep
 
-    _print_change(upkeep.remove(index, images), index, json_)
+    _print_change(upkeep.remove(index, images, wait=wait), index, json_)
 
 
 @cli.command()
@@ -237,8 +252,9 @@ def remove(index: Path, images: tuple[Path, ...], json_: bool) -> None:
 @click.option("--root", type=a_path, metavar="DIR", help="the folder of the images, if it was moved")
 @click.option("--allow-empty", is_flag=True, help="no image is left: this is right")
 @bad_images
+@waiting
 @as_json
-def sync(index: Path, root: Path | None, allow_empty: bool, on_bad: str, json_: bool) -> None:
+def sync(index: Path, root: Path | None, allow_empty: bool, on_bad: str, wait: Wait, json_: bool) -> None:
     """Bring the index up to date with its folders: files that came, changed, moved and went.
 
     \b
@@ -247,7 +263,7 @@ def sync(index: Path, root: Path | None, allow_empty: bool, on_bad: str, json_: 
     """
     from retrieval import upkeep
 
-    change = upkeep.sync(index, root=root, on_bad=on_bad, allow_empty=allow_empty, bar=console.progress)
+    change = upkeep.sync(index, root=root, on_bad=on_bad, allow_empty=allow_empty, wait=wait, bar=console.progress)
     _print_change(change, index, json_)
 
 
@@ -350,8 +366,9 @@ def info(index: Path, check: bool, json_: bool) -> None:
 
 @cli.command()
 @index_argument
+@waiting
 @as_json
-def compact(index: Path, json_: bool) -> None:
+def compact(index: Path, wait: Wait, json_: bool) -> None:
     """Drop removed images for good, and merge what many small additions have left. It also happens by itself.
 
     \b
@@ -360,7 +377,7 @@ def compact(index: Path, json_: bool) -> None:
     """
     from retrieval import upkeep
 
-    _print_change(upkeep.compact(index, bar=console.progress), index, json_)
+    _print_change(upkeep.compact(index, wait=wait, bar=console.progress), index, json_)
 
 
 @cli.command()

@@ -22,6 +22,7 @@ from finetune import features, folders
 from finetune.errors import UserError
 from finetune.faults import some
 from finetune.images import Fault, list_faults
+from finetune.lock import NO_WAIT, Wait
 from finetune.names import shown
 from finetune.store import Store
 from retrieval import changes, encode, merge, segments, vectors
@@ -51,6 +52,7 @@ def build(
     frame: str | None = None,
     on_bad: str = "stop",
     force: bool = False,
+    wait: Wait = NO_WAIT,
     bar: Bar = no_bar,
     say: Callable[[str], None] = lambda text: None,
 ) -> Change:
@@ -59,12 +61,14 @@ def build(
     `frame` is `crop`, `squash` or `auto` (measured, with the reason for `say`); None looks as the encoder does.
     `whiten` is the number of dimensions that PCA-whitening keeps, `factory` a faiss factory string or `auto`, `recall` what
     an approximate index has to reach, `memory_mb` what its codes may take. A gallery that is there already is only replaced
-    with `force`, in one moment, and its contents keep their ids. Raises `UserError` for what a person can mend.
+    with `force`, in one moment, and its contents keep their ids. `wait` says how long to wait for another writer, here as
+    below. Raises `UserError` for what a person can mend.
     """
     check_build(given, folder, force)
     framing.check(encoder, frame)
     root, paths, _ = folders.gather(given)
-    with writing(folder, create=True, replace=force) as writer, contextlib.closing(Store()) as store:
+    wait = dataclasses.replace(wait, other="choose another folder with -o")
+    with writing(folder, create=True, replace=force, wait=wait) as writer, contextlib.closing(Store()) as store:
         if not writer.is_new and not force:
             raise UserError("an index is here already", where=folder, fix=HERE_ALREADY)
         found, bad = changes.scan(root, paths, folder)
@@ -105,9 +109,9 @@ def check_build(given: Sequence[str | Path], folder: Path, force: bool) -> None:
         raise UserError("an index is here already", where=folder, fix=HERE_ALREADY)
 
 
-def add(folder: Path, given: Sequence[str | Path], *, on_bad: str = "stop", bar: Bar = no_bar) -> Change:
+def add(folder: Path, given: Sequence[str | Path], *, on_bad: str = "stop", wait: Wait = NO_WAIT, bar: Bar = no_bar) -> Change:
     """Add files, and all images in folders, to a gallery; what it knows already costs nothing."""
-    with writing(folder) as writer:
+    with writing(folder, wait=wait) as writer:
         root = find_root(writer.meta, folder)
         own, inside, others = folders.gather(given)
         if not inside:
@@ -117,12 +121,12 @@ def add(folder: Path, given: Sequence[str | Path], *, on_bad: str = "stop", bar:
         return _update(writer, root, found, (), on_bad, bad, bar, _sources(given, root))
 
 
-def remove(folder: Path, given: Sequence[str | Path]) -> Change:
+def remove(folder: Path, given: Sequence[str | Path], *, wait: Wait = NO_WAIT) -> Change:
     """Take images out of a gallery: paths as answers show them, or files and folders. The files themselves stay.
 
     A `sync` brings back what still lies in the gallery's folders.
     """
-    with writing(folder) as writer:
+    with writing(folder, wait=wait) as writer:
         root = find_root(writer.meta, folder)
         gone: dict[str, None] = {}
         prefixes = []
@@ -139,13 +143,16 @@ def remove(folder: Path, given: Sequence[str | Path]) -> Change:
         return _tended(writer, changes.commit(writer, plan, None, None, {}, forget=prefixes))
 
 
-def sync(folder: Path, *, root: Path | None = None, on_bad: str = "stop", allow_empty: bool = False, bar: Bar = no_bar) -> Change:
+def sync(
+    folder: Path, *, root: Path | None = None, on_bad: str = "stop", allow_empty: bool = False, wait: Wait = NO_WAIT,
+    bar: Bar = no_bar,
+) -> Change:  # fmt: skip
     """Make a gallery equal to its folders: files that came, changed, moved and went.
 
     `root` says where the folder of the images is now. A folder that is not there, or that holds no image at all where the
     gallery has some, is a `UserError` (a disk that is not mounted looks the same), unless `allow_empty`.
     """
-    with writing(folder) as writer:
+    with writing(folder, wait=wait) as writer:
         root = root.absolute() if root is not None else find_root(writer.meta, folder)
         known = [path for (path,) in writer.db.execute("select path from path")]
         paths: dict[str, None] = {}
@@ -165,9 +172,9 @@ def sync(folder: Path, *, root: Path | None = None, on_bad: str = "stop", allow_
         return _update(writer, root, found, gone, on_bad, bad, bar, whole=True)
 
 
-def compact(folder: Path, *, bar: Bar = no_bar) -> Change:
+def compact(folder: Path, *, wait: Wait = NO_WAIT, bar: Bar = no_bar) -> Change:
     """Merge all segments into one without the removed images, and make the search index again where there is one."""
-    with writing(folder) as writer, bar("compact") as progress:
+    with writing(folder, wait=wait) as writer, bar("compact") as progress:
         progress(0, 1)
         merge.tend(writer, everything=True)
         return Change(0, 0, 0, 0, changes.count_paths(writer), 0, changes.alive(writer))

@@ -18,6 +18,7 @@ import numpy as np
 
 from finetune import files, lock
 from finetune.errors import UserError
+from finetune.lock import NO_WAIT, Wait
 from retrieval.segments import (
     DATABASE,
     FOLDERS,
@@ -142,18 +143,18 @@ class Writer:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, *, create: bool = False, replace: bool = False) -> Iterator[Writer]:
+def writing(folder: Path, *, create: bool = False, replace: bool = False, wait: Wait = NO_WAIT) -> Iterator[Writer]:
     """Become the one writer of the gallery in `folder`; with `create`, also where there is none yet.
 
-    Raises `UserError` where another process is writing (with its id), and where there is no gallery. A first build that
-    fails leaves nothing behind. With `replace`, a database that cannot be read is given up.
+    Raises `UserError` where another process is writing for longer than `wait` (with its id), and where there is no gallery.
+    A first build that fails leaves nothing behind. With `replace`, a database that cannot be read is given up.
     """
     if create:
         _refuse_foreign(folder)
     else:
         open_database(folder).close()
     existed = folder.exists()
-    held = lock.take(folder / LOCK, folder)
+    held = lock.take(folder / LOCK, folder, wait)
     writer = None
     try:
         if replace and _is_damaged(folder):

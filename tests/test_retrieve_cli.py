@@ -197,6 +197,29 @@ def test_what_a_user_can_mend(texts: Path, words: list[str], message: str) -> No
     assert ["photos", "photos.index"] == sorted(path.name for path in texts.parent.iterdir())
 
 
+CHANGES = (
+    ("build", "photos", "-o", "photos.index", "--force"), ("add", "photos.index", "photos"),
+    ("remove", "photos.index", "a/0001.png"), ("sync", "photos.index"), ("compact", "photos.index"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_a_change_waits_for_another(texts: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command that changes an index has --wait, says on stderr that it waits, and names no option that it lacks."""
+    from finetune import lock
+
+    monkeypatch.setattr("retrieval.cli._encoder", lambda **_: ENCODER)
+    held = lock.take(texts / "writer.lock", texts)
+    with pytest.raises(UserError, match="another process is at work here") as caught:
+        run(*words)
+    assert ("--wait SECONDS" in caught.value.fix, "--out" in caught.value.fix) == (True, False)
+    assert ("-o" in caught.value.fix.split()) == (words[0] == "build")
+    monkeypatch.setattr("finetune.lock.time.sleep", lambda _: held.close())
+    result = run(*words, "--wait", 60, "--json")
+    assert 1 == result.stderr.count("waiting")
+    assert "images" in json.loads(result.stdout)
+
+
 # --------------------------------------------------------------------------------------------------------------- sheet
 
 

@@ -255,10 +255,10 @@ def test_two_openers_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """A run that another process finishes between the first look and the lock is given back as finished."""
     take = lock.take
 
-    def late(file: Path, where: Path) -> Any:
+    def late(file: Path, where: Path, wait: lock.Wait) -> Any:
         monkeypatch.setattr(lock, "take", take)
         complete(where)
-        return take(file, where)
+        return take(file, where, wait)
 
     monkeypatch.setattr(lock, "take", late)
 
