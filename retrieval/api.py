@@ -26,9 +26,11 @@ from starlette.types import ASGIApp
 
 from finetune import decode
 from finetune.errors import UserError
+from finetune.names import shown
 from retrieval import batching, guard
 from retrieval.batching import BadPictures, Desk, NoImage
 from retrieval.gallery import Gallery
+from retrieval.hits import Hit
 from retrieval.thumbs import Thumbs
 
 UPLOAD = 25_000_000  # bytes of a request
@@ -98,6 +100,11 @@ class Result(ImageItem):
     """An image of an answer."""
 
     score: float = Field(description="cosine: 1 is the same direction")
+    same: bool = Field(description="it has the very bytes of the query, and comes first")
+    missing: bool = Field(description="there is no file at `path` any more")
+    changed: bool = Field(description="the file at `path` has another size or time than the index remembers")
+    missing_paths: list[str] = Field(description="of `path` and `also`")
+    changed_paths: list[str] = Field(description="of `path` and `also`")
 
 
 class Asked(BaseModel):
@@ -119,7 +126,7 @@ class Results(BaseModel):
 Id = Annotated[int, Path(ge=0, lt=2**63)]
 K = Annotated[int, Query(ge=1, le=MOST, description="results")]
 Threshold = Annotated[float | None, Query(ge=-1, le=1, description="the least score")]
-KeepSelf = Annotated[bool, Query(description="leave the query in its answer")]
+KeepSelf = Annotated[bool, Query(description="show the image's own path, too")]
 Expand = Annotated[int, Query(ge=0, le=100, description="search again with the mean of the query and its first results")]
 
 
@@ -205,7 +212,7 @@ def search_routes(desk: Desk) -> APIRouter:
         files: Annotated[list[UploadFile], Upload(description="one picture, or several that are one query: their mean")],
         k: Annotated[int, Form(ge=1, le=MOST, description="results")] = 10,
         threshold: Annotated[float | None, Form(ge=-1, le=1, description="the least score")] = None,
-        keep_self: Annotated[bool, Form(description="leave the query in its answer")] = False,
+        keep_self: Annotated[bool, Form(description="of no effect: what is sent has no path that could be left out")] = False,
         expand: Annotated[int, Form(ge=0, le=100, description="search again with the mean of so many results")] = 0,
     ) -> Results:
         """The images most like pictures that are sent."""
@@ -330,8 +337,20 @@ async def _ask(desk: Desk, query: batching.Query) -> Results:
         asked = [Asked(name=desk.gallery.paths(query.image)[0], id=query.image)]
     else:
         asked = [Asked(name=name, id=number) for (name, _), number in zip(query.pictures, found.known, strict=True)]
-    results = [Result(id=hit.id, path=hit.path, also=list(hit.also), score=hit.score) for hit in found.hits]
+    results = [_result(hit) for hit in found.hits]
     return Results(query=asked, results=results, images=found.images, seconds=time.perf_counter() - start)
+
+
+def _result(hit: Hit) -> Result:
+    return Result(
+        **_item(hit.id, (hit.path, *hit.also)).model_dump(),
+        score=hit.score,
+        same=hit.same,
+        missing=hit.path in hit.missing,
+        changed=hit.path in hit.changed,
+        missing_paths=[shown(path) for path in hit.missing],
+        changed_paths=[shown(path) for path in hit.changed],
+    )
 
 
 def spread_out(i: int, n: int) -> int:

@@ -21,7 +21,8 @@ import numpy as np
 from finetune.errors import UserError
 from finetune.images import Fault, ImageSet
 from retrieval.encode import unit
-from retrieval.gallery import Gallery, Hit
+from retrieval.gallery import Gallery, Own, both
+from retrieval.hits import Hit
 from retrieval.segments import Rows
 
 T = TypeVar("T")
@@ -32,7 +33,7 @@ BATCH = 32  # queries answered at once
 @dataclass(frozen=True)
 class Query:
     """What somebody looks for: images like `pictures` (name, bytes; their mean, where they are several), or like the image
-    of the gallery with the id `image`. The rest is as in `Gallery.search`; `keep_self` leaves the query in its answer."""
+    of the gallery with the id `image`, whose first path is left out unless `keep_self`. The rest is as in `Gallery.search`."""
 
     pictures: tuple[tuple[str, bytes], ...] = ()
     image: int | None = None
@@ -167,7 +168,7 @@ def answer(queries: list[Query], gallery: Gallery) -> list[Found | Exception]:
     at = {digest: i for i, digest in enumerate(fresh)}
     answers: list[Found | Exception | None] = [None] * len(queries)
     vectors: dict[int, Rows] = {}
-    own: dict[int, list[int]] = {}
+    own: dict[int, Own] = {}
     for i, (query, some) in enumerate(zip(queries, digests, strict=True)):
         if query.image is not None:
             position = gallery.position(query.image)
@@ -175,6 +176,8 @@ def answer(queries: list[Query], gallery: Gallery) -> list[Found | Exception]:
                 answers[i] = NoImage(f"the gallery has no image {query.image}")
                 continue
             stored = [position]
+            first = gallery.paths(query.image)[0]
+            own[i] = gallery.own(position, None if query.keep_self else gallery.root / first)
         else:
             bad = {
                 name: faults[at[digest]]
@@ -185,17 +188,18 @@ def answer(queries: list[Query], gallery: Gallery) -> list[Found | Exception]:
                 answers[i] = BadPictures(tuple(Fault(name, fault.kind, fault.detail) for name, fault in bad.items()))
                 continue
             stored = [known[digest] for digest in some if digest in known]
+            own[i] = both([gallery.own(position, None) for position in stored])
         rows = np.concatenate([gallery.now.vectors(np.array(stored, dtype=np.int64)), made[[at[d] for d in some if d in at]]])
         mean = unit(rows.mean(axis=0, keepdims=True)) if len(rows) > 1 else rows
         if not mean.any():
             answers[i] = BadPictures((Fault(query.pictures[0][0], "no features", "the pictures cancel each other out"),))
             continue
-        vectors[i], own[i] = mean[0], stored
+        vectors[i] = mean[0]
     for group in _alike(queries, list(vectors)):
         how = queries[group[0]]
-        left_out = [[] if how.keep_self else own[i] for i in group]
+        stacked = np.stack([vectors[i] for i in group])
         found = gallery.search(
-            np.stack([vectors[i] for i in group]), how.k, own=left_out, threshold=how.threshold, expand=how.expand
+            stacked, how.k, own=[own[i] for i in group], threshold=how.threshold, expand=how.expand
         )  # fmt: skip
         for i, hits in zip(group, found, strict=True):
             answers[i] = Found(hits, _ids(gallery, queries[i], digests[i], known), len(gallery), len(queries))
@@ -215,7 +219,7 @@ def _alike(queries: list[Query], at: list[int]) -> list[list[int]]:
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in at:
         query = queries[i]
-        groups.setdefault((query.k, query.threshold, query.expand, query.keep_self), []).append(i)
+        groups.setdefault((query.k, query.threshold, query.expand), []).append(i)
     return list(groups.values())
 
 

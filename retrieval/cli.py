@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from finetune.images import Fault
     from finetune.lock import Wait
     from retrieval.changes import Change
-    from retrieval.gallery import Answer
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -148,7 +147,7 @@ def _encoder(
 @click.option(
     "--expand", type=click.IntRange(min=0), default=0, metavar="N", help="search again with the mean of the first N results"
 )
-@click.option("--keep-self", is_flag=True, help="show the query itself where it is in the index")
+@click.option("--keep-self", is_flag=True, help="show the query's own path, too, where it is in the index")
 @click.option(
     "--collapse", type=click.FloatRange(0, 1, min_open=True), metavar="SCORE", help="show one of results that are this alike"
 )
@@ -160,12 +159,16 @@ def query(
 ) -> None:
     """The images most like each of IMAGES, best first; scores are cosines.
 
+    A file of the very same bytes comes first and is marked, whatever its name; the query's own path is left out. Marked, too,
+    are files that are missing, or changed since the index was made.
+
     \b
     Example:
       retrieve query photos.index cat.jpg -k 10
       retrieve query photos.index front.jpg back.jpg --average --html found.html
     """
     from finetune.images import load_unlabelled
+    from retrieval import hits
     from retrieval.gallery import Gallery
 
     with Gallery(index) as gallery:
@@ -175,6 +178,8 @@ def query(
         answers, faults = gallery.query(source, k, names=names, together=average, on_bad=on_bad, **how)
         root = gallery.root
     _say_faults(faults)
+    found = [hit for answer in answers for hit in answer.hits]
+    _warn(hits.advice((p for hit in found for p in hit.missing), (p for hit in found for p in hit.changed), index))
     if html is not None:
         from finetune import files
         from retrieval import sheet
@@ -186,7 +191,7 @@ def query(
     elif html is not None:
         click.echo(f"written to {html}")
     else:
-        click.echo("\n\n".join(_answer_text(answer) for answer in answers))
+        click.echo("\n\n".join(answer.to_text() for answer in answers))
 
 
 def _as_typed(given: Sequence[Path], found: Sequence[Path]) -> list[str]:
@@ -199,15 +204,6 @@ def _as_typed(given: Sequence[Path], found: Sequence[Path]) -> list[str]:
         parent = next((folder for folder in (file, *file.parents) if folder in typed), None)
         names.append(str(file) if parent is None else str(typed[parent] / file.relative_to(parent)))
     return names
-
-
-def _answer_text(answer: Answer) -> str:
-    lines = [answer.query]
-    for hit in answer.hits:
-        lines.append(f"  {hit.score:6.3f}  {hit.path}")
-        lines += [f"          = {path}" for path in hit.also]
-        lines += [f"          ≈ {path}" for path in hit.similar]
-    return "\n".join(lines if answer.hits else [*lines, "  nothing found"])
 
 
 @cli.command()
@@ -318,18 +314,22 @@ def duplicates(index: Path, threshold: float, json_: bool) -> None:
       retrieve duplicates photos.index --threshold 0.95
     """
     from retrieval import evaluate as home
+    from retrieval import hits
     from retrieval.gallery import Gallery
 
     with Gallery(index) as gallery:
         _warn(gallery.warnings())
         groups = home.duplicates(gallery, threshold)
+    missing, changed = ({path for group in groups for path in group.get(key, ())} for key in ("missing_paths", "changed_paths"))
+    _warn(hits.advice(missing, changed, index))
     if json_:
         _print_json(groups)
     elif not groups:
         click.echo(f"no two images are {threshold:g} alike")
     else:
+        words = dict.fromkeys(changed, f"  ({hits.CHANGED})") | dict.fromkeys(missing, f"  ({hits.MISSING})")
         for group in groups:
-            click.echo("\n".join([f"{group['score']:.3f}", *(f"  {path}" for path in group["paths"])]))
+            click.echo("\n".join([f"{group['score']:.3f}", *(f"  {path}{words.get(path, '')}" for path in group["paths"])]))
 
 
 @cli.command()

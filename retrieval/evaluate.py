@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from finetune import images
 from finetune.errors import UserError
 from finetune.images import ImageSet
-from retrieval import metrics
+from retrieval import hits, metrics
 from retrieval.frame import first_folder
 from retrieval.gallery import Gallery
 from retrieval.metrics import Summary
@@ -204,7 +204,7 @@ def _judge(gallery: Gallery, positions: Ints, queries: _Queries, ks: Sequence[in
     n, k = len(positions), max(ks)
     depth = n if n <= FULL else min(n, max(DEPTH, k))
     own = np.where(queries.own >= 0, np.searchsorted(positions, queries.own), -1)
-    hits = np.zeros((len(own), depth), np.bool_)
+    found = np.zeros((len(own), depth), np.bool_)
     totals = np.zeros(len(own), np.int64)
     best: list[Ints] = []
     step = max(1, SCORES // max(n, 1))
@@ -216,11 +216,11 @@ def _judge(gallery: Gallery, positions: Ints, queries: _Queries, ks: Sequence[in
                 row[own[i]], mask = -np.inf, mask.copy()
                 mask[own[i]] = False
             order = _first(row, depth)
-            hits[i], totals[i] = mask[order], mask.sum()
+            found[i], totals[i] = mask[order], mask.sum()
             best.append(positions[order[: min(k, n - (own[i] >= 0))]])
-    names = {f"{name}@{at}": measure(hits, totals, at) for name, measure in _MEASURES.items() for at in ks}
+    names = {f"{name}@{at}": measure(found, totals, at) for name, measure in _MEASURES.items() for at in ks}
     end = "" if depth == n else f"@{depth}"
-    names |= {f"mAP{end}": metrics.average_precision(hits, totals), f"MRR{end}": metrics.reciprocal_rank(hits, totals)}
+    names |= {f"mAP{end}": metrics.average_precision(found, totals), f"MRR{end}": metrics.reciprocal_rank(found, totals)}
     summaries = {name: metrics.summarise(values) for name, values in names.items()}
     recall = _search_recall(gallery, queries, best, k)
     kind = "exact" if gallery.index is None else gallery.index.spec.factory
@@ -252,13 +252,14 @@ def _search_recall(gallery: Gallery, queries: _Queries, best: Sequence[Ints], k:
 
 
 def duplicates(gallery: Gallery, threshold: float) -> list[dict[str, Any]]:
-    """Groups of images that are alike, the most alike first: `{"score": …, "paths": […]}`.
+    """Groups of images that are alike, the most alike first: `{"score": …, "paths": […]}`, with `missing_paths` and
+    `changed_paths` where files are not what the gallery remembers.
 
     Two images whose cosine is at least `threshold` are in one group, and so is what is alike to either; `score` is the
     lowest cosine of the pairs that hold a group together. Files of the same bytes are a group of score 1.
     """
     _, ids = gallery.now.everything()
-    paths = gallery.now.paths(ids.tolist())
+    files, root = gallery.now.files(ids.tolist()), gallery.root
     leader = list(range(len(ids)))
     score = [1.0] * len(ids)
 
@@ -272,8 +273,14 @@ def duplicates(gallery: Gallery, threshold: float) -> list[dict[str, Any]]:
         a, b = sorted((find(i), find(j)))
         if a != b:
             leader[b], score[a] = a, cosine
-    groups: dict[int, list[str]] = {}
+    groups: dict[int, dict[str, tuple[int, int]]] = {}
     for i, number in enumerate(ids.tolist()):
-        groups.setdefault(find(i), []).extend(paths[number])
-    found = [{"score": score[first], "paths": sorted(names)} for first, names in groups.items() if len(names) > 1]
+        groups.setdefault(find(i), {}).update(files[number])
+    found = [_group(score[first], known, root) for first, known in groups.items() if len(known) > 1]
     return sorted(found, key=lambda group: (-group["score"], group["paths"]))
+
+
+def _group(score: float, known: hits.Known, root: Path) -> dict[str, Any]:
+    missing, changed = hits.gone(root, known)
+    marks = {"missing_paths": sorted(missing), "changed_paths": sorted(changed)}
+    return {"score": score, "paths": sorted(known), **{name: paths for name, paths in marks.items() if paths}}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ from finetune.engine import Runner
 from finetune.errors import UserError
 from finetune.features import Progress
 from finetune.images import Fault, ImageSet
-from retrieval import encode, segments
+from retrieval import encode, hits, segments
 from retrieval.encode import Encoder, unit
+from retrieval.hits import Answer, Hit
 from retrieval.segments import Ints, Rows, Snapshot
 
 if TYPE_CHECKING:
@@ -33,32 +34,19 @@ SLACK = 8  # candidates beyond those needed: near-ties change places between flo
 BLOCK, LEAST_ROWS = 8_000_000, 1024  # scores computed at once in exact search, and the rows that these are at least
 
 
-@dataclass(frozen=True)
-class Hit:
-    """One image of an answer. `score` is the cosine; `also` are further paths of the same bytes, `similar` the paths of
-    near-duplicates that were collapsed into it."""
-
-    id: int
-    path: str
-    score: float
-    also: tuple[str, ...] = ()
-    similar: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        more = {name: list(paths) for name, paths in (("also", self.also), ("similar", self.similar)) if paths}
-        return {"path": self.path, "score": self.score, "id": self.id, **more}
+ROUNDING = 1e-6  # by which the cosine of a vector with itself may miss 1
+Ranked = tuple[Ints, NDArray[np.float64], list[list[int]]]  # positions, scores, the positions collapsed into each
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a query found, best first."""
+class Own:
+    """What a query is to the gallery: positions `out` of its answer, and positions of its very bytes with the paths to show."""
 
-    query: str
-    hits: tuple[Hit, ...]
-    parts: tuple[str, ...] = ()  # the query's images, where it has several
+    out: tuple[int, ...] = ()
+    same: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        return {"query": self.query, "hits": [hit.to_json() for hit in self.hits]}
+
+NOTHING = Own()
 
 
 class Gallery:
@@ -155,8 +143,9 @@ class Gallery:
     ) -> tuple[list[Answer], tuple[Fault, ...]]:
         """The k most similar images of every image of `source`, or of their mean with `together`.
 
-        A query that is in the gallery is known by its digest: its stored vector is used, and it is left out of its own
-        answer unless `keep_self`. `names` are shown instead of the paths; `how` is passed to `search`.
+        A query that is in the gallery is known by its digest: its stored vector is used. Its own path is left out of its
+        answer unless `keep_self`; other paths of the same bytes come first. `names` are shown instead of the paths; `how`
+        is passed to `search`.
         """
         images.check_on_bad(on_bad)
         names = list(names or source.paths)
@@ -166,15 +155,25 @@ class Gallery:
         if faults and on_bad == "stop":
             features.refuse(list(faults.values()), source.name)
         good = [i for i in range(len(source)) if i not in faults]
-        own = [[] if keep_self or digests[i] not in known else [known[digests[i]]] for i in good]
+        own = [self.own(known.get(digests[i]), None if keep_self or source.in_memory else _file(source, i)) for i in good]
         vectors, names = vectors[good], [names[i] for i in good]
         shown: list[tuple[str, ...]] = [(name,) for name in names]
         if together and good:
             vectors, shown = unit(vectors.mean(axis=0, keepdims=True)), [tuple(names)]
-            own = [[position for positions in own for position in positions]]
+            own = [both(own)]
         found = self.search(vectors, k, own=own, **how)
-        answers = [Answer(" + ".join(parts), hits, parts) for parts, hits in zip(shown, found, strict=True)]
+        answers = [Answer(" + ".join(parts), some, parts) for parts, some in zip(shown, found, strict=True)]
         return answers, tuple(faults.values())
+
+    def own(self, position: int | None, file: Path | None) -> Own:
+        """What a query is to the gallery that has its bytes at `position` (None: nowhere); `file` is left out, where given."""
+        if position is None:
+            return NOTHING
+        with self._lock:
+            (number,) = self.now.ids(np.array([position], dtype=np.int64))
+            paths = self.now.paths([number])[number]
+        shown = paths if file is None else hits.others(paths, self.root, file)
+        return Own(same={position: shown}) if shown else Own(out=(position,))
 
     def vectors(self, source: ImageSet, digests: Sequence[str]) -> Rows:
         """Vectors of images with these digests, `(n, width)`: the stored ones where the gallery has them."""
@@ -220,7 +219,7 @@ class Gallery:
         vectors: Rows,
         k: int = 10,
         *,
-        own: Sequence[Collection[int]] | None = None,
+        own: Sequence[Own] | None = None,
         threshold: float | None = None,
         collapse: float | None = None,
         expand: int = 0,
@@ -228,28 +227,31 @@ class Gallery:
     ) -> list[tuple[Hit, ...]]:
         """The k best images for each of `vectors` `(q, width)`.
 
-        `own[i]` are positions left out of answer i. Only scores of at least `threshold` count. With `collapse`, a hit whose
-        cosine to a better one is at least that is put under it. `expand` is average query expansion: search again with the
-        mean of the query and its first `expand` hits (Chum et al., ICCV 2007). `made_by` describes the vectors
-        (`encode.describe`); what was made otherwise is refused. Fewer than k come back only where the gallery has no more.
+        `own[i]` says what is left out of answer i, and what has the query's very bytes: that comes first. Only scores of at
+        least `threshold` count. With `collapse`, a hit whose cosine to a better one is at least that is put under it.
+        `expand` is average query expansion: search again with the mean of the query and its first `expand` hits (Chum et
+        al., ICCV 2007). `made_by` describes the vectors (`encode.describe`); what was made otherwise is refused. Fewer than
+        k come back only where the gallery has no more.
         """
         if made_by is not None:
             encode.check_manifest(self.manifest["vector"], made_by, self.folder)
         vectors = self._checked(vectors)
-        own = own if own is not None else [()] * len(vectors)
+        own = own if own is not None else [NOTHING] * len(vectors)
         with self._lock:
             if expand > 0:
-                first = self._ranked(vectors, expand, own, None, None)
+                others = [Own(out=(*one.out, *one.same)) for one in own]  # the query itself is in the mean already
+                first = self._ranked(vectors, expand, others, None, None)
                 near = [self.now.vectors(ranked[0]) for ranked in first]
                 vectors = unit(
                     np.stack([(v + rows.sum(axis=0)) / (1 + len(rows)) for v, rows in zip(vectors, near, strict=True)])
                 )
-            return [self._hits(*ranked) for ranked in self._ranked(vectors, k, own, threshold, collapse)]
+            found = self._ranked(vectors, k, own, threshold, collapse)
+            return [self._hits(ranked, one.same) for ranked, one in zip(found, own, strict=True)]
 
     def ranked(self, vectors: Rows, k: int, own: Sequence[Collection[int]]) -> list[Ints]:
         """Positions of the k best images for each of `vectors`, best first, as `search` finds them."""
         with self._lock:
-            return [ranked[0] for ranked in self._ranked(self._checked(vectors), k, own, None, None)]
+            return [ranked[0] for ranked in self._ranked(self._checked(vectors), k, [Own(tuple(o)) for o in own], None, None)]
 
     def _checked(self, vectors: Rows) -> Rows:
         found = np.ascontiguousarray(vectors, dtype=np.float32)
@@ -264,21 +266,17 @@ class Gallery:
             raise UserError(what, where=self.folder, fix="leave it out")
         return unit(found)
 
-    def _ranked(
-        self, vectors: Rows, k: int, own: Sequence[Collection[int]], threshold: float | None, collapse: float | None
-    ) -> list[tuple[Ints, NDArray[np.float64], list[list[int]]]]:
-        """(positions, scores, the positions collapsed into each) a query; asks for more candidates until k are left."""
-        result: dict[int, tuple[Ints, NDArray[np.float64], list[list[int]]]] = {}
+    def _ranked(self, vectors: Rows, k: int, own: Sequence[Own], threshold: float | None, collapse: float | None) -> list[Ranked]:
+        """What `search` shows of each query; asks for more candidates until k are left."""
+        result: dict[int, Ranked] = {}
         todo = list(range(len(vectors)))
-        m = k + max((len(o) for o in own), default=0) + SLACK + (k if collapse else 0)
+        m = k + max((len(one.out) for one in own), default=0) + SLACK + (k if collapse else 0)
         while todo:
             m = min(m, len(self.now))
             for i, candidates in zip(todo, self.nearest(vectors[todo], m), strict=True):
-                scores = self.exact_scores(vectors[i], candidates)
-                order = np.lexsort((candidates, -scores))
-                candidates, scores = candidates[order], scores[order]
+                candidates, scores = self._ordered(vectors[i], candidates, own[i])
                 ended = m >= len(self.now) or (threshold is not None and bool(len(scores)) and scores[-1] < threshold)
-                keep = ~np.isin(candidates, list(own[i]))
+                keep = ~np.isin(candidates, own[i].out)
                 if threshold is not None:
                     keep &= scores >= threshold
                 candidates, scores = candidates[keep], scores[keep]
@@ -290,6 +288,16 @@ class Gallery:
             todo = [i for i in todo if i not in result]
             m *= 4
         return [result[i] for i in range(len(vectors))]
+
+    def _ordered(self, vector: Rows, candidates: Ints, own: Own) -> tuple[Ints, NDArray[np.float64]]:
+        """Candidates and their scores, best first; before them what has the query's bytes, also where it was not proposed."""
+        same = np.array(list(own.same), dtype=np.int64)
+        candidates = np.union1d(candidates, same)
+        scores = self.exact_scores(vector, candidates)
+        is_same = np.isin(candidates, same)
+        scores[is_same & (scores > 1 - ROUNDING)] = 1.0
+        order = np.lexsort((candidates, -scores, ~is_same))
+        return candidates[order], scores[order]
 
     def nearest(self, vectors: Rows, m: int) -> list[Ints]:
         """At least the `m` best candidates for each of `vectors`, in no order: positions of images that count."""
@@ -338,16 +346,20 @@ class Gallery:
                 groups.append([j])
         return groups
 
-    def _hits(self, positions: Ints, scores: NDArray[np.float64], under: list[list[int]]) -> tuple[Hit, ...]:
+    def _hits(self, ranked: Ranked, same: Mapping[int, tuple[str, ...]]) -> tuple[Hit, ...]:
+        positions, scores, under = ranked
         every = np.concatenate([positions, np.array([p for group in under for p in group], dtype=np.int64)])
         ids = dict(zip(every.tolist(), self.now.ids(every), strict=True))
-        paths = self.now.paths(list(ids.values()))
-        hits = []
+        files, root = self.now.files(list(ids.values())), self.root
+        made = []
         for position, score, group in zip(positions.tolist(), scores.tolist(), under, strict=True):
-            own = paths[ids[position]]
-            similar = tuple(paths[ids[p]][0] for p in group)
-            hits.append(Hit(ids[position], own[0], float(score), own[1:], similar))
-        return tuple(sorted(hits, key=lambda hit: (-hit.score, hit.path)))
+            known = files[ids[position]]
+            paths = same.get(position) or tuple(sorted(known))
+            similar = {min(files[ids[p]]): files[ids[p]] for p in group}
+            looked = {path: known[path] for path in paths} | {path: stats[path] for path, stats in similar.items()}
+            missing, changed = map(tuple, hits.gone(root, looked))
+            made.append(Hit(ids[position], paths[0], float(score), paths[1:], tuple(similar), position in same, missing, changed))
+        return tuple(sorted(made, key=lambda hit: (not hit.same, -hit.score, hit.path)))
 
     # --------------------------------------------------------------------------------------------------------- about
 
@@ -406,6 +418,21 @@ def _read(folder: Path) -> tuple[Snapshot, Index | None]:
             with contextlib.closing(segments.read(folder)) as later:
                 if later.generation == now.generation:
                     raise
+
+
+def both(own: Sequence[Own]) -> Own:
+    """What several images that are one query are to the gallery: what is left out of one's answer is left out of theirs."""
+    out = {position for one in own for position in one.out}
+    same: dict[int, tuple[str, ...]] = {}
+    for one in own:
+        for position, paths in one.same.items():
+            same[position] = tuple(path for path in same.get(position, paths) if path in paths)
+    out |= {position for position, paths in same.items() if not paths}
+    return Own(tuple(out), {position: paths for position, paths in same.items() if position not in out})
+
+
+def _file(source: ImageSet, i: int) -> Path:
+    return source.root / source.paths[i]
 
 
 def find_root(meta: dict[str, Any], folder: Path) -> Path:

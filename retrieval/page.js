@@ -17,6 +17,7 @@ document.addEventListener("DOMContentLoaded", () => {
   const $ = (id) => document.getElementById(id);
   const number = (n) => n.toLocaleString("en");
   const plural = (n, word) => `${number(n)} ${word}${n === 1 ? "" : "s"}`;
+  const SAME = "the same file";
   const K = 24, PAGE = 36, PATIENCE = 150; // milliseconds before ghosts show that something goes on
 
   let about = { max_upload: 25e6, max_pictures: 16 };
@@ -84,9 +85,15 @@ document.addEventListener("DOMContentLoaded", () => {
     pick.dataset.i = i;
     pick.title = image.path;
     const score = image.score === undefined ? "" : `, score ${image.score.toFixed(3)}`;
-    pick.setAttribute("aria-label", `${image.path}${score}: search with it`);
+    const words = marks(image);
+    pick.setAttribute("aria-label", `${[image.path + score, ...words].join(", ")}: search with it`);
     const frame = make("span", "frame");
     frame.append(picture(`thumbs/${image.id}`));
+    if (words.length) {
+      const row = make("span", "marks");
+      row.append(...words.map((word) => make("i", word === SAME ? "mark" : "mark bad", word)));
+      frame.append(row);
+    }
     const caption = make("span", "caption");
     caption.append(make("b", "", name));
     if (score) {
@@ -106,6 +113,14 @@ document.addEventListener("DOMContentLoaded", () => {
     look.innerHTML = '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M14 4h6v6M20 4l-7 7M10 20H4v-6M4 20l7-7"/></svg>';
     item.append(pick, look);
     return item;
+  }
+
+  /** What to know of an image's file, or of one of its paths, in words. */
+  function marks(image, path = image.path) {
+    const words = image.same ? [SAME] : [];
+    if ((image.missing_paths || []).includes(path)) words.push("missing");
+    if ((image.changed_paths || []).includes(path)) words.push("changed since");
+    return words;
   }
 
   function picture(address, instead = "cannot be shown any more") {
@@ -271,7 +286,7 @@ document.addEventListener("DOMContentLoaded", () => {
       $("asked").textContent = name;
       $("note").textContent = folder;
     } else if (own.length) {
-      $("note").textContent = own.length === 1 ? "It is in the gallery itself, and left out here." : `${own.length} of them are in the gallery, and left out here.`;
+      $("note").textContent = own.length === 1 ? "It is in the gallery itself, and comes first." : `${own.length} of them are in the gallery, and come first.`;
     }
     fill(answer.results);
     shown.took = `among ${plural(answer.images, "image")}, in ${Math.max(1, Math.round(answer.seconds * 1000))} ms`;
@@ -404,7 +419,7 @@ document.addEventListener("DOMContentLoaded", () => {
     $("detail-file").hidden = false;
     facts(image, {});
     $("detail-also").hidden = !image.also.length;
-    $("detail-paths").replaceChildren(...image.also.map((path) => make("li", "", path)));
+    $("detail-paths").replaceChildren(...image.also.map((path) => make("li", "", noted(image, path))));
     const all = picks().map((pick) => Number(pick.dataset.i)), at = all.indexOf(i);
     $("previous").disabled = at <= 0;
     $("next").disabled = at >= all.length - 1;
@@ -420,6 +435,11 @@ document.addEventListener("DOMContentLoaded", () => {
     }
   }
 
+  function noted(image, path) {
+    const words = marks(image, path).filter((word) => word !== SAME);
+    return words.length ? `${path} (${words.join(", ")})` : path;
+  }
+
   function cannotShow(text) {
     $("detail-image").hidden = true;
     $("detail-file").hidden = true;
@@ -428,7 +448,7 @@ document.addEventListener("DOMContentLoaded", () => {
   }
 
   function facts(image, more) {
-    const rows = [["Path", image.path], ["Score", image.score === undefined ? null : image.score.toFixed(4)], ["Id", String(image.id)]];
+    const rows = [["Path", image.path], ["Note", marks(image).join(", ") || null], ["Score", image.score === undefined ? null : image.score.toFixed(4)], ["Id", String(image.id)]];
     if (more.width) rows.push(["Size", `${number(more.width)} × ${number(more.height)} pixels`]);
     if (more.bytes) rows.push(["File", `${more.format}, ${more.bytes < 1e6 ? `${number(Math.ceil(more.bytes / 1e3))} kB` : `${(more.bytes / 1e6).toFixed(1)} MB`}`]);
     $("detail-facts").replaceChildren(...rows.filter(([, text]) => text !== null).flatMap(([key, text]) => [make("dt", "", key), make("dd", "", text)]));

@@ -116,10 +116,15 @@ class Snapshot:
 
     def paths(self, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
         """The paths of images, sorted."""
-        found: dict[int, list[str]] = {number: [] for number in ids}
-        for number, path in self.select("select image, path from path where image in ({marks}) order by path", list(found)):
-            found[number].append(path)
-        return {number: tuple(sorted(paths)) for number, paths in found.items()}
+        return {number: tuple(sorted(files)) for number, files in self.files(ids).items()}
+
+    def files(self, ids: Sequence[int]) -> dict[int, dict[str, tuple[int, int]]]:
+        """The files of images: path → bytes and time of change, as they were when they were last looked at."""
+        found: dict[int, dict[str, tuple[int, int]]] = {number: {} for number in ids}
+        query = "select image, path, size, mtime from path where image in ({marks})"
+        for number, path, size, mtime in self.select(query, list(found)):
+            found[number][path] = (size, mtime)
+        return found
 
     def everything(self) -> tuple[Ints, Ints]:
         """(positions, ids) of all images that count, by position."""

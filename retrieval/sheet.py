@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from finetune import decode
-from retrieval.gallery import Answer
+from finetune.names import shown
+from retrieval.hits import Answer, Hit
 
 SIDE = 192  # pixels of a thumbnail's longer side
 QUALITY = 80
@@ -29,6 +30,7 @@ img { max-width: 100%; max-height: 9rem; border-radius: .25rem; }
 figcaption { font-size: .8rem; overflow-wrap: anywhere; }
 .score { font-variant-numeric: tabular-nums; font-weight: 600; }
 .more { opacity: .7; }
+.mark { display: inline-block; border: 1px solid; border-radius: 1rem; padding: 0 .5rem; margin: .15rem .25rem 0 0; }
 """
 
 
@@ -37,11 +39,12 @@ def page(answers: Sequence[Answer], root: Path, title: str) -> str:
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title>"]
     parts.append(f'<meta name=viewport content="width=device-width"><style>{STYLE}</style><h1>{escape(title)}</h1>')
     for answer in answers:
-        parts.append(f"<section><h2>{escape(answer.query)}</h2><div class=grid>")
+        parts.append(f"<section><h2>{escape(shown(answer.query))}</h2><div class=grid>")
         parts += [_figure(Path(name), name, "query", "") for name in answer.parts]
         for hit in answer.hits:
-            more = "".join(f"<div class=more>= {escape(path)}</div>" for path in hit.also)
-            more += "".join(f"<div class=more>≈ {escape(path)}</div>" for path in hit.similar)
+            more = _marks(hit, hit.path)
+            more += "".join(f"<div class=more>= {escape(shown(path))} {_marks(hit, path)}</div>" for path in hit.also)
+            more += "".join(f"<div class=more>≈ {escape(shown(path))} {_marks(hit, path)}</div>" for path in hit.similar)
             parts.append(_figure(root / hit.path, hit.path, "", f"<div class=score>{hit.score:.3f}</div>", more))
         parts.append("</div>")
         if not answer.hits:
@@ -50,14 +53,19 @@ def page(answers: Sequence[Answer], root: Path, title: str) -> str:
     return "\n".join([*parts, "</html>\n"])
 
 
+def _marks(hit: Hit, path: str) -> str:
+    return "".join(f"<span class=mark>{word}</span>" for word in hit.marks(path))
+
+
 def _figure(file: Path, name: str, kind: str, score: str, more: str = "") -> str:
     try:
-        picture = f'<img alt="{escape(name)}" src="data:image/jpeg;base64,{thumbnail(file.read_bytes())}">'
+        picture = f'<img alt="{escape(shown(name))}" src="data:image/jpeg;base64,{thumbnail(file.read_bytes())}">'
     except (OSError, decode.DecodeError) as error:
-        picture = f"<span>cannot be shown: {escape(str(error))}</span>"
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        picture = f"<span>cannot be shown: {escape(str(reason))}</span>"
     return (
         f'<figure class="{kind}"><div class=picture>{picture}</div>'
-        f"<figcaption>{score}<div>{escape(name)}</div>{more}</figcaption></figure>"
+        f"<figcaption>{score}<div>{escape(shown(name))}</div>{more}</figcaption></figure>"
     )
 
 

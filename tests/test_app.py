@@ -33,15 +33,15 @@ def test_info(site: Site) -> None:
 
 
 def test_an_upload_of_a_known_picture(site: Site) -> None:
-    """It is known by its bytes, left out of its own answer, and first with keep_self."""
-    data = (site.photos / "0005.png").read_bytes()
-    found = site.search(("x.png", data), k=3).json()
-    assert [{"name": "x.png", "id": site.id_of("0005.png")}] == found["query"]
-    assert 3 == len(found["results"])
-    assert "0005.png" not in [hit["path"] for hit in found["results"]]
-    kept = site.search(("x.png", data), k=3, keep_self="true").json()
-    assert ("0005.png", pytest.approx(1.0)) == (kept["results"][0]["path"], kept["results"][0]["score"])
-    assert 12 == kept["images"]
+    """It is known by its bytes: the files that have them come first, and are marked."""
+    data = (site.photos / "0000.png").read_bytes()
+    for how in ({}, {"threshold": 0.99}, {"keep_self": "true"}):
+        found = site.search(("x.png", data), k=3, **how).json()
+        assert [{"name": "x.png", "id": site.id_of("0000.png")}] == found["query"]
+        best = found["results"][0]
+        assert ("0000.png", ["more/copy.png"], True, 1.0) == (best["path"], best["also"], best["same"], best["score"])
+        assert not any(one["same"] for one in found["results"][1:])
+    assert 12 == found["images"]
 
 
 def test_an_upload_answers_as_the_library_does(site: Site, tmp_path: Path) -> None:
@@ -59,17 +59,16 @@ def test_an_upload_answers_as_the_library_does(site: Site, tmp_path: Path) -> No
 
 
 def test_several_pictures_are_one_query(site: Site) -> None:
-    """They are averaged, as the library does it; none of them is in the answer unless it is asked for."""
+    """They are averaged, as the library does it; their copies in the gallery come first."""
     from finetune import images
 
     chosen = [site.photos / name for name in ("0005.png", "0006.png")]
-    for keep in (True, False):
-        (expected,), _ = site.gallery.query(images.load_unlabelled(chosen), 12, together=True, keep_self=keep)
-        found = site.search(*((path.name, path.read_bytes()) for path in chosen), k=12, keep_self=keep).json()
-        assert (2, 12 if keep else 10) == (len(found["query"]), len(found["results"]))
-        assert [(hit.id, pytest.approx(hit.score)) for hit in expected.hits] == [
-            (hit["id"], hit["score"]) for hit in found["results"]
-        ]
+    (expected,), _ = site.gallery.query(images.load_unlabelled(chosen), 12, together=True, keep_self=True)
+    found = site.search(*((path.name, path.read_bytes()) for path in chosen), k=12).json()
+    assert (2, 12, [True, True, False]) == (len(found["query"]), len(found["results"]), [r["same"] for r in found["results"][:3]])
+    assert [(hit.id, pytest.approx(hit.score)) for hit in expected.hits] == [
+        (hit["id"], hit["score"]) for hit in found["results"]
+    ]
 
 
 def test_similar_to_an_image(site: Site) -> None:
@@ -82,6 +81,23 @@ def test_similar_to_an_image(site: Site) -> None:
     least = found["results"][2]["score"]
     assert 3 == len(site.get(f"/api/images/{number}/similar?k=50&threshold={least}").json()["results"])
     assert before == len(site.asked.contents)
+    double = site.id_of("0000.png")
+    first = site.get(f"/api/images/{double}/similar?k=5").json()["results"][0]
+    assert (double, "more/copy.png", [], True) == (first["id"], first["path"], first["also"], first["same"])
+
+
+def test_files_that_went_are_marked(site: Site) -> None:
+    """A result says where its file is missing or was changed since, and for which of its paths."""
+    (site.photos / "0005.png").unlink()
+    (site.photos / "0000.png").unlink()
+    with (site.photos / "0006.png").open("ab") as file:
+        file.write(b"more")
+    found = {one["path"]: one for one in site.search(("x.png", png((1, 2, 3))), k=12).json()["results"]}
+    marks = {path: (one["missing"], one["changed"], one["missing_paths"], one["changed_paths"]) for path, one in found.items()}
+    assert (True, False, ["0005.png"], []) == marks["0005.png"]
+    assert (True, ["more/copy.png"], ["0000.png"]) == (marks["0000.png"][0], found["0000.png"]["also"], marks["0000.png"][2])
+    assert (False, True, [], ["0006.png"]) == marks["0006.png"]
+    assert (False, False, [], []) == marks["0007.png"]
 
 
 def test_browsing(site: Site) -> None:

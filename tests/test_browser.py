@@ -109,6 +109,10 @@ def text(browser: Browser, name: str) -> str:
     return js(browser, "document.getElementById(arguments[0]).textContent", name)
 
 
+def marks(browser: Browser) -> list[str]:
+    return js(browser, "[...document.querySelectorAll('.mark')].map(one => one.textContent)")
+
+
 def upload(browser: Browser, *files: Path) -> None:
     by_id(browser, "file").send_keys("\n".join(map(str, files)))
 
@@ -141,7 +145,7 @@ def test_upload_and_click_on(page: Browser, photos: Path) -> None:
     upload(page, photos / "photos" / "0010.png")
     searched(page)
     assert 24 == len(tiles(page))
-    assert "0010.png" not in titles(page)
+    assert ("0010.png", ["the same file"]) == (titles(page)[0], marks(page))
     assert "0010.png" == text(page, "asked")
     assert "in the gallery itself" in text(page, "note")
     assert js(page, "document.querySelector('#pictures img').naturalWidth") == 40
@@ -189,9 +193,10 @@ def test_several_pictures(page: Browser, photos: Path) -> None:
     assert 2 == js(page, "document.querySelectorAll('#pictures img').length")
 
 
-def test_controls(page: Browser, photos: Path) -> None:
+def test_controls(page: Browser, tmp_path: Path) -> None:
     """k asks anew; the threshold leaves out, down to nothing, which is said with the best score."""
-    upload(page, photos / "photos" / "0010.png")
+    (tmp_path / "new.png").write_bytes(webs.png((7, 7, 7)))
+    upload(page, tmp_path / "new.png")
     searched(page)
     js(page, "(k => { k.value = '48'; k.dispatchEvent(new Event('change')) })(document.querySelector('#k'))")
     until(page, lambda: len(tiles(page)) == 48)
@@ -300,6 +305,29 @@ def test_a_picture_that_went(page: Browser, photos: Path) -> None:
         until(page, lambda: "0020.png is not there any more" in text(page, "detail-problem"))
     finally:
         gone.write_bytes(data)
+
+
+def test_marks_of_results(page: Browser, photos: Path) -> None:
+    """Results are marked where their file went or changed, for the eye and for a screen reader, and so are further paths."""
+    gone, copy = photos / "photos" / "0020.png", photos / "photos" / "more" / "copy.png"
+    data, before = gone.read_bytes(), copy.read_bytes()
+    gone.unlink()
+    copy.write_bytes(b"something else")
+    try:
+        upload(page, photos / "photos" / "0000.png")
+        searched(page)
+        js(page, "(k => { k.value = '96'; k.dispatchEvent(new Event('change')) })(document.querySelector('#k'))")
+        until(page, lambda: len(tiles(page)) == 60)
+        assert ["the same file", "missing"] == marks(page)
+        label = js(page, "arguments[0].getAttribute('aria-label')", tiles(page)[titles(page).index("0020.png")])
+        assert ", missing: search with it" in label
+        js(page, "document.querySelector('.look').click()")
+        until(page, lambda: "Note" in text(page, "detail-facts"))
+        assert "the same file" in text(page, "detail-facts")
+        assert "more/copy.png (changed since)" == text(page, "detail-paths")
+    finally:
+        gone.write_bytes(data)
+        copy.write_bytes(before)
 
 
 def test_names_are_text(page: Browser) -> None:

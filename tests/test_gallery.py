@@ -14,7 +14,8 @@ from finetune.errors import UserError
 from finetune.images import ImageSet, load_unlabelled
 from retrieval import encode, upkeep
 from retrieval import gallery as home
-from retrieval.gallery import Answer, Gallery
+from retrieval.gallery import Gallery
+from retrieval.hits import Answer
 
 
 @pytest.fixture(autouse=True)
@@ -90,13 +91,13 @@ def test_removed_images_are_never_shown(index: Path, photos: Path) -> None:
     upkeep.remove(index, ["near/1.png"])
     with Gallery(index) as gallery:
         assert gallery.now.dead.any()
-        (answer,) = ask(gallery, photos / "0000.png", k=41)
+        (answer,) = ask(gallery, photos / "0001.png", k=41)
     assert (40, False) == (len(answer.hits), "near/1.png" in paths(answer))
 
 
 def test_more_than_there_are(opened: Gallery, photos: Path) -> None:
     """A k beyond the gallery gives all of it, and no empty places."""
-    (answer,) = ask(opened, photos / "0000.png", k=1000)
+    (answer,) = ask(opened, photos / "0001.png", k=1000)
     assert len(opened) - 1 == len(answer.hits)
     assert all(-1 <= hit.score <= 1 for hit in answer.hits)
 
@@ -119,14 +120,43 @@ def test_blocks_do_not_show(opened: Gallery, photos: Path, monkeypatch: pytest.M
 # ---------------------------------------------------------------------------------------------------------- the query
 
 
-def test_the_query_is_known_by_its_digest(asked: Asked, opened: Gallery, photos: Path, tmp_path: Path) -> None:
-    """A copy of a gallery image under another name is left out of its own answer, unless it is wanted; no network is asked."""
+def test_a_copy_of_the_query_comes_first_and_is_marked(asked: Asked, opened: Gallery, photos: Path, tmp_path: Path) -> None:
+    """The same bytes under another name are the first hit, with all paths, also above a threshold; no network is asked."""
     query = write(tmp_path, {"renamed.png": "word 0"}) / "renamed.png"
     asked.contents.clear()
-    assert ["near/1.png", "near/2.png"] == sorted(paths(ask(opened, query, k=2)[0]))
-    (kept,) = ask(opened, query, k=3, keep_self=True)
-    assert (["0000.png"], 1.0) == (paths(kept)[:1], pytest.approx(kept.hits[0].score))
+    for how in ({"k": 1}, {"k": 3, "threshold": 1.0}, {"k": 3, "keep_self": True}):
+        (answer,) = ask(opened, query, **how)
+        best = answer.hits[0]
+        assert ("0000.png", ("copy.png",), True, 1.0) == (best.path, best.also, best.same, best.score)
+        assert {"same": True}.items() <= best.to_json().items()
+        assert not any(hit.same for hit in answer.hits[1:])
+    assert "0000.png  (the same file)\n          = copy.png  (the same file)" in answer.to_text()
     assert [] == asked.contents
+
+
+def test_only_the_very_path_is_left_out(opened: Gallery, photos: Path, tmp_path: Path) -> None:
+    """A query that is in the gallery leaves out its own path alone, on whatever way it is reached; its copy comes first."""
+    (tmp_path / "linked").symlink_to(photos)
+    for query in (photos / "0000.png", tmp_path / "linked" / "0000.png", photos / "near" / ".." / "0000.png"):
+        (answer,) = ask(opened, query, k=3)
+        assert ["copy.png", "near/1.png", "near/2.png"] == [answer.hits[0].path, *sorted(paths(answer)[1:])]
+        assert ((), True, "0000.png" in answer.to_text().partition("\n")[2]) == (answer.hits[0].also, answer.hits[0].same, False)
+    (own,) = ask(opened, photos / "0000.png", k=1, keep_self=True)
+    assert ("0000.png", ("copy.png",), True) == (own.hits[0].path, own.hits[0].also, own.hits[0].same)
+    (alone,) = ask(opened, photos / "0001.png", k=50)
+    assert (41, False) == (len(alone.hits), any(hit.same for hit in alone.hits))
+
+
+def test_a_copy_comes_first_whatever_the_search_proposes(
+    opened: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An approximate search that misses the copy, a tie with it and an expansion do not keep it from the first place."""
+    query = write(tmp_path, {"renamed.png": "word 0"}) / "renamed.png"
+    assert opened.query(load_unlabelled(query), 2, expand=2)[0][0].hits[0].same
+    nearest = opened.nearest
+    monkeypatch.setattr(opened, "nearest", lambda vectors, m: [row[row != 0] for row in nearest(vectors, m)])
+    (answer,) = ask(opened, query, k=2, collapse=0.9)
+    assert ("0000.png", {"near/1.png", "near/2.png"}) == (answer.hits[0].path, set(answer.hits[0].similar))
 
 
 def test_a_tie_with_the_query_is_not_the_query(index: Path, photos: Path) -> None:
@@ -146,6 +176,18 @@ def test_several_images_are_one_query(opened: Gallery, photos: Path) -> None:
     (expected,) = opened.search(mean[None], 5)
     assert [hit.path for hit in expected if hit.path not in ("0001.png", "0002.png")] == paths(answer)
     assert ("x + y", ("x", "y")) == (answer.query, answer.parts)
+
+
+def test_copies_of_several_images(opened: Gallery, photos: Path, tmp_path: Path) -> None:
+    """With `together`, a path of any of the query's files is left out, and copies of them come first."""
+    copy = write(tmp_path, {"renamed.png": "word 1"}) / "renamed.png"
+    (answer,) = ask(opened, photos / "0000.png", copy, k=3, together=True)
+    assert [{"copy.png", "0001.png"}, True, False] == [set(paths(answer)[:2]), answer.hits[1].same, answer.hits[2].same]
+    assert answer.hits[0].score < 1
+    (both,) = ask(opened, photos / "0000.png", photos / "copy.png", k=3, together=True)
+    assert not {"0000.png", "copy.png"} & set(paths(both))
+    (one,) = ask(opened, photos / "0001.png", copy, k=3, together=True)
+    assert not any(hit.same for hit in one.hits)
 
 
 def test_unreadable_queries(opened: Gallery, tmp_path: Path) -> None:
@@ -169,7 +211,7 @@ def test_bytes_in_memory(opened: Gallery) -> None:
 def test_threshold(opened: Gallery, photos: Path) -> None:
     """Only scores of at least the threshold are shown, and all of them up to k."""
     (answer,) = ask(opened, photos / "0000.png", threshold=0.9)
-    assert ["near/1.png", "near/2.png"] == sorted(paths(answer))
+    assert ["copy.png", "near/1.png", "near/2.png"] == sorted(paths(answer))
     assert () == ask(opened, photos / "0005.png", threshold=0.99)[0].hits
 
 
@@ -198,11 +240,11 @@ def test_query_expansion(opened: Gallery, photos: Path) -> None:
     near = [vector_of("near:word 0:1"), vector_of("near:word 0:2")]
     mean = vector_of("word 0") + near[0] + near[1]
     (expected,) = opened.search(mean[None], 6)
-    (answer,) = ask(opened, photos / "0000.png", k=5, expand=2)
+    (answer,) = ask(opened, photos / "0000.png", k=6, expand=2)
     others = [hit for hit in expected if hit.path != "0000.png"]
-    assert [hit.path for hit in others] == paths(answer)
-    np.testing.assert_allclose([hit.score for hit in others], [hit.score for hit in answer.hits], atol=1e-6)
-    assert ask(opened, photos / "0000.png", k=5)[0].hits[0].score < answer.hits[0].score
+    assert ["copy.png", *(hit.path for hit in others)] == paths(answer)
+    np.testing.assert_allclose([hit.score for hit in others], [hit.score for hit in answer.hits[1:]], atol=1e-6)
+    assert ask(opened, photos / "0000.png", k=6)[0].hits[1].score < answer.hits[1].score
 
 
 # ---------------------------------------------------------------------------------------------- the truth of the match

@@ -20,7 +20,7 @@ from PIL import Image
 from finetune.errors import UserError
 from retrieval import sheet, upkeep
 from retrieval.cli import cli
-from retrieval.gallery import Answer, Hit
+from retrieval.hits import Answer, Hit
 
 HEAVY = ("numpy", "torch", "faiss", "sklearn", "openvino", "PIL", "timm", "rich", "scipy", "pandas", "matplotlib")
 
@@ -218,6 +218,40 @@ def test_a_change_waits_for_another(texts: Path, words: tuple[str, ...], monkeyp
     result = run(*words, "--wait", 60, "--json")
     assert 1 == result.stderr.count("waiting")
     assert "images" in json.loads(result.stdout)
+
+
+def test_files_that_went_are_marked(texts: Path) -> None:
+    """A word behind the path, a field in JSON, a mark in the page, and one line on stderr that says what helps."""
+    import os
+
+    (texts.parent / "photos" / "a" / "0003.png").unlink()
+    os.truncate(texts.parent / "photos" / "b" / "copy.png", 1)
+    near = write(texts.parent, {"near.png": "near:word 0:q"}) / "near.png"
+    result = run("query", texts, near, "-k", 12, "--html", "found.html", "--json")
+    assert "warning: of the files shown, 1 missing and 1 changed since: `retrieve sync " in result.stderr
+    assert 1 == result.stderr.count("\n")
+    hits = {hit["path"]: hit for hit in json.loads(result.stdout)[0]["hits"]}
+    assert [True] == [hit["missing"] for hit in hits.values() if "missing" in hit]
+    assert (["a/0003.png"], ["b/copy.png"]) == (hits["a/0003.png"]["missing_paths"], hits["a/0000.png"]["changed_paths"])
+    text = run("query", texts, near, "-k", 12).stdout
+    assert "a/0003.png  (missing)\n" in text
+    assert "= b/copy.png  (changed since)\n" in text
+    page = (texts.parent / "found.html").read_text()
+    assert (1, 1) == (page.count(">missing<"), page.count(">changed since<"))
+    again = run("duplicates", texts)
+    assert "b/copy.png  (changed since)" in again.stdout
+    assert "1 changed since" in again.stderr
+    run("sync", texts)
+    assert "" == run("query", texts, near, "-k", 12).stderr
+
+
+def test_a_copy_is_marked_everywhere(texts: Path) -> None:
+    """A copy of an image is found above any threshold: marked in the text, in JSON, and in the page."""
+    write(texts.parent, {"mine.png": "word 5"})
+    assert "  1.000  a/0005.png  (the same file)" in run("query", texts, "mine.png", "--threshold", 0.95).output
+    found = json.loads(run("query", texts, "mine.png", "--threshold", 1, "--html", "found.html", "--json").stdout)
+    assert [{"path": "a/0005.png", "score": 1.0, "id": 6, "same": True}] == found[0]["hits"]
+    assert ">the same file<" in (texts.parent / "found.html").read_text()
 
 
 # --------------------------------------------------------------------------------------------------------------- sheet
