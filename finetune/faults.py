@@ -28,7 +28,7 @@ class Report:
 
     `classes` counts images a class, `parts` the same a split; `duplicates` are groups of paths with the same bytes,
     `across_splits` those of them in more than one split; `imbalance` is the largest class over the smallest that has
-    images; `few` are the classes with less than `FEW` training images.
+    images; `few` are the classes with less than `FEW` training images. `notes` are lines about the set as a whole.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Report:
     across_splits: tuple[tuple[str, ...], ...]
     imbalance: float
     few: dict[str, int]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -57,6 +58,7 @@ class Report:
             yield f"largest class over smallest: {self.imbalance:.1f}"
         if self.few:
             yield f"classes with less than {FEW} training images: " + ", ".join(f"{name} ({n})" for name, n in self.few.items())
+        yield from (f"note: {note}" for note in self.notes)
         yield from _titled("faults", [f"{fault.path}: {fault.kind} ({fault.detail})" for fault in self.faults])
         yield from _titled("duplicates across splits", [" = ".join(group) for group in self.across_splits])
         yield from _titled("duplicates", [" = ".join(group) for group in self.duplicates if group not in self.across_splits])

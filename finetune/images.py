@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from finetune import decode, folders, machine, named, splits, table
+from finetune.columns import Layout
 from finetune.errors import UserError
 from finetune.faults import FEW, Fault, Report, some
 from finetune.faults import check_on_bad as check_on_bad
@@ -31,6 +32,7 @@ T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
 BATCH = 64  # files a thread takes at once
+AS_NAMED = Layout()  # columns are found by their names
 CHECK_SIDE = 256  # `check` decodes large JPEGs at a reduced scale that keeps this short side; all their bytes are read
 WHAT_IS_READ = "give a folder with a folder per class (or train/, val/, test/ of them), a CSV with path,label, or a named set"
 
@@ -41,7 +43,7 @@ class ImageSet:
 
     `paths` are POSIX, unique, and relative to `root`; `name` is what the user typed. `groups` name what belongs together
     (the empty text: nothing), `split` holds `train`, `val` or `test`, both None where not known. `ignored` are files in
-    class folders that no image extension announces. `source` makes the bytes of a named set.
+    class folders that no image extension announces; `notes` are lines to be told. `source` makes the bytes of a named set.
     """
 
     name: str
@@ -52,6 +54,7 @@ class ImageSet:
     groups: tuple[str, ...] | None = None
     split: NDArray[np.str_] | None = None
     ignored: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     source: Callable[[str], bytes] | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -93,17 +96,23 @@ class ImageSet:
 # ------------------------------------------------------------------------------------------------------------ loading
 
 
-def load(data: str | Path, *, test: str | Path | None = None, shots: int | None = None, seed: int = 0) -> ImageSet:
+def load(
+    data: str | Path, *, test: str | Path | None = None, shots: int | None = None, seed: int = 0, layout: Layout = AS_NAMED
+) -> ImageSet:
     """Find the images of `data`; nothing is decoded.
 
     `data` is a folder with a folder per class, a folder with train/ val/ test/ of them, a CSV, or a named set. The
     classes are those of the training part; another class in val or test is a `UserError`. `test` names more images in
     one of the same forms, all of which become the test part. With `shots` the splits are made at once, and that many
-    training images a class are kept.
+    training images a class are kept. `layout` says which columns of a CSV are what.
     """
-    found = _open(str(data))
+    found = _open(str(data), layout)
     if test is not None:
-        found = _with_test(found, _open(str(test)))
+        found = _with_test(found, _open(str(test), layout))
+    if layout.given and not any(_is_table(Path(text).expanduser()) for text in (data, test) if text is not None):
+        found = dataclasses.replace(
+            found, notes=(*found.notes, f"{', '.join(layout.given)} is for CSV tables, and not used here")
+        )
     if shots is None:
         return found
     if found.split is None or "test" not in found.split:
@@ -124,17 +133,21 @@ def load_unlabelled(folder_or_paths: str | Path | Sequence[str | Path]) -> Image
     return ImageSet(name, root, paths, np.full(len(paths), -1, dtype=np.int64), (), ignored=ignored)
 
 
-def _open(text: str) -> ImageSet:
+def _open(text: str, layout: Layout) -> ImageSet:
     path = Path(text).expanduser()
     if re.match(r"[a-z]{2,}:", text) and not path.exists():
         found = named.load(text)
         return ImageSet(text, Path(text), found.paths, found.labels, found.classes, split=found.split, source=found.source)
     if path.is_dir():
         return _from_folder(text, path)
-    if path.suffix.lower() in (".csv", ".tsv") and path.is_file():
-        return _from_table(text, path)
+    if _is_table(path):
+        return _from_table(text, path, layout)
     what = "neither a folder nor a CSV" if path.exists() else "no such file or folder"
     raise UserError(what, where=text or "DATA", fix=WHAT_IS_READ)
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in (".csv", ".tsv") and path.is_file()
 
 
 def _from_folder(name: str, root: Path) -> ImageSet:
@@ -144,18 +157,20 @@ def _from_folder(name: str, root: Path) -> ImageSet:
     return ImageSet(name, root, found.paths, labels, classes, split=split, ignored=found.ignored)
 
 
-def _from_table(name: str, path: Path) -> ImageSet:
-    rows = table.read(path)
+def _from_table(name: str, path: Path, layout: Layout) -> ImageSet:
+    found = table.read(path, layout)
+    rows = found.rows
     split = [row.split for row in rows] if rows[0].split else None
     labels, classes = splits.class_numbers(name, [row.label for row in rows], split, ())
     return ImageSet(
         name,
-        path.parent,
+        found.root,
         tuple(row.path for row in rows),
         labels,
         classes,
         groups=tuple(row.group for row in rows) if any(row.group for row in rows) else None,
         split=None if split is None else np.array(split, dtype="<U5"),
+        notes=found.notes,
     )
 
 
@@ -187,6 +202,7 @@ def _with_test(images: ImageSet, test: ImageSet) -> ImageSet:
         groups=groups,
         split=np.concatenate([before, np.full(len(test), "test", dtype="<U5")]),
         ignored=images.ignored + tuple(f"{way}/{path}" for path in test.ignored),
+        notes=images.notes + tuple(f"{test.name}: {note}" for note in test.notes),
     )
 
 
@@ -258,6 +274,11 @@ def across_splits(images: ImageSet, digests: Sequence[str]) -> list[tuple[str, .
     return [tuple(images.paths[i] for i in group) for group in groups]
 
 
+def class_counts(images: ImageSet, part: str) -> dict[str, int]:
+    """How many images of each class a part has."""
+    return _counts(images, np.full(len(images), part == "train") if images.split is None else images.split == part)
+
+
 def take_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
     """Keep `shots` training images a class and the test part. A val part is dropped: it would be more labels."""
     if shots < 1:
@@ -303,9 +324,9 @@ def _in_threads(work: Callable[[int], T], positions: Iterable[int]) -> Iterator[
 # ----------------------------------------------------------------------------------------------------------- the check
 
 
-def check_data(data: str | Path, *, seed: int = 0, progress: Progress | None = None) -> Report:
+def check_data(data: str | Path, *, seed: int = 0, layout: Layout = AS_NAMED, progress: Progress | None = None) -> Report:
     """Check what `data` names, divided as a job with this seed would divide it; where it cannot be, that is a fault."""
-    found = load(data)
+    found = load(data, layout=layout)
     contents, faults = _inspect(found, None, progress)
     try:
         found = make_splits(found, contents, seed=seed)
@@ -376,6 +397,7 @@ def _report(images: ImageSet, digests: Sequence[str], faults: list[Fault]) -> Re
         across_splits=tuple(across_splits(images, digests)),
         imbalance=max(full) / min(full) if full else 1.0,
         few={name: count for name, count in train.items() if 0 < count < FEW},
+        notes=images.notes,
     )
 
 
