@@ -36,14 +36,30 @@ running = options(
     click.option("--precision", type=click.Choice(["auto", "bf16", "float32"]), help="[auto: bf16 where the hardware has it]"),
 )
 bad_images = click.option("--on-bad-image", type=click.Choice(["stop", "skip"]), help="what an unreadable image does [stop]")
+columns = options(
+    click.option("--path-column", metavar="NAME", help="the column of a CSV that holds the paths [found by its name]"),
+    click.option("--label-column", metavar="NAME", help="the column that holds the classes [found by its name]"),
+    click.option("--split-column", metavar="NAME|none", help="the column that holds train, val and test [found by its name]"),
+    click.option("--group-column", metavar="NAME|none", help="the column that holds what must stay together [found by its name]"),
+    click.option("--image-root", metavar="DIR", help="the folder that the paths of a CSV start from [that of the CSV]"),
+)
+network = options(
+    click.option("--backbone", metavar="NAME", help="a timm model, alexnet or googlenet [tf_efficientnet_lite0]"),
+    click.option("--weights", metavar="auto|PATH|random", help="where the pretrained weights come from [auto]"),
+    running,
+    bad_images,
+    columns,
+)
 looking = options(
     click.option("--seed", type=click.IntRange(min=0), help="splits and training follow from it [0]"),
     click.option("--shots", type=click.IntRange(min=1), metavar="K", help="use K training images per class"),
     click.option("--test", metavar="DIR", help="judge on these images instead of a part of DATA"),
-    click.option("--backbone", metavar="NAME[,NAME]", help="a timm model, alexnet or googlenet [tf_efficientnet_lite0]"),
-    click.option("--weights", metavar="auto|PATH|random", help="where the pretrained weights come from [auto]"),
-    running,
-    bad_images,
+    network,
+)
+unheard = options(  # taken by `extract` of version 0.1.0 without effect: told or refused now
+    click.option("--seed", type=click.IntRange(min=0), hidden=True),
+    click.option("--shots", type=click.IntRange(min=1), hidden=True),
+    click.option("--test", hidden=True),
 )
 deciding = options(
     click.option("--strategy", metavar="NAME", help=f"{STRATEGIES} [auto]"),
@@ -54,8 +70,10 @@ deciding = options(
         metavar="MINUTES",
         help="what the job may cost: the plan weighs it",
     ),
-    click.option("--no-flip", is_flag=True, help="a mirrored image belongs to another class (letters, signs)"),
-    click.option("--recipe", "source", metavar="FILE", help="a recipe file, or the name of a shipped one"),
+    click.option(
+        "--no-flip/--flip", "no_flip", default=None, help="a mirrored image belongs to another class (letters, signs) [--flip]"
+    ),
+    click.option("--recipe", metavar="FILE", help="a recipe file, or the name of a shipped one"),
     click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="one value of the recipe, as in train.lr=1e-3"),
 )
 
@@ -76,14 +94,12 @@ def cli() -> None:
     """
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Options that were given; `--backbone a,b` is a list."""
-    given = {key: value for key, value in values.items() if value not in (None, (), False)}
-    if "backbone" in given:
-        given["backbone"] = [name.strip() for name in given["backbone"].split(",")]
-    if "taps" in given:
-        given["taps"] = [tap.strip() for tap in given["taps"].split(",")]
-    return given
+def _layout(given: dict[str, Any], on_bad: str = "stop") -> Any:
+    """What the options of `columns` say of a table."""
+    from finetune.columns import Layout
+
+    told = {name.removesuffix("_column").removeprefix("image_"): value for name, value in given.items()}
+    return Layout(**told, on_bad=on_bad)
 
 
 def _print_json(value: Any) -> None:
@@ -102,13 +118,13 @@ def _say(text: str) -> None:
 @click.option("--force", is_flag=True, help="do a finished run again")
 @waiting
 @as_json
-def fit(
-    data: str | None, source: str | None, assignments: tuple[str, ...], force: bool, wait: float, json_: bool, **given: Any
-) -> None:  # fmt: skip
+def fit(data: str | None, assignments: tuple[str, ...], force: bool, wait: float, json_: bool, **given: Any) -> None:
     """The main job: look, decide, SVM baseline, fine-tune if it pays, judge, report.
 
-    DATA is a folder with a folder per class, a folder with train/ val/ test/ inside, a CSV table (path,label[,split][,group]),
-    or a named set: sklearn:digits, torchvision:NAME.
+    DATA is a folder with a folder per class, a folder with train/ val/ test/ inside, a CSV table (path,label[,split][,group],
+    or columns with other usual names, as filename,class), or a named set: sklearn:digits, torchvision:NAME.
+
+    What is said here replaces what the recipe says; --set and an option that disagree are refused.
 
     \b
     Example:
@@ -116,9 +132,7 @@ def fit(
     """
     from finetune import job
 
-    outcome = job.fit(
-        data, source=source, assignments=assignments, force=force, wait=wait, say=_say, bar=console.progress, **_plain(given)
-    )
+    outcome = job.fit(data, assignments=assignments, force=force, wait=wait, say=_say, bar=console.progress, **given)
     if json_:
         _print_json(
             {"run": str(outcome.path), "shipped": outcome.shipped, "metrics": outcome.metrics, "verdict": outcome.verdict}
@@ -134,7 +148,7 @@ def fit(
 @looking
 @deciding
 @as_json
-def advise(data: str | None, source: str | None, assignments: tuple[str, ...], json_: bool, **given: Any) -> None:
+def advise(data: str | None, assignments: tuple[str, ...], json_: bool, **given: Any) -> None:
     """The policy alone: the matrix with the chosen cell marked, the measurements behind it, and advice.
 
     \b
@@ -143,7 +157,7 @@ def advise(data: str | None, source: str | None, assignments: tuple[str, ...], j
     """
     from finetune import job, policy
 
-    seen = job.advise(data, source=source, assignments=assignments, say=_say, bar=console.progress, **_plain(given))
+    seen = job.advise(data, assignments=assignments, say=_say, bar=console.progress, **given)
     if json_:
         _print_json({"plan": seen.plan.to_json(), "similarity": seen.similarity.to_json()})
     else:
@@ -154,7 +168,7 @@ def advise(data: str | None, source: str | None, assignments: tuple[str, ...], j
 @click.argument("data", required=False)
 @looking
 @click.option("--taps", metavar="TAP[,TAP]", help="features to compare, as in pooled,stage6/3x3 [auto]")
-@click.option("--recipe", "source", metavar="FILE", help="a recipe file, or the name of a shipped one")
+@click.option("--recipe", metavar="FILE", help="a recipe file, or the name of a shipped one")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="one value of the recipe, as in svm.folds=3")
 @click.option("--out", metavar="DIR", help="the run's folder [runs/NAME-DIGEST]")
 @click.option("--force", is_flag=True, help="do a finished run again")
@@ -173,7 +187,8 @@ def svm(context: click.Context, **given: Any) -> None:
 
 @cli.command()
 @click.argument("data")
-@looking
+@unheard
+@network
 @click.option("--taps", default="pooled", show_default=True, metavar="TAP[,TAP]", help="as in pooled,stage6/3x3,fc7")
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="an .npz with X, y, paths and classes; or .parquet"
@@ -187,7 +202,7 @@ def extract(data: str, output: Path, **given: Any) -> None:
     """
     from finetune import job
 
-    click.echo(job.extract(data, output, say=_say, bar=console.progress, **_plain(given)))
+    click.echo(job.extract(data, output, say=_say, bar=console.progress, **given))
 
 
 @cli.command()
@@ -230,8 +245,11 @@ def predict(
 @click.argument("data")
 @running
 @bad_images
+@columns
 @as_json
-def evaluate(run: Path, data: str, engine: str | None, precision: str | None, on_bad_image: str | None, json_: bool) -> None:
+def evaluate(
+    run: Path, data: str, engine: str | None, precision: str | None, on_bad_image: str | None, json_: bool, **given: Any
+) -> None:
     """Judge a finished run on labelled images.
 
     All images of DATA are used, or its test part where it has one. Classes are matched by name.
@@ -242,9 +260,9 @@ def evaluate(run: Path, data: str, engine: str | None, precision: str | None, on
     """
     from finetune import predict as home
 
-    result = home.evaluate(
-        run, data, engine_name=engine, precision=precision, on_bad=on_bad_image or "stop", bar=console.progress
-    )
+    on_bad = on_bad_image or "stop"
+    how: dict[str, Any] = {"engine_name": engine, "precision": precision, "on_bad": on_bad, "layout": _layout(given, on_bad)}
+    result = home.evaluate(run, data, **how, say=_say, bar=console.progress)
     if json_:
         _print_json(result)
     else:
@@ -254,8 +272,9 @@ def evaluate(run: Path, data: str, engine: str | None, precision: str | None, on
 @cli.command()
 @click.argument("data")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="of the split that is checked [0]")
+@columns
 @as_json
-def check(data: str, seed: int, json_: bool) -> None:
+def check(data: str, seed: int, json_: bool, **given: Any) -> None:
     """The images: unreadable files, class counts, exact duplicates, duplicates across splits, two labels for one file.
 
     \b
@@ -265,7 +284,7 @@ def check(data: str, seed: int, json_: bool) -> None:
     from finetune import images
 
     with console.progress("check") as progress:
-        found = images.check_data(data, seed=seed, progress=progress)
+        found = images.check_data(data, seed=seed, layout=_layout(given), progress=progress)
     if json_:
         _print_json(found.to_json())
     else:
@@ -427,10 +446,11 @@ def cache(prune: float | None, clear: bool, json_: bool) -> None:
     """
     from finetune import store
 
-    if clear:
-        click.echo(f"{store.clear() / 1e6:.0f} MB freed")
-    elif prune is not None:
-        click.echo(f"{store.prune(prune) / 1e6:.0f} MB freed")
+    if clear and prune is not None:
+        raise click.UsageError("--clear deletes all of it, --prune a part: give one of them")
+    if clear or prune is not None:
+        freed = store.clear() if prune is None else store.prune(prune)
+        _print_json({"freed": freed}) if json_ else click.echo(f"{freed / 1e6:.0f} MB freed")
     elif json_:
         _print_json(store.overview())
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +25,15 @@ from finetune import (
     images,
     look,
     metrics,
+    options,
     page,
-    recipe,
     report,
     run,
     splits,
     svm,
     weights,
 )
+from finetune import recipe as recipes
 from finetune.classifier import AnyHead, Classifier, Head, Predictions
 from finetune.crossval import Kernel
 from finetune.errors import UserError
@@ -49,24 +51,8 @@ if TYPE_CHECKING:
     from finetune.backbone import Backbone
     from finetune.train import TrainResult
 
+_UNHEARD = ("seed", "shots", "test")  # options that `extract` of version 0.1.0 took and did not heed
 STOP_SHARE = 0.1  # of the images that it is fitted on: they decide when fine-tuning stops
-
-OPTIONS = {  # options of the commands and of `fit`, and the recipe's keys behind them
-    "seed": "data.seed",
-    "shots": "data.shots",
-    "test": "data.test",
-    "on_bad_image": "data.on_bad_image",
-    "no_flip": "data.no_flip",
-    "backbone": "backbone.names",
-    "weights": "backbone.weights",
-    "engine": "backbone.engine",
-    "precision": "backbone.precision",
-    "taps": "backbone.taps",
-    "strategy": "policy.strategy",
-    "budget": "policy.budget",
-    "epochs": "train.epochs",
-    "out": "out",
-}
 
 
 @dataclass(frozen=True)
@@ -79,43 +65,28 @@ class Outcome:
     verdict: str
 
 
-def build_recipe(
-    data: str | Path | None = None, source: str | Path | None = None, assignments: tuple[str, ...] = (), **options: Any
-) -> Recipe:
-    """The recipe of a job: a file or shipped recipe, then options by name (see `OPTIONS`), then `section.key=value` texts."""
-    base = recipe.load(source) if source is not None else Recipe()
-    unknown = set(options) - set(OPTIONS)
-    if unknown:
-        raise UserError(f"no option is called {', '.join(sorted(unknown))}", where="fit", fix=f"choose from {', '.join(OPTIONS)}")
-    changes = {
-        OPTIONS[name]: str(value) if isinstance(value, Path) else value
-        for name, value in options.items()
-        if value not in (None, ())
-    }
-    if data is not None:
-        changes["data.data"] = str(data)
-    return recipe.override(recipe.update(base, changes), assignments)
-
-
 def fit(
     data: str | Path | None = None,
     *,
+    recipe: str | Path | Recipe | None = None,
     source: str | Path | None = None,
-    assignments: tuple[str, ...] = (),
+    assignments: Sequence[str] = (),
     force: bool = False,
     wait: float = 0.0,
     say: Say = quiet,
     bar: Bar = no_bar,
-    **options: Any,
+    **given: Any,
 ) -> Outcome:
     """Turn a folder of images into a judged classifier; returns where the run is and what it ships.
 
-    `data` is a folder per class, a folder with train/ val/ test/, a CSV table or a named set; `source` a recipe's path
-    or name; `options` are those of the command (`OPTIONS`). A finished run of the same recipe and data is returned as
-    it is unless `force`; where another process is at work on it, `wait` says for how many seconds to wait. Raises
-    `UserError` for everything that the user can mend.
+    `data` is a folder per class, a folder with train/ val/ test/, a CSV table or a named set; `recipe` a recipe's path or
+    name (`source` is an older word for it); what is `given` beside it are the options of the command
+    (`options.OPTIONS`), and `assignments` `section.key=value` texts. A finished run of the same recipe and data is
+    returned as it is unless `force`; where another process is at work on it, `wait` says for how many seconds to wait.
+    Raises `UserError` for everything that the user can mend.
     """
-    settings = build_recipe(data, source, assignments, **options)
+    settings, notes = options.build(data, options.one_recipe(recipe, source), assignments, given)
+    _say_all(notes, say)
     store = Store()
     try:
         return _fit(settings, store, force, Wait(wait, say), say, bar)
@@ -131,30 +102,34 @@ def load(path: str | Path, **how: Any) -> Classifier:
 def advise(
     data: str | Path | None = None,
     *,
+    recipe: str | Path | Recipe | None = None,
     source: str | Path | None = None,
-    assignments: tuple[str, ...] = (),
+    assignments: Sequence[str] = (),
     say: Say = quiet,
     bar: Bar = no_bar,
-    **options: Any,
+    **given: Any,
 ) -> Look:
     """The policy's decision and its reasons, without training."""
-    settings = build_recipe(data, source, assignments, **options)
+    settings, notes = options.build(data, options.one_recipe(recipe, source), assignments, given, "advise")
+    _say_all(notes, say)
     store = Store()
     try:
         pictures, ids = look.scan(settings, store, say)
-        return look.take(settings, pictures, ids, store, say, bar, pooled_only=True)
+        seen = look.take(settings, pictures, ids, store, say, bar, pooled_only=True)
     finally:
         store.close()
+    _say_all((*options.unused(settings, seen.plan), *options.of_advice(settings)), say)
+    return seen
 
 
 def extract(
     data: str | Path,
     output: Path,
     *,
-    taps: tuple[str, ...] | list[str] = ("pooled",),
+    taps: str | Sequence[str] = ("pooled",),
     say: Say = quiet,
     bar: Bar = no_bar,
-    **options: Any,
+    **given: Any,
 ) -> str:
     """Write features of every image of `data` (labelled or not) to `output`; returns a line that says what was written.
 
@@ -167,13 +142,27 @@ def extract(
             where=output,
             fix="name it .npz or .parquet",
         )
-    settings = build_recipe(data, None, (), taps=list(taps), **options)
+    options.check_names(given, (*options.OF_EXTRACT, *_UNHEARD), "extract")
+    if asked := [name for name in ("shots", "test") if given.get(name) is not None]:
+        what = (
+            f"{', '.join(f'--{name}' for name in asked)} would divide the images, and extract writes the features of all of them"
+        )
+        raise UserError(
+            what, where="extract", fix="leave it out; the images of a CSV, or of another folder, are extracted like these"
+        )
+    if given.get("seed") is not None:
+        say("not used   seed: the features of all images are written, none by chance")
+    texts = list(options.listed(taps))
+    settings, _ = options.build(data, None, (), {**given, "seed": None, "taps": texts}, "extract")
+    _say_all(options.of_machine(settings), say)
     store = Store()
     try:
-        source = images.load_unlabelled(data) if _is_flat(Path(data)) else images.load(str(data))
+        layout = options.layout(settings.data)
+        source = images.load_unlabelled(data) if _is_flat(Path(data)) else images.load(str(data), layout=layout)
+        _say_all((f"           {note}" for note in source.notes), say)
         ids = features.digests(source, store)
         named = look.open_backbone(settings, say)
-        found = look.extract(settings, source, ids, named, [Tap.parse(text) for text in taps], store, say, bar)
+        found = look.extract(settings, source, ids, named, [Tap.parse(text) for text in texts], store, say, bar, choose=False)
         X = np.concatenate([np.asarray(block) for block in found.blocks.values()], axis=1)
         manifest = {
             "network": named.network.to_json(),
@@ -184,6 +173,11 @@ def extract(
     finally:
         store.close()
     return f"{X.shape[0]} × {X.shape[1]} features written to {output}"
+
+
+def _say_all(lines: Iterable[str], say: Say) -> None:
+    for line in lines:
+        say(line)
 
 
 def _is_flat(data: Path) -> bool:
@@ -213,8 +207,9 @@ def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar:
         say(f"finished   {folder.path} holds this run already; --force does it again")
         return outcome(folder.path)
     with folder:
-        folder.write_text("recipe.yaml", recipe.dump(settings))
+        folder.write_text("recipe.yaml", recipes.dump(settings))
         seen = look.take(settings, pictures, ids, store, say, bar)
+        _say_all(options.unused(settings, seen.plan), say)
         baseline = _baseline(seen, say)
         tuned = _tune(seen, baseline, folder, say, bar)
         pair = choice.compare(seen, baseline, tuned.scores, tuned.result.best_epoch, say) if tuned else None
@@ -237,16 +232,18 @@ def _job_digest(settings: Recipe, pictures: images.ImageSet, ids: Digests) -> st
     assert pictures.split is not None
     rows = [f"{d} {label} {part}" for d, label, part in zip(ids, pictures.labels, pictures.split, strict=True)]
     data = settings.data.model_copy(update={"on_bad_image": "stop"})
-    return files.digest(recipe.digest(settings.model_copy(update={"out": None, "data": data})), *pictures.classes, *rows)
+    return files.digest(recipes.digest(settings.model_copy(update={"out": None, "data": data})), *pictures.classes, *rows)
 
 
 def _baseline(seen: Look, say: Say) -> SvmResult:
     """The SVM, chosen and fitted inside the training part."""
     train, about = seen.part("train"), seen.recipe.svm
     kernels: tuple[Kernel, ...] = svm.KERNELS if about.kernels == "auto" else about.kernels
-    blocks = seen.blocks(train)
+    blocks = _asked(seen, seen.blocks(train))
     if seen.plan.strategy == "probe":
-        kernels, blocks = ("logistic",), {tap: block for tap, block in blocks.items() if tap == Tap("pooled")}
+        kernels = ("logistic",)
+    elif about.kernels != "auto" and len(seen.images.classes) > svm.WIDE and {"linear"} < {*kernels}:
+        say(f"not used   svm.kernels but linear: with more than {svm.WIDE} classes it alone is compared")
     with clock(seen.seconds, "svm"):
         result = svm.choose(
             blocks,
@@ -256,7 +253,7 @@ def _baseline(seen: Look, say: Say) -> SvmResult:
             folds=about.folds,
             seed=seen.recipe.data.seed,
             kernels=kernels,
-            default_taps=tuple(tap for tap in seen.default_taps if tap in blocks) or (Tap("pooled"),),
+            default_taps=tuple(tap for tap in seen.default_taps if tap in blocks) or tuple(blocks)[:1],
             grid=None if about.C == "auto" else tuple(about.C),
             class_weight=None if seen.recipe.train.class_weight == "none" else seen.recipe.train.class_weight,
         )
@@ -270,13 +267,26 @@ def _baseline(seen: Look, say: Say) -> SvmResult:
     return result
 
 
+def _asked(seen: Look, blocks: dict[Tap, Floats]) -> dict[Tap, Floats]:
+    """The features that the SVM may choose from: those that were asked for, though the pooled ones are always read."""
+    if seen.plan.strategy == "probe":
+        return {Tap("pooled"): blocks[Tap("pooled")]}
+    if seen.recipe.backbone.taps == "auto":
+        return blocks
+    asked = [Tap.parse(text) for text in seen.recipe.backbone.taps]
+    return {tap: block for tap, block in blocks.items() if tap in asked} or blocks
+
+
 def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -> Tuned | None:
     """Fine-tune on the training part, as the plan says, away from the images that will choose."""
     if seen.plan.training is None:
         return None
     if reason := choice.decided(seen, baseline):
         say(f"fine-tune  left out: {reason}")
+        _say_all(options.of_training(seen.recipe, "nothing is fine-tuned"), say)
         return None
+    if baseline.balanced and seen.recipe.train.class_weight == "auto":
+        say("           classes are weighed for the SVM, not for fine-tuning; --set train.class_weight=balanced is for both")
     choosing = choice.choosing(seen)
     rest = np.setdiff1d(seen.part("train"), choosing)
     with clock(seen.seconds, "fine-tune"), bar("fine-tune") as progress:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import catalog, engine, features, images, policy, similarity, svm
+from finetune import catalog, engine, features, images, options, policy, similarity, splits, svm
 from finetune.catalog import Named
 from finetune.crossval import Trial
 from finetune.errors import UserError
@@ -93,10 +93,13 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
         raise UserError(
             "no data were named", where="DATA", fix="give a folder, a CSV table or a named set such as sklearn:digits"
         )
-    found = images.load(about.data, test=about.test)
+    found = images.load(about.data, test=about.test, layout=options.layout(about))
+    given = set() if found.split is None else set(found.split.tolist())
     ids = features.digests(found, store)
     found = images.make_splits(found, ids, seed=about.seed, test=about.test_share, val=about.validation_share)
+    short: list[str] = []
     if about.shots is not None:
+        short = options.short_classes(about.shots, images.class_counts(found, "train"))
         keep = images.take_shots(found, about.shots, about.seed)
         place = {path: i for i, path in enumerate(found.paths)}
         found, ids = keep, ids.take([place[path] for path in keep.paths])
@@ -106,6 +109,9 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
         for name, word in (("train", "training"), ("val", "validation"), ("test", "test"))
     )
     say(f"images     {len(found)} in {len(found.classes)} classes: {counts}")
+    sizes = {name: int((found.split == name).sum()) for name in splits.SPLITS}
+    for line in (*(f"           {note}" for note in found.notes), *short, *options.of_parts(settings, given, sizes)):
+        say(line)
     if found.ignored:
         say(f"           {len(found.ignored)} files are no images and were left alone; `finetune check` lists them")
     if seen_before := leaks(found, ids):
@@ -221,12 +227,22 @@ def default_taps(network: Network, word: str) -> tuple[Tap, ...]:
 
 
 def extract(
-    settings: Recipe, pictures: ImageSet, ids: Digests, named: Named, taps: list[Tap], store: Store, say: Say, bar: Bar
+    settings: Recipe,
+    pictures: ImageSet,
+    ids: Digests,
+    named: Named,
+    taps: list[Tap],
+    store: Store,
+    say: Say,
+    bar: Bar,
+    *,
+    choose: bool = True,
 ) -> Features:
+    """Features of all images at the taps; with `choose`, at a few of them only where all would take too much room."""
     used, bits = engine.resolve(settings.backbone.engine, settings.backbone.precision)
     how: dict[str, Any] = {"store": store, "engine_name": used, "precision": bits, "on_bad": settings.data.on_bad_image}
     bytes_of_all = len(pictures) * sum(named.network.width(tap) for tap in taps) * 4
-    if bytes_of_all > BYTES_OF_FEATURES and len(taps) > 1:
+    if choose and bytes_of_all > BYTES_OF_FEATURES and len(taps) > 1:
         taps = _early_look(settings, pictures, ids, named, taps, how, bar)
         say(
             f"taps       {', '.join(map(str, taps))}: chosen on {SUBSET} images, "
@@ -271,14 +287,14 @@ def _plan(settings: Recipe, pictures: ImageSet, train: Ints, near: Similarity, n
         flip=not settings.data.no_flip,
     )
     overrides = {key: value for key, value in settings.train.model_dump().items() if value is not None}
-    options: dict[str, Any] = {"strategy": settings.policy.strategy, "taps": taps, "overrides": overrides}
-    plan = policy.decide(facts, **options)
+    asked: dict[str, Any] = {"strategy": settings.policy.strategy, "taps": taps, "overrides": overrides}
+    plan = policy.decide(facts, **asked)
     if plan.training is None:
         return plan
     from finetune import backbone
 
     cost = backbone.forward_seconds(named.load())
-    return policy.decide(dataclasses.replace(facts, trunk_seconds=cost), budget=settings.policy.budget, **options)
+    return policy.decide(dataclasses.replace(facts, trunk_seconds=cost), budget=settings.policy.budget, **asked)
 
 
 def _short_side(pictures: ImageSet, train: Ints) -> int:

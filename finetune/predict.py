@@ -12,9 +12,10 @@ import numpy as np
 
 from finetune import classifier, files, images, metrics, run
 from finetune.classifier import Classifier, Predictions
+from finetune.columns import Layout
 from finetune.errors import UserError
 from finetune.images import Fault
-from finetune.look import Bar, no_bar
+from finetune.look import Bar, Say, no_bar, quiet
 
 PROBABILITY = run.PROBABILITY
 
@@ -96,11 +97,15 @@ def evaluate(
     engine_name: str | None = None,
     precision: str | None = None,
     on_bad: str = "stop",
+    layout: Layout = images.AS_NAMED,
+    say: Say = quiet,
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Metrics of a run on labelled images: on the test part where `data` has one, else on all of them."""
     model = open_run(path, engine_name=engine_name, precision=precision)
-    source = images.with_classes(images.load(data), model.classes)
+    source = images.with_classes(images.load(data, layout=layout), model.classes)
+    for note in source.notes:
+        say(note)
     if source.split is not None and "test" in source.split:
         source = source.subset(source.split == "test")
     if not len(source):

@@ -28,7 +28,8 @@ from finetune.files import digest_json
 PACKAGE = "finetune.recipes"
 
 # Keys that version 0.1.0 did not know: at their default they are left out of the digest, so that its runs keep theirs.
-LATER: tuple[str, ...] = ()
+LATER: tuple[str, ...] = ("data.path_column", "data.label_column", "data.split_column", "data.group_column", "data.image_root")
+PLACES = ("data.data", "data.test", "data.image_root", "out")  # where things lie: no part of what is asked for
 
 
 def _one_or_more(value: object) -> object:
@@ -71,13 +72,27 @@ class Data(Section):
     seed: int = Field(default=0, ge=0, description="a whole number, 0 or more: splits, order and augmentation follow from it")
     on_bad_image: Literal["stop", "skip"] = Field(default="stop", description="stop or skip: what an unreadable image does")
     no_flip: bool = Field(default=False, description="true where a mirrored image would belong to another class, else false")
+    path_column: Text | None = Field(
+        default=None, description="the column of a table that holds the paths; null: found by its name"
+    )
+    label_column: Text | None = Field(default=None, description="the column that holds the classes; null: found by its name")
+    split_column: Text | None = Field(
+        default=None, description="the column that holds train, val and test, or none; null: found by its name"
+    )
+    group_column: Text | None = Field(
+        default=None, description="the column that holds what must stay together, or none; null: found by its name"
+    )
+    image_root: Text | None = Field(
+        default=None, description="the folder that a table's paths start from; null: that of the table"
+    )
 
 
 class Backbone(Section):
     """The pretrained network, and how it is run."""
 
-    names: Annotated[tuple[Text, ...], BeforeValidator(_one_or_more), Field(min_length=1)] = Field(
-        default=("tf_efficientnet_lite0",), description="one name or a list: timm models, alexnet, googlenet"
+    names: Annotated[tuple[Text, ...], BeforeValidator(_one_or_more), Field(min_length=1, max_length=1)] = Field(
+        default=("tf_efficientnet_lite0",),
+        description="one name: a timm model, alexnet or googlenet; several are not compared yet, run one after the other",
     )
     weights: Text = Field(default="auto", description="auto, random, or the path of a .safetensors or .pth file")
     engine: Literal["auto", "openvino", "torch"] = Field(default="auto", description="auto, openvino or torch")
@@ -133,7 +148,10 @@ class Train(Section):
         default=None, description="none, light, medium, strong or null"
     )
     input_size: Annotated[int, Field(ge=16)] | None = Field(default=None, description="pixels a side, 16 or more, or null")
-    class_weight: Literal["auto", "none", "balanced"] = Field(default="auto", description="auto, none or balanced")
+    class_weight: Literal["auto", "none", "balanced"] = Field(
+        default="auto",
+        description="auto (weighs the classes of an imbalanced set for the SVM, not for fine-tuning), none or balanced (both)",
+    )
 
 
 class Svm(Section):
@@ -178,21 +196,31 @@ def load(source: str | Path) -> Recipe:
 
 def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     """Apply `section.key=value` texts, the value read as YAML; of two for one key the last holds."""
+    return update(recipe, assigned(assignments), where="--set")
+
+
+def assigned(assignments: Sequence[str]) -> dict[str, object]:
+    """The values of `section.key=value` texts by their keys, not yet checked."""
     changes: dict[str, object] = {}
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise UserError(f"{text!r} assigns nothing", where="--set", fix="write section.key=value, as in train.lr=1e-3")
         changes[key.strip()] = _parse(value, "--set", key.strip())[0]
-    return update(recipe, changes, where="--set")
+    return changes
 
 
-def update(recipe: Recipe, changes: Mapping[str, object], where: str = "recipe") -> Recipe:
-    """`recipe` with the values of dotted keys replaced, checked like a file; `where` is named in errors."""
-    tree = recipe.model_dump()
+def update(
+    recipe: Recipe, changes: Mapping[str, object], where: str = "recipe", given: Mapping[str, str] | None = None
+) -> Recipe:
+    """`recipe` with the values of dotted keys replaced, checked like a file.
+
+    Errors name the option that gave a key where `given` has it, else `where`.
+    """
+    tree, options = recipe.model_dump(), given or {}
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
-        known = _keys()
+        known = all_keys()
         if key in Recipe.model_fields and key not in known:
             raise UserError(
                 f"{key} is a section",
@@ -200,9 +228,9 @@ def update(recipe: Recipe, changes: Mapping[str, object], where: str = "recipe")
                 fix=f"name one of its keys: {', '.join(k for k in known if k.startswith(key + '.'))}",
             )
         if key not in known:
-            raise UserError(f"no key {key}", where=where, fix=_suggestion(key))
+            raise UserError(f"no key {key}", where=where, fix=suggestion(key))
         (tree[section] if section else tree)[name] = value
-    return _validated(tree, lambda path: where)
+    return _validated(tree, lambda path: options.get(".".join(path), where))
 
 
 def _recipe(text: str, where: str) -> Recipe:
@@ -275,7 +303,7 @@ def _faults(error: ValidationError) -> Iterator[tuple[tuple[str, ...], object, s
 def _message(path: tuple[str, ...], value: object, kind: str) -> tuple[str, str]:
     key = ".".join(path)
     if kind in ("extra_forbidden", "invalid_key"):
-        return f"no key {key}", _suggestion(key)
+        return f"no key {key}", suggestion(key)
     section = _sections().get(path[0])
     if section and len(path) == 1:
         return f"{key} is a section, and was given {_shown(value)}", f"give it keys: {', '.join(section.model_fields)}"
@@ -295,20 +323,22 @@ def _sections() -> dict[str, type[Section]]:
     return {"data": Data, "backbone": Backbone, "policy": Policy, "train": Train, "svm": Svm}
 
 
-def _keys() -> list[str]:
+def all_keys() -> list[str]:
+    """All keys of a recipe, dotted."""
     dotted = [f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields]
     return [*dotted, *(name for name in Recipe.model_fields if name not in _sections())]
 
 
-def _suggestion(key: str) -> str:
-    keys = _keys()
-    tails = {known.rpartition(".")[2]: known for known in reversed(keys)}
+def suggestion(key: str) -> str:
+    """What may have been meant by a key that does not exist."""
+    known = all_keys()
+    tails = {known_key.rpartition(".")[2]: known_key for known_key in reversed(known)}
     section, _, tail = key.rpartition(".")
     short = tails if section else {**tails, **dict.fromkeys(_sections(), "")}
     if tail in tails:  # the right name in the wrong section, or in none
         return f"did you mean {tails[tail]}?"
-    near = difflib.get_close_matches(key, keys, 1, 0.7) or difflib.get_close_matches(tail, list(short), 1, 0.7)
-    return f"did you mean {short.get(near[0]) or near[0]}?" if near else f"the keys are: {', '.join(keys)}"
+    near = difflib.get_close_matches(key, known, 1, 0.7) or difflib.get_close_matches(tail, list(short), 1, 0.7)
+    return f"did you mean {short.get(near[0]) or near[0]}?" if near else f"the keys are: {', '.join(known)}"
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -333,11 +363,32 @@ def dump(recipe: Recipe) -> str:
 def digest(recipe: Recipe) -> str:
     """Digest of what the recipe asks for, wherever the images lie and the run goes: the images have their own digest."""
     tree = recipe.model_dump(mode="json")
+    for key in PLACES:
+        section, _, name = key.rpartition(".")
+        (tree[section] if section else tree)[name] = None
     for key in LATER:
         section, _, name = key.rpartition(".")
         if tree[section][name] == _sections()[section].model_fields[name].default:
             del tree[section][name]
-    return digest_json({**tree, "out": None, "data": {**tree["data"], "data": None, "test": None}})
+    return digest_json(tree)
+
+
+def changed(recipe: Recipe) -> dict[str, object]:
+    """The keys that are not at their default, with their values."""
+    default = Recipe()
+    return {key: get(recipe, key) for key in all_keys() if get(recipe, key) != get(default, key)}
+
+
+def get(recipe: Recipe, key: str) -> object:
+    """The value of a dotted key."""
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(recipe, section) if section else recipe, name)
+
+
+def shown(value: object) -> str:
+    """A value as a recipe writes it, on one line and not too long."""
+    text = _scalar(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _scalar(value: object) -> str:

@@ -48,7 +48,7 @@ class SvmResult:
     `oof_scores` `(n, C)` are decision values of every row by a machine that had not seen it: NaN for rows outside the
     subset that chose, zeros where nothing could be held out. `cv_accuracy` is their accuracy; being that of the winner, it
     is a little flattered. `candidates` are all that were compared, the winner first; `balanced` says whether classes were
-    weighted, `note` on how many images the choice was made where these are not all.
+    weighted, `note` on how many images the choice was made where these are not all. `C` is that of the head.
     """
 
     head: AnyHead
@@ -59,6 +59,7 @@ class SvmResult:
     warnings: tuple[str, ...]
     balanced: bool = False
     note: str = ""
+    C: float = DEFAULT_C
 
 
 def choose(
@@ -89,9 +90,11 @@ def choose(
     ship = [kernel for kernel in kernels if kernel != "knn"]
     if fold is None:
         setting = Setting(tuple(default_taps), "linear" if "linear" in ship else ship[0], GAMMA / len(default_taps))
-        head = fit_head(blocks, labels, classes, setting, grid[0] if grid else DEFAULT_C, weights, DEFAULT_TEMPERATURE)
+        C = grid[0] if grid else DEFAULT_C
+        notes += [f"C = {C:g}, the first of those that were named, is taken"] if grid else []
+        head = fit_head(blocks, labels, classes, setting, C, weights, DEFAULT_TEMPERATURE)
         nothing = np.zeros((len(labels), len(classes)), np.float32)
-        return SvmResult(head, nothing, float("nan"), float("nan"), (), tuple(notes), balanced)
+        return SvmResult(head, nothing, float("nan"), float("nan"), (), tuple(notes), balanced, C=C)
     if len(classes) > WIDE:
         ship = ["linear"] if "linear" in ship else ship
     rows = subset(labels, np.arange(len(labels)), ROWS, seed)
@@ -113,6 +116,7 @@ def choose(
         tuple(notes),
         balanced,
         part if len(rows) < len(labels) else "",
+        best.C,
     )
 
 
@@ -124,7 +128,7 @@ def refit(result: SvmResult, blocks: Blocks, y: Array) -> AnyHead:
     if not result.candidates:
         kernel = next(kernel for kernel, kind in KINDS.items() if kind == head.kind)
         setting = Setting(head.taps, kernel, GAMMA / len(head.taps))
-        return fit_head(blocks, labels, head.classes, setting, DEFAULT_C, weights, head.temperature)
+        return fit_head(blocks, labels, head.classes, setting, result.C, weights, head.temperature)
     winner = result.candidates[0]
     setting = Setting(winner.taps, winner.kernel, winner.gamma)
     return fit_head(blocks, labels, head.classes, setting, winner.C, weights, head.temperature)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -208,3 +209,13 @@ def test_a_default_that_was_not_read_gives_way(
     outcome = job.fit(shapes, out=tmp_path / "run", shots=2, **options, **TINY)
 
     assert (Tap("pooled"),) == classifier.load(outcome.path).head.taps
+
+
+def test_the_svm_reads_the_taps_that_were_asked_for() -> None:
+    """Pooled features are always extracted, but an SVM that was asked for other taps does not choose from them."""
+    blocks = {tap: np.zeros((2, 3), np.float32) for tap in (Tap("pooled"), Tap("stage3"))}
+    for taps, expected in ((("stage3",), [Tap("stage3")]), ("auto", list(blocks)), (("pooled", "stage3"), list(blocks))):
+        seen: Any = SimpleNamespace(
+            plan=SimpleNamespace(strategy="svm"), recipe=SimpleNamespace(backbone=SimpleNamespace(taps=taps))
+        )
+        assert expected == list(job._asked(seen, blocks))

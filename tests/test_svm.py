@@ -307,3 +307,17 @@ def test_features_that_are_not_numbers_are_refused() -> None:
     blocks[GOOD][3, 2] = np.nan
     with pytest.raises(UserError, match=r"stage3: not every feature is a finite number"):
         choose(blocks, y)
+
+
+def test_a_named_C_is_kept_where_nothing_can_be_held_out() -> None:
+    """With one image a class the first C that was named is taken, told, and taken again on more rows."""
+    blocks, y = make()
+    first = np.array([int(np.flatnonzero(y == c)[0]) for c in np.unique(y)])
+    few = {tap: block[first] for tap, block in blocks.items()}
+    result = choose(few, y[first], grid=[30.0])
+    again, other = (svm.refit(dataclasses.replace(result, C=C), few, y[first]) for C in (30.0, 0.01))
+
+    assert any("C = 30" in text for text in result.warnings)
+    assert np.allclose(again.weight, result.head.weight, atol=1e-4)
+    assert not np.allclose(other.weight, result.head.weight, atol=1e-2)
+    assert np.array_equal(svm.refit(result, few, y[first]).weight, again.weight)

@@ -1,0 +1,201 @@
+"""Options and recipe keys: the recipe that they make together, and a line for each that has no effect on a job."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune import engine, recipe
+from finetune.columns import Layout
+from finetune.errors import UserError
+from finetune.policy import Plan
+from finetune.recipe import Data, Recipe
+from finetune.splits import MIN_VAL
+
+OPTIONS = {  # options of the commands and of `fit`, and the recipe's keys behind them
+    "seed": "data.seed",
+    "shots": "data.shots",
+    "test": "data.test",
+    "on_bad_image": "data.on_bad_image",
+    "no_flip": "data.no_flip",
+    "path_column": "data.path_column",
+    "label_column": "data.label_column",
+    "split_column": "data.split_column",
+    "group_column": "data.group_column",
+    "image_root": "data.image_root",
+    "backbone": "backbone.names",
+    "weights": "backbone.weights",
+    "engine": "backbone.engine",
+    "precision": "backbone.precision",
+    "taps": "backbone.taps",
+    "strategy": "policy.strategy",
+    "budget": "policy.budget",
+    "epochs": "train.epochs",
+    "out": "out",
+}
+OF_EXTRACT = (
+    *("backbone", "weights", "engine", "precision", "taps", "on_bad_image"),
+    *("path_column", "label_column", "split_column", "group_column", "image_root"),
+)
+OTHERS = ("recipe", "assignments", "force", "say", "bar")  # of the functions, beside the options
+LISTS = ("backbone", "taps")  # written a,b
+
+# ---------------------------------------------------------------------------------------------------------- the recipe
+
+
+def build(
+    data: str | Path | None,
+    source: str | Path | Recipe | None,
+    assignments: Sequence[str],
+    options: Mapping[str, Any],
+    where: str = "fit",
+) -> tuple[Recipe, list[str]]:
+    """The recipe of a job, and a line about what replaced its own values: a file or shipped recipe, then what was said beside it.
+
+    `options` go by the names in `OPTIONS`, None means not given; `assignments` are `section.key=value` texts. An option and
+    an assignment that disagree are refused.
+    """
+    base = source if isinstance(source, Recipe) else recipe.load(source) if source is not None else Recipe()
+    check_names(options, OPTIONS, where)
+    given = {OPTIONS[name]: f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None}
+    changes = {OPTIONS[name]: _value(name, value) for name, value in options.items() if value is not None}
+    if data is not None:
+        changes["data.data"], given["data.data"] = str(data), "DATA"
+    asked = recipe.update(base, changes, given=given)
+    texts = (assignments,) if isinstance(assignments, str) else assignments
+    settings = recipe.override(asked, texts)
+    assigned = recipe.assigned(texts)
+    for key in changes:
+        if key in assigned and recipe.get(asked, key) != recipe.get(settings, key):
+            _refuse_two(key, given[key], recipe.get(asked, key), recipe.get(settings, key))
+    told = [
+        f"{key} {recipe.shown(recipe.get(settings, key))} (its own: {recipe.shown(own)})"
+        for key, own in recipe.changed(base).items()
+        if key in {*changes, *assigned} and recipe.get(settings, key) != own
+    ]
+    return settings, [f"recipe     replaced on the command line: {', '.join(told)}"] if told and source is not None else []
+
+
+def one_recipe(recipe: str | Path | Recipe | None, source: str | Path | None) -> str | Path | Recipe | None:
+    """`recipe`, or `source`, as it was called in version 0.1.0."""
+    if recipe is not None and source is not None:
+        raise UserError("recipe and source are two names of one option", where="recipe", fix="give recipe alone")
+    return source if recipe is None else recipe
+
+
+def check_names(names: Iterable[str], known: Collection[str], where: str) -> None:
+    """Refuse an option that does not exist, naming the nearest."""
+    unknown = sorted(set(names) - set(known))
+    if not unknown:
+        return
+    near = [close[0] for name in unknown if (close := difflib.get_close_matches(name, [*known, *OTHERS], 1, 0.6))]
+    keys = [key for name in unknown for key in recipe.all_keys() if key.rpartition(".")[2] == name]
+    if near:
+        fix = f"did you mean {', '.join(dict.fromkeys(near))}?"
+    elif keys and where in ("fit", "advise"):
+        fix = f"write a recipe's key as assignments=[{keys[0] + '=…'!r}]"
+    else:
+        fix = f"choose from {', '.join(known)}"
+    raise UserError(f"no option is called {', '.join(unknown)}", where=where, fix=fix)
+
+
+def listed(value: Any) -> Any:
+    """`a,b` as a list; auto, and what is a list already, as it is."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) and value != "auto" else value
+
+
+def _value(name: str, value: Any) -> Any:
+    if name in LISTS:
+        return listed(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def _refuse_two(key: str, option: str, first: object, second: object) -> None:
+    what = f"{option} says {recipe.shown(first)}, and --set {key}={recipe.shown(second)}"
+    hint = "; `finetune svm` is --strategy svm, `finetune fit` takes any" if key == "policy.strategy" else ""
+    raise UserError(what, where=key, fix=f"leave one of them out{hint}")
+
+
+def layout(about: Data) -> Layout:
+    """What a recipe says of tables."""
+    return Layout(
+        about.path_column, about.label_column, about.split_column, about.group_column, about.image_root, about.on_bad_image
+    )
+
+
+# ---------------------------------------------------------------------------------------- what has no effect on a job
+
+
+def unused(settings: Recipe, plan: Plan) -> list[str]:
+    """A line for each group of keys that this plan makes no use of, or not as one may think."""
+    about, lines = recipe.changed(settings), list[str]()
+    untrained = of_training(settings, f"nothing is fine-tuned ({plan.strategy})") if plan.training is None else []
+    if plan.training is not None:
+        if "data.no_flip" in about and plan.training.augment == "none":
+            lines.append("data.no_flip: no image is mirrored with train.augment none")
+        if settings.backbone.engine == "openvino":
+            lines.append("backbone.engine openvino for the training: fine-tuning is always done by torch")
+        if plan.strategy == "scratch" and settings.backbone.weights not in ("auto", "random"):
+            lines.append("backbone.weights for the training: it starts from random ones; the SVM beside it reads those")
+    if settings.policy.budget is not None:
+        if settings.policy.strategy != "auto":
+            lines.append(f"policy.budget: the strategy {settings.policy.strategy} was asked for, whatever it takes")
+        elif plan.training is None:
+            lines.append("policy.budget: it weighs fine-tuning alone, and nothing is fine-tuned")
+    if plan.strategy == "probe" and (keys := [key for key in ("backbone.taps", "svm.kernels") if key in about]):
+        lines.append(f"{', '.join(keys)}: a probe is a logistic regression on the pooled features")
+    return [*untrained, *map(_line, lines), *of_machine(settings)]
+
+
+def of_training(settings: Recipe, why: str) -> list[str]:
+    """The keys that say how to train, in one line with why nothing is trained. (The SVM reads train.class_weight, too.)"""
+    keys = [key for key in recipe.changed(settings) if key.startswith("train.") and key != "train.class_weight"]
+    keys += ["data.no_flip"] * settings.data.no_flip
+    return [_line(f"{', '.join(keys)}: {why}")] if keys else []
+
+
+def of_advice(settings: Recipe) -> list[str]:
+    """The keys of which advice knows nothing."""
+    keys = [key for key in recipe.changed(settings) if key.startswith("svm.") or key in ("backbone.taps", "out")]
+    return [_line(f"{', '.join(keys)}: advice fits no SVM and writes no run")] if keys else []
+
+
+def of_machine(settings: Recipe) -> list[str]:
+    """A line where the machine cannot do what was asked as it was meant."""
+    about = settings.backbone
+    if about.precision == "bf16" and engine.resolve(about.engine, "auto")[1] != "bf16":
+        return ["           bf16 is not in this machine's hardware: it is emulated, slower than --precision float32"]
+    return []
+
+
+def of_parts(settings: Recipe, given: Collection[str], made: Mapping[str, int]) -> list[str]:
+    """Lines about shares that made no part. `given` are the parts that the data came with, `made` the sizes of all parts."""
+    about, keys = settings.data, recipe.changed(settings)
+    lines = []
+    if "data.test_share" in keys and "test" in given:
+        lines.append("data.test_share: the test images are given")
+    if "data.validation_share" in keys:
+        if about.shots is not None:
+            lines.append("data.validation_share: with data.shots there is no validation part")
+        elif "val" in given:
+            lines.append("data.validation_share: the validation images are given")
+        elif not made.get("val"):
+            lines.append(
+                f"data.validation_share: it gives fewer than {MIN_VAL} images, so that all train and cross-validation selects"
+            )
+    return list(map(_line, lines))
+
+
+def short_classes(shots: int, counts: Mapping[str, int]) -> list[str]:
+    """A line about classes with fewer training images than were asked for."""
+    few = [f"{name} ({count})" for name, count in counts.items() if count < shots]
+    if not few:
+        return []
+    words = f"{len(few)} class{'es have' if len(few) > 1 else ' has'} fewer than {shots} training images"
+    return [f"           {words}, and all of them are used: {', '.join(few[:5])}{f' and {len(few) - 5} more' * (len(few) > 5)}"]
+
+
+def _line(text: str) -> str:
+    return f"not used   {text}"
