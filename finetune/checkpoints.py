@@ -106,7 +106,7 @@ def load(job: Job, mark: str, moving: optim.Tensors, optimizer: torch.optim.Opti
     if path is None or not path.exists():
         return State()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with files.in_text(path) as plain, safetensors.safe_open(plain, framework="pt") as file:
             header = file.metadata()
             tensors = {key: file.get_tensor(key).to(job.device) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:

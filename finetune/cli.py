@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from finetune import console
+from finetune import console, names
 
 F = TypeVar("F", bound=Callable[..., Any])
 STRATEGIES = "auto, svm, probe, stages:K, half, full or scratch"
@@ -135,12 +135,11 @@ def fit(data: str | None, assignments: tuple[str, ...], force: bool, wait: float
     outcome = job.fit(data, assignments=assignments, force=force, wait=wait, say=_say, bar=console.progress, **given)
     if json_:
         _print_json(
-            {"run": str(outcome.path), "shipped": outcome.shipped, "metrics": outcome.metrics, "verdict": outcome.verdict}
+            {"run": names.shown(outcome.path), "shipped": outcome.shipped, "metrics": outcome.metrics, "verdict": outcome.verdict}
         )
     else:
-        click.echo(
-            f"\n{outcome.verdict}\n\n  report   {outcome.path / 'report.html'}\n  predict  finetune predict {outcome.path} IMAGE…"
-        )
+        report, run = names.shown(outcome.path / "report.html"), names.typed(outcome.path)
+        click.echo(f"\n{outcome.verdict}\n\n  report   {report}\n  predict  finetune predict {run} IMAGE…")
 
 
 @cli.command()
@@ -231,13 +230,13 @@ def predict(
     )
     if output:
         home.write_csv(output, rows)
-        click.echo(f"{len(rows)} predictions written to {output}")
+        click.echo(f"{len(rows)} predictions written to {names.shown(output)}")
     elif json_:
         _print_json(rows)
     else:
         click.echo(home.table(rows))
     for fault in faults:
-        click.echo(f"left out: {fault.path}: {fault.kind} ({fault.detail})", err=True)
+        click.echo(f"left out: {fault.to_text()}", err=True)
 
 
 @cli.command()
@@ -368,7 +367,7 @@ def recipes_cp(name: str, target: Path) -> None:
     if target.exists():
         raise UserError("there is a file already", where=target, fix="choose another name")
     files.write_text(target, recipe.source(name))
-    click.echo(f"copied to {target}")
+    click.echo(f"copied to {names.shown(target)}")
 
 
 @recipes.command("validate")
@@ -452,7 +451,8 @@ def cache(prune: float | None, clear: bool, json_: bool) -> None:
         freed = store.clear() if prune is None else store.prune(prune)
         _print_json({"freed": freed}) if json_ else click.echo(f"{freed / 1e6:.0f} MB freed")
     elif json_:
-        _print_json(store.overview())
+        found = store.overview()
+        _print_json({**found, "folder": names.shown(found["folder"])})
     else:
         click.echo(store.overview_text())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from typing import NoReturn
 
 import click
 
-from finetune.errors import UserError
+from finetune.errors import UserError, printable
 
 MENDABLE, BUG, INTERRUPTED = 1, 3, 130
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -27,6 +28,9 @@ Progress = Callable[[int, int], None]
 
 def guarded(group: click.Group, prog_name: str) -> NoReturn:
     """Run a command line and exit: 0; 1 for a `UserError`; 2 for wrong usage; 3 for a bug, with `crash.log`; 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter gets its number, not a crash
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = group.main(prog_name=prog_name, standalone_mode=False)
         sys.stdout.flush()
@@ -43,9 +47,8 @@ def guarded(group: click.Group, prog_name: str) -> NoReturn:
         sys.exit(MENDABLE)  # as click does where it meets the closed pipe first
     except OSError as error:
         if error.errno in DISK:
-            _fail(
-                f"error: {error.filename or 'the disk'}: {error.strerror}\n  → free some space, or mend the permissions", MENDABLE
-            )
+            place = printable(os.fsdecode(error.filename or "the disk"))
+            _fail(f"error: {place}: {error.strerror}\n  → free some space, or mend the permissions", MENDABLE)
         _crash(prog_name, error)
     except Exception as error:
         _crash(prog_name, error)
@@ -61,7 +64,7 @@ def _crash(prog_name: str, error: Exception) -> NoReturn:
     from finetune import files
 
     text = f"{prog_name} {' '.join(sys.argv[1:])}\npython {sys.version}\n\n{''.join(traceback.format_exception(error))}"
-    head = f"{prog_name} met a bug: {type(error).__name__}: {error}"
+    head = f"{prog_name} met a bug: {type(error).__name__}: {printable(str(error))}"
     for folder in (Path.cwd(), Path(tempfile.gettempdir())):
         path = folder / "crash.log"
         with contextlib.suppress(OSError, UserError):

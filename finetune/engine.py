@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import files, machine
+from finetune import files, machine, names
 from finetune.errors import UserError
 from finetune.network import Network, Tap
 
@@ -227,7 +227,7 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
     options = {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-        "CACHE_DIR": str(files.cache_dir("compiled", "blobs")),
+        "CACHE_DIR": _text(files.cache_dir("compiled", "blobs")),
     }
     compiled = _core().compile_model(model, "CPU", options)
     # More than there are streams: the next batch is there when one ends, however late this thread is woken.
@@ -285,11 +285,19 @@ def _converted(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backb
             if not path.exists():
                 _convert(load(), wanted, path)
     try:
-        return _core().read_model(str(path))
+        return _core().read_model(_text(path))
     except RuntimeError:  # damaged: the cache can always be made again
         path.unlink(missing_ok=True)
         _convert(load(), wanted, path)
-        return _core().read_model(str(path))
+        return _core().read_model(_text(path))
+
+
+def _text(path: Path) -> str:
+    """A path for OpenVINO, which takes no name that is not UTF-8."""
+    if isinstance(names.to_database(str(path)), bytes):
+        fix = "choose another folder with $REGRAFT_CACHE, or --engine torch"
+        raise UserError("OpenVINO cannot use a cache whose name is not UTF-8", where=path, fix=fix)
+    return str(path)
 
 
 _converting = threading.Lock()

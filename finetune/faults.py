@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.names import shown
 
 FEW = 20  # training images: a class with fewer is pointed out
 ON_BAD = ("stop", "skip")
@@ -20,6 +21,12 @@ class Fault:
     path: str
     kind: str
     detail: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "path": shown(self.path)}
+
+    def to_text(self) -> str:
+        return f"{shown(self.path)}: {self.kind} ({self.detail})"
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,16 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        groups = {key: tuple(tuple(map(shown, group)) for group in getattr(self, key)) for key in ("duplicates", "across_splits")}
+        faults = tuple(fault.to_json() for fault in self.faults)
+        return {**dataclasses.asdict(self), "name": shown(self.name), "faults": faults, **groups}
 
     def to_text(self) -> str:
         """Everything that was found, for reading: a line a fault, a class and a group of duplicates."""
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        yield f"{self.name}: {self.images:,} images" + (f" in {len(self.classes)} classes" if self.classes else "")
+        yield f"{shown(self.name)}: {self.images:,} images" + (f" in {len(self.classes)} classes" if self.classes else "")
         yield from (f"  {part}: {sum(counts.values()):,} images" for part, counts in self.parts.items())
         if self.classes:
             width = max(map(len, self.classes))
@@ -59,9 +68,9 @@ class Report:
         if self.few:
             yield f"classes with less than {FEW} training images: " + ", ".join(f"{name} ({n})" for name, n in self.few.items())
         yield from (f"note: {note}" for note in self.notes)
-        yield from _titled("faults", [f"{fault.path}: {fault.kind} ({fault.detail})" for fault in self.faults])
-        yield from _titled("duplicates across splits", [" = ".join(group) for group in self.across_splits])
-        yield from _titled("duplicates", [" = ".join(group) for group in self.duplicates if group not in self.across_splits])
+        yield from _titled("faults", [fault.to_text() for fault in self.faults])
+        yield from _titled("duplicates across splits", [same(group) for group in self.across_splits])
+        yield from _titled("duplicates", [same(group) for group in self.duplicates if group not in self.across_splits])
 
 
 def check_on_bad(word: str) -> None:
@@ -72,13 +81,18 @@ def check_on_bad(word: str) -> None:
 
 def list_faults(faults: Sequence[Fault], most: int = 3) -> str:
     """In one line: how many images are bad, and the first few with what is wrong."""
-    words = [f"{fault.path} ({fault.kind}: {fault.detail})" for fault in faults]
+    words = [f"{shown(fault.path)} ({fault.kind}: {fault.detail})" for fault in faults]
     return f"{len(faults)} bad image{'s' * (len(faults) != 1)}: {some(words, most)}"
 
 
 def some(items: Sequence[str], most: int = 3) -> str:
     """The first few, and how many more there are."""
     return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+
+
+def same(paths: Sequence[str]) -> str:
+    """Files of the same bytes in one line."""
+    return " = ".join(map(shown, paths))
 
 
 def _titled(title: str, lines: Sequence[str]) -> Iterator[str]:

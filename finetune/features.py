@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from finetune import decode, engine, files, images, machine
 from finetune.errors import UserError
 from finetune.images import Fault, ImageSet
+from finetune.names import shown
 from finetune.network import Network, Tap
 from finetune.store import Rows, Space, Store
 
@@ -264,7 +265,7 @@ def stream(
             for block in outputs:
                 if not np.isfinite(block).all():
                     name = source.paths[batch[int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])]]
-                    raise UserError(f"the network gives NaN for {name}", where=network.name, fix="try --precision float32")
+                    raise UserError(f"the network gives NaN for {shown(name)}", where=network.name, fix="try --precision float32")
             done += len(batch)
             yield batch, outputs
             if progress:  # after the batch is taken: whoever stops the work from here loses none of it
@@ -349,8 +350,10 @@ def refuse(faults: Sequence[Fault], where: str) -> NoReturn:
 def save(output: Path, X: Rows, source: ImageSet, manifest: dict[str, Any]) -> None:
     """Write features to `.npz` (arrays `X`, `y`, `paths`, `classes`, and `manifest` as JSON text; no pickle) or `.parquet`.
 
+    Paths are written as `names.shown` shows them.
     Raises `UserError` where pyarrow, which writes Parquet, is not installed.
     """
+    paths = list(map(shown, source.paths))
     with files.atomic(output) as temporary:
         if output.suffix == ".npz":
             with temporary.open("wb") as file:
@@ -358,7 +361,7 @@ def save(output: Path, X: Rows, source: ImageSet, manifest: dict[str, Any]) -> N
                     file,
                     X=X,
                     y=source.labels,
-                    paths=np.array(source.paths),
+                    paths=np.array(paths),
                     classes=np.array(source.classes),
                     manifest=np.array(json.dumps(manifest)),
                 )
@@ -372,7 +375,7 @@ def save(output: Path, X: Rows, source: ImageSet, manifest: dict[str, Any]) -> N
             ) from error
         labels = [source.classes[label] if label >= 0 else None for label in source.labels]
         flat = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.ascontiguousarray(X).reshape(-1)), X.shape[1])
-        table = pyarrow.table({"path": list(source.paths), "label": labels, "features": flat})
+        table = pyarrow.table({"path": paths, "label": labels, "features": flat})
         pyarrow.parquet.write_table(table.replace_schema_metadata({"regraft": json.dumps(manifest)}), temporary)
 
 

@@ -19,7 +19,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from finetune.errors import UserError
+from finetune.errors import UserError, as_bytes
 
 CACHE_README = """This folder belongs to Regraft (the `finetune` and `retrieve` commands).
 
@@ -30,6 +30,9 @@ thumbs/     small pictures that `retrieve serve` shows, keyed by the content of 
 
 Everything here can be made again. `finetune cache` shows what is here and prunes it; deleting the folder is safe.
 """
+
+
+TEMPORARY = 40  # letters of a name in the name of its temporary file, which must not be too long for the system
 
 
 def cache_dir(*parts: str) -> Path:
@@ -79,7 +82,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to the disk and rename it to `path`, else remove it."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:TEMPORARY]}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -90,6 +93,20 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def in_text(path: Path) -> Iterator[Path]:
+    """A path of the same file for libraries that take no name but UTF-8: a link in a temporary folder, where it must be."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / f"link{path.suffix}"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -105,7 +122,13 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN is refused, since JSON has none."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON that UTF-8 can hold: bytes of a name that are not UTF-8 become JSON's own escapes."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode(errors="backslashreplace").decode()
 
 
 def read_json(path: Path) -> Any:
@@ -122,7 +145,7 @@ def digest(*parts: bytes | str) -> str:
     """SHA-256 over length-prefixed parts, as 64 hex digits: no two different lists of parts collide by joining."""
     state = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = as_bytes(part) if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
     return state.hexdigest()

@@ -43,8 +43,8 @@ class Scan:
 def walk(root: Path) -> Walk:
     """Everything below `root`. Each real folder is visited once, under its own name before any link's; hidden files are not seen.
 
-    `folders` are the visited ones directly below `root`. Raises `UserError` where a folder cannot be read, or a name is
-    not valid text.
+    `folders` are the visited ones directly below `root`. Names are bytes: any of them will do (`names`). A pipe, a socket or
+    a device is no image, whatever it is called. Raises `UserError` where a folder cannot be read.
     """
     images: list[str] = []
     others: list[str] = []
@@ -70,18 +70,20 @@ def walk(root: Path) -> Walk:
                         continue
                     if entry.is_dir():
                         (links if entry.is_symlink() else waiting).append(f"{here}{name}/")
-                    elif os.path.splitext(name)[1].lower() in EXTENSIONS and (entry.is_file() or entry.is_symlink()):  # noqa: PTH122
-                        images.append(here + name)  # a dangling link, too: reading it names it
+                    elif os.path.splitext(name)[1].lower() in EXTENSIONS and (entry.is_file() or _dangles(entry)):  # noqa: PTH122
+                        images.append(here + name)
                     else:
                         others.append(here + name)
         except OSError as error:
             raise UserError(
                 f"the folder cannot be read ({error.strerror})", where=root / here, fix="mend its permissions"
             ) from error
-    for path in (*images, *others, *top):
-        if not path.isascii() and any("\ud800" <= letter <= "\udfff" for letter in path):
-            raise UserError(f"the name {os.fsencode(path)!r} is not UTF-8", where=root, fix="rename the file or folder")
     return Walk(tuple(sorted(images)), tuple(sorted(others)), tuple(sorted(top)))
+
+
+def _dangles(entry: os.DirEntry[str]) -> bool:
+    """Whether this is a link to nothing: it counts as an image, so that reading it names it."""
+    return entry.is_symlink() and not os.path.exists(entry.path)  # noqa: PTH110
 
 
 def gather(given: Sequence[str | Path]) -> tuple[Path, tuple[str, ...], tuple[str, ...]]:

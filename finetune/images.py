@@ -7,6 +7,7 @@ set (`load`), or from loose files without labels (`load_unlabelled`). All bytes 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import posixpath
@@ -20,9 +21,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from finetune import decode, folders, machine, named, splits, table
+from finetune import decode, folders, machine, named, names, splits, table
 from finetune.columns import Layout
-from finetune.errors import UserError
+from finetune.errors import UserError, printable
 from finetune.faults import FEW, Fault, Report, some
 from finetune.faults import check_on_bad as check_on_bad
 from finetune.faults import list_faults as list_faults
@@ -134,6 +135,7 @@ def load_unlabelled(folder_or_paths: str | Path | Sequence[str | Path]) -> Image
 
 
 def _open(text: str, layout: Layout) -> ImageSet:
+    text = names.written(text)
     path = Path(text).expanduser()
     if re.match(r"[a-z]{2,}:", text) and not path.exists():
         found = named.load(text)
@@ -152,7 +154,8 @@ def _is_table(path: Path) -> bool:
 
 def _from_folder(name: str, root: Path) -> ImageSet:
     found = folders.scan(root)
-    labels, classes = splits.class_numbers(name, found.classes, found.split, found.known)
+    label = functools.cache(names.spelled)
+    labels, classes = splits.class_numbers(name, list(map(label, found.classes)), found.split, map(label, found.known))
     split = None if found.split is None else np.array(found.split, dtype="<U5")
     return ImageSet(name, root, found.paths, labels, classes, split=split, ignored=found.ignored)
 
@@ -161,7 +164,7 @@ def _from_table(name: str, path: Path, layout: Layout) -> ImageSet:
     found = table.read(path, layout)
     rows = found.rows
     split = [row.split for row in rows] if rows[0].split else None
-    labels, classes = splits.class_numbers(name, [row.label for row in rows], split, ())
+    labels, classes = splits.class_numbers(name, [printable(row.label) for row in rows], split, ())
     return ImageSet(
         name,
         found.root,
@@ -177,7 +180,8 @@ def _from_table(name: str, path: Path, layout: Layout) -> ImageSet:
 def with_classes(images: ImageSet, classes: Sequence[str]) -> ImageSet:
     """The same images with labels that index `classes`, which may be more; a class that is not among them fails by name."""
     words = [images.classes[label] if label >= 0 else "" for label in images.labels]
-    return dataclasses.replace(images, labels=splits.numbered(images.name, words, classes), classes=tuple(classes))
+    known = list(map(printable, classes))  # a run of version 0.1.0 may have others
+    return dataclasses.replace(images, labels=splits.numbered(images.name, words, known), classes=tuple(classes))
 
 
 def _with_test(images: ImageSet, test: ImageSet) -> ImageSet:
@@ -190,7 +194,9 @@ def _with_test(images: ImageSet, test: ImageSet) -> ImageSet:
     way = Path(os.path.relpath(test.root, images.root)).as_posix()
     moved = tuple(posixpath.normpath(f"{way}/{path}") for path in test.paths)
     if twice := set(moved) & set(images.paths):
-        raise UserError(f"{len(twice)} images are among the others already: {min(twice)}", where=test.name, fix="move them out")
+        raise UserError(
+            f"{len(twice)} images are among the others already: {names.shown(min(twice))}", where=test.name, fix="move them out"
+        )
     before = np.full(len(images), "train") if images.split is None else images.split
     groups = None
     if images.groups is not None or test.groups is not None:
@@ -223,7 +229,7 @@ def digests(images: ImageSet, known: Sequence[str | None] | None = None) -> list
         try:
             return hashlib.sha256(images.read(i)).hexdigest()
         except UserError as error:
-            failed.append(f"{images.paths[i]}: {error.what}")
+            failed.append(f"{names.shown(images.paths[i])}: {error.what}")
             return ""
 
     new = [i for i, digest in enumerate(found) if not digest]
@@ -310,7 +316,7 @@ def _two_labels(images: ImageSet, digests: Sequence[str]) -> list[list[int]]:
 
 
 def _in_words(images: ImageSet, group: Sequence[int]) -> str:
-    return " = ".join(f"{images.paths[i]} ({images.classes[images.labels[i]]})" for i in group)
+    return " = ".join(f"{names.shown(images.paths[i])} ({images.classes[images.labels[i]]})" for i in group)
 
 
 def _in_threads(work: Callable[[int], T], positions: Iterable[int]) -> Iterator[T]:
@@ -375,7 +381,7 @@ def _report(images: ImageSet, digests: Sequence[str], faults: list[Fault]) -> Re
     parts = {name: _counts(images, split == name) for name in splits.SPLITS if name in split}
     train = parts.get("train", counts)
     same = splits.alike(digests)
-    faults = [*faults, *(Fault(path, "not an image extension", "left alone") for path in images.ignored)]
+    faults = [*faults, *(Fault(path, _why_ignored(path), "left alone") for path in images.ignored)]
     if images.classes:
         faults += [
             Fault(images.paths[group[0]], "two labels", _in_words(images, group)) for group in _two_labels(images, digests)
@@ -384,7 +390,7 @@ def _report(images: ImageSet, digests: Sequence[str], faults: list[Fault]) -> Re
     if images.groups is not None and images.split is not None:
         torn = splits.torn(images.groups, images.split)
         faults += [
-            Fault(images.paths[i], "group in several splits", f"{group!r} is in {names}") for group, (i, names) in torn.items()
+            Fault(images.paths[i], "group in several splits", f"{group!r} is in {where}") for group, (i, where) in torn.items()
         ]
     full = [count for count in counts.values() if count]
     return Report(
@@ -399,6 +405,11 @@ def _report(images: ImageSet, digests: Sequence[str], faults: list[Fault]) -> Re
         few={name: count for name, count in train.items() if 0 < count < FEW},
         notes=images.notes,
     )
+
+
+def _why_ignored(path: str) -> str:
+    named_so = os.path.splitext(path)[1].lower() in folders.EXTENSIONS  # noqa: PTH122
+    return "a pipe, a socket or a device" if named_so else "not an image extension"
 
 
 def _counts(images: ImageSet, mask: NDArray[np.bool_]) -> dict[str, int]:

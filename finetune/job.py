@@ -25,6 +25,7 @@ from finetune import (
     images,
     look,
     metrics,
+    names,
     options,
     page,
     report,
@@ -172,7 +173,7 @@ def extract(
         features.save(output, X, found.images, manifest | {"digests": list(found.digests)})
     finally:
         store.close()
-    return f"{X.shape[0]} × {X.shape[1]} features written to {output}"
+    return f"{X.shape[0]} × {X.shape[1]} features written to {names.shown(output)}"
 
 
 def _say_all(lines: Iterable[str], say: Say) -> None:
@@ -202,9 +203,10 @@ def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar:
     began = time.monotonic()
     pictures, ids = look.scan(settings, store, say)
     digest = _job_digest(settings, pictures, ids)
-    folder = run.open_run(Path(settings.out) if settings.out else None, _name(settings), digest, force=force, wait=wait)
+    out = Path(names.written(settings.out)) if settings.out else None
+    folder = run.open_run(out, _name(settings), digest, force=force, wait=wait)
     if folder.is_complete:
-        say(f"finished   {folder.path} holds this run already; --force does it again")
+        say(f"finished   {names.shown(folder.path)} holds this run already; --force does it again")
         return outcome(folder.path)
     with folder:
         folder.write_text("recipe.yaml", recipes.dump(settings))
@@ -220,7 +222,7 @@ def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar:
 
 def _name(settings: Recipe) -> str:
     """A short name of the data for the run's folder: photos/ → photos, sklearn:digits → digits."""
-    text = str(settings.data.data)
+    text = names.written(str(settings.data.data))
     return re.split(r"[/\\:]", str(Path(text).resolve()) if set(text) <= set("./") else text.rstrip("/"))[-1].removesuffix(".csv")
 
 

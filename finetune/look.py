@@ -19,7 +19,7 @@ from finetune import catalog, engine, features, images, options, policy, similar
 from finetune.catalog import Named
 from finetune.crossval import Trial
 from finetune.errors import UserError
-from finetune.faults import some
+from finetune.faults import same, some
 from finetune.features import Features
 from finetune.files import Digests
 from finetune.images import ImageSet
@@ -125,7 +125,7 @@ def leaks(pictures: ImageSet, ids: Sequence[str]) -> str:
     if not twice:
         return ""
     words = f"{len(twice)} image{'s' * (len(twice) > 1)} in more than one part, which flatters the accuracy"
-    return f"{words}: {some([' = '.join(group) for group in twice])}"
+    return f"{words}: {some([same(group) for group in twice])}"
 
 
 def take(settings: Recipe, pictures: ImageSet, ids: Digests, store: Store, say: Say, bar: Bar, pooled_only: bool = False) -> Look:

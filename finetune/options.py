@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import engine, recipe
+from finetune import engine, names, recipe
 from finetune.columns import Layout
 from finetune.errors import UserError
 from finetune.policy import Plan
@@ -41,6 +41,7 @@ OF_EXTRACT = (
 )
 OTHERS = ("recipe", "assignments", "force", "say", "bar")  # of the functions, beside the options
 LISTS = ("backbone", "taps")  # written a,b
+PATHS = ("test", "weights", "out")  # their bytes may be no text: recipes spell them (`names.spelled`)
 
 # ---------------------------------------------------------------------------------------------------------- the recipe
 
@@ -62,7 +63,7 @@ def build(
     given = {OPTIONS[name]: f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None}
     changes = {OPTIONS[name]: _value(name, value) for name, value in options.items() if value is not None}
     if data is not None:
-        changes["data.data"], given["data.data"] = str(data), "DATA"
+        changes["data.data"], given["data.data"] = names.spelled(str(data)), "DATA"
     asked = recipe.update(base, changes, given=given)
     texts = (assignments,) if isinstance(assignments, str) else assignments
     settings = recipe.override(asked, texts)
@@ -85,9 +86,9 @@ def one_recipe(recipe: str | Path | Recipe | None, source: str | Path | None) ->
     return source if recipe is None else recipe
 
 
-def check_names(names: Iterable[str], known: Collection[str], where: str) -> None:
+def check_names(given: Iterable[str], known: Collection[str], where: str) -> None:
     """Refuse an option that does not exist, naming the nearest."""
-    unknown = sorted(set(names) - set(known))
+    unknown = sorted(set(given) - set(known))
     if not unknown:
         return
     near = [close[0] for name in unknown if (close := difflib.get_close_matches(name, [*known, *OTHERS], 1, 0.6))]
@@ -109,6 +110,8 @@ def listed(value: Any) -> Any:
 def _value(name: str, value: Any) -> Any:
     if name in LISTS:
         return listed(value)
+    if name in PATHS and value is not None:
+        return names.spelled(str(value))
     return str(value) if isinstance(value, Path) else value
 
 

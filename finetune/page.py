@@ -17,6 +17,7 @@ from finetune.errors import UserError
 from finetune.images import ImageSet
 from finetune.look import Look, leaks
 from finetune.metrics import Estimate, Paired
+from finetune.names import shown, typed
 from finetune.report import Candidate, Contender, Curve, Distance, Matrix, Mistake, ReportData
 from finetune.svm import SvmResult
 
@@ -44,7 +45,7 @@ def collect(
     y, predicted, classes = found.images.labels, found.best, seen.images.classes
     train = seen.images.labels[seen.part("train")]
     return ReportData(
-        title=seen.images.name,
+        title=shown(seen.images.name),
         made=datetime.now(UTC).strftime("%Y-%m-%d"),
         headline=verdict[0],
         second=verdict[1],
@@ -56,7 +57,7 @@ def collect(
         matrix=_matrix(seen),
         distance=_distance(seen),
         seconds=tuple((name, value) for name, value in seen.seconds.items() if name != "all"),
-        commands=_commands(path, seen.images.name),
+        commands=_commands(path),
         warnings=_warnings(seen, baseline, training),
         contenders=_contenders(seen, baseline, shipped, judged, svm_on_test),
         pair=pair,
@@ -89,12 +90,13 @@ def _distance(seen: Look) -> Distance:
     return Distance(near.word, near.distance, near.low, near.high, near.n, similarity.NEAR, similarity.FAR, second, near.notes)
 
 
-def _commands(path: Path, data: str) -> tuple[tuple[str, str], ...]:
+def _commands(path: Path) -> tuple[tuple[str, str], ...]:
+    run = typed(path)
     return (
-        ("classes of images", f"finetune predict {path} IMAGE…"),
-        ("a folder, to a table", f"finetune predict {path} FOLDER/ -o predictions.csv --unsure 0.6"),
-        ("from Python", f'import finetune\nfinetune.load("{path}").predict(["img.jpg"])'),
-        ("the same again", f"finetune fit --recipe {path}/recipe.yaml --out NEW"),
+        ("classes of images", f"finetune predict {run} IMAGE…"),
+        ("a folder, to a table", f"finetune predict {run} FOLDER/ -o predictions.csv --unsure 0.6"),
+        ("from Python", f"import finetune\nfinetune.load({str(path)!r}).predict(['img.jpg'])"),
+        ("the same again", f"finetune fit --recipe {typed(path / 'recipe.yaml')} --out NEW"),
     )
 
 
@@ -189,7 +191,7 @@ def _mistakes(found: Predictions) -> tuple[Mistake, ...]:
     score = found.probabilities[np.arange(len(y)), best]
     worst = wrong[np.argsort(-score[wrong], kind="stable")][:MISTAKES]
     return tuple(
-        Mistake(found.images.paths[i], found.classes[y[i]], found.classes[best[i]], float(score[i]), picture)
+        Mistake(shown(found.images.paths[i]), found.classes[y[i]], found.classes[best[i]], float(score[i]), picture)
         for i in worst
         if (picture := thumbnail(found.images, int(i)))
     )

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from finetune import files, lock
 from finetune.errors import UserError
 from finetune.lock import NO_WAIT, Wait
+from finetune.names import meant, shown
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
@@ -215,7 +216,7 @@ def _refuse_foreign(path: Path) -> None:
         return
     foreign = sorted(item.name for item in path.iterdir() if item.name != CHECKPOINTS)
     if foreign:
-        what = f"the folder is not empty and not a run: it holds {foreign[0]!r}"
+        what = f"the folder is not empty and not a run: it holds {shown(foreign[0])!r}"
         raise UserError(what, where=path, fix="choose a new folder with --out")
 
 
@@ -316,17 +317,17 @@ class Predictions(NamedTuple):
 def write_predictions(
     path: Path, paths: Sequence[str], labels: Sequence[str], classes: Sequence[str], probabilities: NDArray[Any]
 ) -> None:
-    """Write `path,label,prediction,score,p:<class>,…`, a row an image.
+    """Write `path,label,prediction,score,p:<class>,…`, a row an image; paths are written as `names.shown` shows them.
 
     The prediction is the first class of the largest probability, the score that probability.
     """
     best = [classes[i] for i in probabilities.argmax(axis=1)]
-    rows = ([*told, row.max(), *row] for *told, row in zip(paths, labels, best, probabilities, strict=True))
+    rows = ([*told, row.max(), *row] for *told, row in zip(map(shown, paths), labels, best, probabilities, strict=True))
     write_csv(path, ["path", "label", "prediction", "score", *(f"{PROBABILITY}{name}" for name in classes)], rows)
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read back what `write_predictions` wrote: the probabilities are equal to the last bit."""
+    """Read back what `write_predictions` wrote: the paths are those of the files, the probabilities equal to the last bit."""
     try:
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             header, *rows = csv.reader(file)
@@ -340,7 +341,7 @@ def read_predictions(path: Path) -> Predictions:
     except (ValueError, csv.Error) as error:
         raise UserError(f"not a table of predictions ({error})", where=path, fix="give the predictions.csv of a run") from error
     classes = [name.removeprefix(PROBABILITY) for name in header[4:]]
-    return Predictions([row[0] for row in rows], [row[1] for row in rows], classes, values)
+    return Predictions([meant(row[0]) for row in rows], [row[1] for row in rows], classes, values)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -388,7 +389,7 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(folder.iterdir()):
         row: dict[str, Any] = {
-            "run": path.name,
+            "run": shown(path.name),
             "status": "unfinished",
             "shipped": None,
             "test/top1": None,
@@ -417,7 +418,7 @@ def compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path, info, settings in zip(paths, infos, recipes, strict=True):
         judged = files.read_json(path / METRICS) if METRICS in info["files"] else {}
         rows.append(
-            {"run": str(path), "shipped": info.get("shipped"), **judged, "seconds": info.get("seconds")}
+            {"run": shown(path), "shipped": info.get("shipped"), **judged, "seconds": info.get("seconds")}
             | {key: settings.get(key) for key in differing}
         )
     return rows

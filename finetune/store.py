@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import files
+from finetune import files, names
 from finetune.errors import UserError
 
 FORMAT = 1
@@ -171,7 +171,7 @@ class Store:
         """Digests of files by (absolute path, size, mtime in ns), None where the file is new or has changed."""
         result: list[str | None] = []
         for i in range(0, len(stats), LOOKUP):
-            part = stats[i : i + LOOKUP]
+            part = [(names.to_database(path), size, changed) for path, size, changed in stats[i : i + LOOKUP]]
             marks = ",".join("?" * len(part))
             query = f"select path, size, mtime, digest from seen where path in ({marks})"
             with database_errors(self.folder):
@@ -186,13 +186,13 @@ class Store:
             self.db.executemany(
                 "insert into seen (path, size, mtime, digest) values (?, ?, ?, ?) "
                 "on conflict (path) do update set size = excluded.size, mtime = excluded.mtime, digest = excluded.digest",
-                [(path, size, mtime, bytes.fromhex(digest)) for path, size, mtime, digest in entries],
+                [(names.to_database(path), size, mtime, bytes.fromhex(digest)) for path, size, mtime, digest in entries],
             )
 
     def forget(self, paths: Sequence[str]) -> None:
         """Forget the digests of files by absolute path: they are read again at the next look."""
         with self._writing():
-            self.db.executemany("delete from seen where path = ?", [(path,) for path in paths])
+            self.db.executemany("delete from seen where path = ?", [(names.to_database(path),) for path in paths])
 
     # --------------------------------------------------------------------------------------------------- upkeep
 
@@ -308,7 +308,7 @@ def overview() -> dict[str, Any]:
 def overview_text() -> str:
     """The overview for a person: features by network, the last used first."""
     found = overview()
-    lines = [found["folder"], *(f"  {name:<12}{size / 1e6:>9.1f} MB" for name, size in found["bytes"].items())]
+    lines = [names.shown(found["folder"]), *(f"  {name:<12}{size / 1e6:>9.1f} MB" for name, size in found["bytes"].items())]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for space in found["spaces"]:
         groups.setdefault((space["backbone"], space["precision"]), []).append(space)

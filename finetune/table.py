@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from finetune import columns
+from finetune import columns, names
 from finetune.columns import FLAGS, ONE_LABEL, Columns, Layout, Rows
 from finetune.columns import SPLIT_NAMES as SPLIT_NAMES
 from finetune.errors import UserError
@@ -134,9 +134,13 @@ def _split(path: Path, line: int, row: dict[str, str], chosen: Columns) -> str:
 
 
 def _relative(folder: Path, text: str) -> str:
-    """The path as the table's folder sees it, spelled in one way; Windows separators are understood where they must be."""
-    if "\\" in text and not (folder / text).exists():
-        text = text.replace("\\", "/")
+    """The path as the table's folder sees it, spelled in one way.
+
+    A path that no file has may be written as `names.shown` shows it, or with the separators of Windows.
+    """
+    if "\\" in text and not os.path.lexists(folder / text):
+        plain = names.meant(text)
+        text = plain if os.path.lexists(folder / plain) else text.replace("\\", "/")
     return posixpath.normpath(Path(os.path.relpath(text, folder)).as_posix() if Path(text).is_absolute() else text)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune import files
+from finetune import files, names
 from finetune.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: `find` answers without it
@@ -82,7 +82,7 @@ def find(name: str, weights: str = "auto") -> Source:
     if weights == "random":
         return Source("random", None, "RANDOM weights: nothing was learned before; for tests and teaching only")
     if weights != "auto":
-        path = Path(weights).expanduser()
+        path = Path(names.written(weights)).expanduser()
         if not path.is_file():
             raise UserError(
                 f"no weight file {weights!r}",
@@ -93,7 +93,7 @@ def find(name: str, weights: str = "auto") -> Source:
             raise UserError(
                 f"cannot read weights from {path.name!r}", where="--weights", fix="give a .safetensors, .pth or .pt file"
             )
-        return Source("file", path, f"the file {path.name}")
+        return Source("file", path, f"the file {names.shown(path.name)}")
     package = PACKAGES.get(name)
     if package and (path_in_package := package.path()):
         return Source("package", path_in_package, f"ImageNet, from the package {package.distribution} ({package.licence})")
@@ -127,8 +127,10 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with files.in_text(path) as plain:
+                return load_file(plain)
+        with files.in_text(path) as plain:
+            loaded = torch.load(plain, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen types for one fact: this is no weight file
         raise UserError(
             f"cannot be read as weights ({_in_words(error)})",

@@ -11,6 +11,7 @@ import hashlib
 import importlib.resources
 import itertools
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path as File
@@ -73,7 +74,7 @@ class ImageItem(BaseModel):
     """One image of the gallery."""
 
     id: int
-    path: str
+    path: str = Field(description=r"what cannot be printed is written as bytes, \xNN, and a backslash as \\")
     also: list[str] = Field(description="further paths of the same bytes")
 
 
@@ -139,7 +140,7 @@ def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
 
 def create(desk: Desk, *, hosts: frozenset[str] | None = None, token: str | None = None, thumbs: Thumbs | None = None) -> ASGIApp:
     """The application behind its guard: see `guard.guarded`."""
-    name = hashlib.sha256(str(desk.gallery.folder.absolute()).encode()).hexdigest()[:8]
+    name = hashlib.sha256(os.fsencode(desk.gallery.folder.absolute())).hexdigest()[:8]
     return guard.guarded(routed(desk, thumbs or Thumbs()), hosts=hosts, token=token, name=name, limit=UPLOAD)
 
 
@@ -184,7 +185,7 @@ def search_routes(desk: Desk) -> APIRouter:
         """What is served, and what may be asked."""
         about = await asyncio.wrap_future(desk.call(lambda gallery: gallery.info()))
         known = {key: about[key] for key in ("images", "paths", "unreadable", "network", "search", "warnings")}
-        return About(name=desk.gallery.folder.name, max_upload=UPLOAD, max_pictures=PICTURES, max_k=MOST, **known)
+        return About(name=shown(desk.gallery.folder.name), max_upload=UPLOAD, max_pictures=PICTURES, max_k=MOST, **known)
 
     @routes.get("/images", responses=problems(422))
     async def images(
@@ -248,7 +249,7 @@ def picture_routes(gallery: Gallery, thumbs: Thumbs) -> APIRouter:
         except HTTPException as error:
             about.problem = error.detail
         except decode.DecodeError as error:
-            about.problem = f"{paths[0]}: {error}"
+            about.problem = f"{shown(paths[0])}: {error}"
         return about
 
     @routes.get("/thumbs/{number:int}", response_class=Response, responses=problems(404, 422))
@@ -267,7 +268,7 @@ def picture_routes(gallery: Gallery, thumbs: Thumbs) -> APIRouter:
         try:
             data = thumbs.get(digest, size, lambda: original(gallery, number))
         except decode.DecodeError as error:
-            raise HTTPException(422, f"{paths[0]}: {error}") from error
+            raise HTTPException(422, f"{shown(paths[0])}: {error}") from error
         return _picture(data, {"etag": tag, "cache-control": "private, no-cache"})
 
     @routes.get("/files/{number:int}", response_class=Response, responses=problems(404))
@@ -298,7 +299,7 @@ def original(gallery: Gallery, number: int) -> bytes:
         found = found or path
     if found is None:
         raise _gone(paths[0])
-    raise HTTPException(404, f"{found} was changed since the index was made: `retrieve sync` brings the index up to date")
+    raise HTTPException(404, f"{shown(found)} was changed since the index was made: `retrieve sync` brings the index up to date")
 
 
 def _known(gallery: Gallery, number: int) -> tuple[str, tuple[str, ...]]:
@@ -309,7 +310,7 @@ def _known(gallery: Gallery, number: int) -> tuple[str, tuple[str, ...]]:
 
 
 def _gone(path: str) -> HTTPException:
-    return HTTPException(404, f"{path} is not there any more: `retrieve sync` brings the index up to date")
+    return HTTPException(404, f"{shown(path)} is not there any more: `retrieve sync` brings the index up to date")
 
 
 def _picture(data: bytes, headers: dict[str, str]) -> Response:
@@ -322,7 +323,7 @@ def _picture(data: bytes, headers: dict[str, str]) -> Response:
 
 
 def _item(number: int, paths: Sequence[str]) -> ImageItem:
-    return ImageItem(id=number, path=paths[0], also=list(paths[1:]))
+    return ImageItem(id=number, path=shown(paths[0]), also=list(map(shown, paths[1:])))
 
 
 async def _ask(desk: Desk, query: batching.Query) -> Results:
@@ -334,7 +335,7 @@ async def _ask(desk: Desk, query: batching.Query) -> Results:
     except BadPictures as error:
         raise HTTPException(STATUS.get(error.kind, 422), str(error)) from error
     if query.image is not None:
-        asked = [Asked(name=desk.gallery.paths(query.image)[0], id=query.image)]
+        asked = [Asked(name=shown(desk.gallery.paths(query.image)[0]), id=query.image)]
     else:
         asked = [Asked(name=name, id=number) for (name, _), number in zip(query.pictures, found.known, strict=True)]
     results = [_result(hit) for hit in found.hits]

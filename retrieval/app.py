@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 from finetune.errors import UserError
+from finetune.names import shown
 from retrieval import batching
 from retrieval.batching import Desk
 from retrieval.gallery import Gallery
@@ -52,7 +53,7 @@ def serve(index: Path, *, host: str = "127.0.0.1", port: int = 8000, token: str 
         threading.Thread(target=batching.warm, args=(gallery,), daemon=True).start()
         try:
             # The socket listens already: who comes from now on is answered.
-            print(f"{index.name}, {len(gallery)} images: {address}  ({how})", flush=True)
+            print(f"{shown(index.name)}, {len(gallery)} images: {address}  ({how})", flush=True)
             uvicorn.Server(config).run(sockets=[server])
         except KeyboardInterrupt:  # how a server is meant to end
             print("ended")

@@ -63,7 +63,7 @@ class BadPictures(Exception):  # noqa: N818
 
     def __init__(self, faults: tuple[Fault, ...]) -> None:
         self.kind = faults[0].kind
-        super().__init__("; ".join(f"{fault.path}: {fault.kind} ({fault.detail})" for fault in faults))
+        super().__init__("; ".join(fault.to_text() for fault in faults))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import stat
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ import numpy as np
 from finetune import features
 from finetune.features import Progress
 from finetune.images import Fault, ImageSet, check_on_bad
+from finetune.names import from_database, to_database
 from finetune.store import Store
 from retrieval import segments
 from retrieval.encode import Encoded
@@ -57,7 +59,7 @@ class Change:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "faults": tuple(fault.to_json() for fault in self.faults)}
 
     def to_text(self) -> str:
         """One line: what is not zero, and how many images there are now."""
@@ -107,6 +109,8 @@ def scan(root: Path, paths: Iterable[str], index: Path) -> tuple[list[Found], li
         full = os.path.join(root, path)  # noqa: PTH118
         try:
             info = os.stat(full)  # noqa: PTH116
+            if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for ever
+                raise OSError(0, "a pipe, a socket or a device")
             if not os.access(full, os.R_OK):
                 raise PermissionError(0, "no permission to read it")
         except OSError as error:
@@ -135,10 +139,13 @@ def compare(
     broken: dict[str, tuple[int, int, str, str]] = {}
     if writer is not None:
         query = "select path, image, digest, size, mtime from path join image on image.id = path.image where path in ({marks})"
-        for path, image, digest, size, mtime in segments.select(writer.db, query, [*gone, *(one.path for one in found)]):
+        paths = [to_database(path) for path in (*gone, *(one.path for one in found))]
+        for value, image, digest, size, mtime in segments.select(writer.db, query, paths):
+            path = from_database(value)
             known[path], stats[path] = (image, digest.hex()), (size, mtime)
         if on_bad == "skip":
-            broken = {path: tuple(rest) for path, *rest in writer.db.execute("select path, size, mtime, kind, detail from fault")}
+            old_faults = writer.db.execute("select path, size, mtime, kind, detail from fault")
+            broken = {from_database(path): tuple(rest) for path, *rest in old_faults}
     fresh = [one for one in found if one.mtime == UNSETTLED or stats.get(one.path) != (one.size, one.mtime)]
     old = [one for one in fresh if one.mtime != UNSETTLED and broken.get(one.path, (0, 0))[:2] == (one.size, one.mtime)]
     skipped = {one.path for one in old}
@@ -214,9 +221,10 @@ def commit(
         for stored in files:
             writer.keep(stored)
         _write_paths(writer, plan, bad, whole)
-        db.executemany("insert or ignore into source (path) values (?)", [(source,) for source in sources])
+        db.executemany("insert or ignore into source (path) values (?)", [(to_database(source),) for source in sources])
         for prefix in forget:
-            db.execute("delete from source where path = ? or path glob ?", (prefix, f"{literal(prefix)}/*"))
+            condition, values = segments.below(prefix)
+            db.execute(f"delete from source where {condition}", values)
         writer.drop_segments(old)
         return _counted(writer, plan, bad, len(made.images) if made else 0)
 
@@ -227,18 +235,20 @@ def _write_paths(writer: Writer, plan: Plan, bad: Sequence[tuple[Found, Fault]],
     good = [(one, digest) for one, digest in zip(plan.fresh, plan.digests, strict=True) if one.path not in broken]
     if whole:
         db.execute("delete from fault")
-    db.executemany("delete from fault where path = ?", [(one.path,) for one, _ in good] + [(path,) for path in plan.gone])
+    db.executemany(
+        "delete from fault where path = ?", [(to_database(path),) for path in (*(one.path for one, _ in good), *plan.gone)]
+    )
     db.executemany(
         "insert or replace into fault (path, size, mtime, kind, detail) values (?, ?, ?, ?, ?)",
-        [(one.path, one.size, one.mtime, fault.kind, fault.detail) for one, fault in (*plan.old_faults, *bad)],
+        [(to_database(one.path), one.size, one.mtime, fault.kind, fault.detail) for one, fault in (*plan.old_faults, *bad)],
     )
     dropped = [*plan.gone, *(one.path for one, _ in (*plan.old_faults, *bad))]
-    db.executemany("delete from path where path = ?", [(path,) for path in dropped])
+    db.executemany("delete from path where path = ?", [(to_database(path),) for path in dropped])
     values = [bytes.fromhex(digest) for digest in dict.fromkeys(digest for _, digest in good)]
     number = {d.hex(): i for d, i in segments.select(db, "select digest, id from image where digest in ({marks})", values)}
     db.executemany(
         "insert or replace into path (path, image, size, mtime) values (?, ?, ?, ?)",
-        [(one.path, number[digest], one.size, one.mtime) for one, digest in good],
+        [(to_database(one.path), number[digest], one.size, one.mtime) for one, digest in good],
     )
     touched = {image for image, _ in plan.known.values()} | set(plan.have.values())
     db.executemany(
@@ -289,8 +299,3 @@ def count_paths(writer: Writer) -> int:
 def way(path: Path, start: Path) -> str:
     """The POSIX way from one folder to a path."""
     return Path(os.path.relpath(path, start.absolute())).as_posix()
-
-
-def literal(text: str) -> str:
-    """`text` with glob's special characters escaped."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from finetune import console
+from finetune.names import shown, typed
 
 if TYPE_CHECKING:
     from finetune.images import Fault
@@ -108,7 +109,7 @@ def build(
         from retrieval.gallery import Gallery
 
         with Gallery(out) as gallery:
-            click.echo(f"  search  {gallery.info()['search']}\n  query   retrieve query {out} IMAGE")
+            click.echo(f"  search  {gallery.info()['search']}\n  query   retrieve query {typed(out)} IMAGE")
 
 
 def _encoder(
@@ -184,12 +185,12 @@ def query(
         from finetune import files
         from retrieval import sheet
 
-        title = f"{index.name}: {answers[0].query if len(answers) == 1 else f'{len(answers)} queries'}"
+        title = f"{shown(index.name)}: {shown(answers[0].query) if len(answers) == 1 else f'{len(answers)} queries'}"
         files.write_text(html, sheet.page(answers, root, title))
     if json_:
         _print_json([answer.to_json() for answer in answers])
     elif html is not None:
-        click.echo(f"written to {html}")
+        click.echo(f"written to {shown(html)}")
     else:
         click.echo("\n\n".join(answer.to_text() for answer in answers))
 
@@ -322,6 +323,9 @@ def duplicates(index: Path, threshold: float, json_: bool) -> None:
         groups = home.duplicates(gallery, threshold)
     missing, changed = ({path for group in groups for path in group.get(key, ())} for key in ("missing_paths", "changed_paths"))
     _warn(hits.advice(missing, changed, index))
+    groups = [
+        {key: list(map(shown, value)) if key.endswith("paths") else value for key, value in group.items()} for group in groups
+    ]
     if json_:
         _print_json(groups)
     elif not groups:
@@ -343,7 +347,7 @@ def info(index: Path, check: bool, json_: bool) -> None:
     Example:
       retrieve info photos.index --check
     """
-    from retrieval.gallery import Gallery
+    from retrieval.gallery import Gallery, info_text
 
     with Gallery(index) as gallery:
         if check:
@@ -353,15 +357,9 @@ def info(index: Path, check: bool, json_: bool) -> None:
     if json_:
         _print_json(about)
         return
-    about["vector"] = ", ".join(
-        f"{key} {json.dumps(value)}" for key, value in about["vector"].items() if key not in ("preprocess", "pooling")
-    )
-    for key, value in about.items():
-        if value not in (None, [], {}):
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            click.echo(f"{key:<13} {text}")
+    click.echo(f"{shown(index)}\n{info_text(about)}")
     if check:
-        click.echo(f"{'check':<13} every byte is as it was written")
+        click.echo(f"  {'check':<9}every byte is as it was written")
 
 
 @cli.command()
@@ -411,7 +409,7 @@ def _warn(warnings: Sequence[str]) -> None:
 
 def _say_faults(faults: Sequence[Fault]) -> None:
     for fault in faults:
-        click.echo(f"left out: {fault.path}: {fault.kind} ({fault.detail})", err=True)
+        click.echo(f"left out: {fault.to_text()}", err=True)
 
 
 def _print_change(change: Change, index: Path, json_: bool) -> None:
@@ -422,7 +420,7 @@ def _print_change(change: Change, index: Path, json_: bool) -> None:
     if json_:
         _print_json(change.to_json())
         return
-    click.echo(f"{index}: {change.to_text()}")
+    click.echo(f"{shown(index)}: {change.to_text()}")
 
 
 def main() -> NoReturn:

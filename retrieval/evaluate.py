@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from finetune import images
 from finetune.errors import UserError
 from finetune.images import ImageSet
+from finetune.names import from_database, meant, written
 from retrieval import hits, metrics
 from retrieval.frame import first_folder
 from retrieval.gallery import Gallery
@@ -126,12 +127,16 @@ def by_pairs(gallery: Gallery, table: Path, *, ks: Sequence[int] = KS) -> Judged
     wanted = _read_pairs(table)
     positions, ids = gallery.now.everything()
     place = {number: i for i, number in enumerate(ids.tolist())}
-    known = {path: place[image] for path, image in gallery.now.db.execute("select path, image from path")}
+    known = {from_database(path): place[image] for path, image in gallery.now.db.execute("select path, image from path")}
     root = gallery.root
 
     def find(text: str) -> int | None:
-        beside = Path(os.path.relpath(table.absolute().parent / text, root)).as_posix()
-        return known.get(posixpath.normpath(text), known.get(beside))
+        for name in dict.fromkeys((text, meant(text))):
+            beside = Path(os.path.relpath(table.absolute().parent / name, root)).as_posix()
+            at = known.get(posixpath.normpath(name), known.get(beside))
+            if at is not None:
+                return at
+        return None
 
     truth: list[NDArray[np.int64]] = []
     for matches in wanted.values():
@@ -148,7 +153,7 @@ def by_pairs(gallery: Gallery, table: Path, *, ks: Sequence[int] = KS) -> Judged
     vectors[own >= 0] = gallery.now.vectors(own[own >= 0])
     outside = [(i, query) for i, (query, at) in enumerate(zip(wanted, inside, strict=True)) if at is None]
     if outside:
-        paths = tuple(query for _, query in outside)
+        paths = tuple(written(query, table.parent) for _, query in outside)
         source = ImageSet(str(table), table.parent, paths, np.full(len(paths), -1, dtype=np.int64), ())
         vectors[[i for i, _ in outside]], own[[i for i, _ in outside]] = _vectors(gallery, source)
 
@@ -190,7 +195,8 @@ def _vectors(gallery: Gallery, source: ImageSet) -> tuple[Rows, Ints]:
 
 def _labels(gallery: Gallery, ids: Sequence[int]) -> list[str | None]:
     """The first folder on the way of each image, seen from the gallery's folder that holds it; None for none, or for two."""
-    sources = [path for (path,) in gallery.now.db.execute("select path from source order by length(path) desc")]
+    rows = gallery.now.db.execute("select path from source").fetchall()
+    sources = sorted((from_database(path) for (path,) in rows), key=len, reverse=True)
     paths = gallery.now.paths(ids)
     found = []
     for number in ids:

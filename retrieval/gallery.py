@@ -22,6 +22,7 @@ from finetune.engine import Runner
 from finetune.errors import UserError
 from finetune.features import Progress
 from finetune.images import Fault, ImageSet
+from finetune.names import from_database, shown
 from retrieval import encode, hits, segments
 from retrieval.encode import Encoder, unit
 from retrieval.hits import Answer, Hit
@@ -157,12 +158,12 @@ class Gallery:
         good = [i for i in range(len(source)) if i not in faults]
         own = [self.own(known.get(digests[i]), None if keep_self or source.in_memory else _file(source, i)) for i in good]
         vectors, names = vectors[good], [names[i] for i in good]
-        shown: list[tuple[str, ...]] = [(name,) for name in names]
+        parts: list[tuple[str, ...]] = [(name,) for name in names]
         if together and good:
-            vectors, shown = unit(vectors.mean(axis=0, keepdims=True)), [tuple(names)]
+            vectors, parts = unit(vectors.mean(axis=0, keepdims=True)), [tuple(names)]
             own = [both(own)]
         found = self.search(vectors, k, own=own, **how)
-        answers = [Answer(" + ".join(parts), some, parts) for parts, some in zip(shown, found, strict=True)]
+        answers = [Answer(" + ".join(some), hits, some) for some, hits in zip(parts, found, strict=True)]
         return answers, tuple(faults.values())
 
     def own(self, position: int | None, file: Path | None) -> Own:
@@ -370,7 +371,7 @@ class Gallery:
             return ()
         path = Path(run["path"])
         if (path / "run.json").is_file() and encode.run_digest(path) != run["digest"]:
-            return (f"stale: the run {path} was trained again after this index was built; build it again with --force",)
+            return (f"stale: the run {shown(path)} was trained again after this index was built; build it again with --force",)
         return ()
 
     def info(self) -> dict[str, Any]:
@@ -383,13 +384,13 @@ class Gallery:
             "images": len(now),
             "paths": counts["path"],
             "unreadable": counts["fault"],
-            "root": str(self.root),
-            "folders": [path for (path,) in now.db.execute("select path from source order by path")],
+            "root": shown(self.root),
+            "folders": [shown(from_database(path)) for (path,) in now.db.execute("select path from source order by path")],
             "network": f"{about['networks'][0]['name']}: {about['networks'][0]['source']}",
             "frame": encode.frame_words(about),
             "width": about["width"],
             "vector": about["vector"],
-            "run": about.get("run"),
+            "run": {**about["run"], "path": shown(about["run"]["path"])} if about.get("run") else None,
             "search": search["words"] if search else "exact",
             "search rows": search["rows"] if search else None,
             "segments": len(now.segments),
@@ -400,6 +401,28 @@ class Gallery:
             "versions": about["versions"],
             "warnings": list(self.warnings()),
         }
+
+
+def info_text(about: dict[str, Any]) -> str:
+    """What `Gallery.info` says, for a person: a few lines."""
+    vector, run, versions = about["vector"], about["run"], about["versions"]
+    files = f"{about['paths']:,} files" + (f", {about['unreadable']:,} unreadable ones left out" * bool(about["unreadable"]))
+    places = "" if about["folders"] in ([], ["."]) else f": {', '.join(about['folders'])}"
+    views = "".join(f", {name} {', '.join(map(str, vector[name]))}" for name in ("scales", "views") if len(vector[name]) > 1)
+    waste = f" and {about['removed rows']:,} removed rows" * bool(about["removed rows"])
+    later = f"; last changed in generation {about['generation']}" * (about["generation"] > 1)
+    lines = {
+        "images": f"{about['images']:,} in {files}",
+        "folder": f"{about['root']}{places}",
+        "vectors": f"{about['width']} numbers from {' + '.join(vector['taps'])}{views}{', whitened' * bool(vector['whitening'])}",
+        "network": f"{about['network']}, by {vector['engine']} in {vector['precision']}",
+        "run": run["path"] if run else "",
+        "search": about["search"]
+        + (f" ({about['search rows']:,} rows)" if about["search rows"] else ": every vector is compared"),
+        "size": f"{about['bytes'] / 1e6:,.1f} MB in {about['segments']} segment{'s' * (about['segments'] != 1)}{waste}",
+        "made": f"{about['created']} by Regraft {versions.get('regraft', '?')}{later}",
+    }
+    return "\n".join(f"  {key:<9}{value}" for key, value in lines.items() if value)
 
 
 def _read(folder: Path) -> tuple[Snapshot, Index | None]:

@@ -34,6 +34,7 @@ import faiss as _faiss
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from finetune import files
 from finetune.errors import UserError
 from finetune.metrics import Estimate, wilson
 from retrieval import indexfile
@@ -441,7 +442,8 @@ def _read(path: Path, size: int, mmap: bool) -> Any:
         try:
             faiss.set_deserialization_vector_byte_limit(size)
             faiss.set_deserialization_loop_limit(size)
-            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap and os.name == "posix" else 0)
+            with files.in_text(path) as plain:
+                return faiss.read_index(str(plain), faiss.IO_FLAG_MMAP_IFC if mmap and os.name == "posix" else 0)
         finally:
             faiss.set_deserialization_vector_byte_limit(before[0])
             faiss.set_deserialization_loop_limit(before[1])

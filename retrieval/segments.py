@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune import files
-from finetune.errors import UserError
+from finetune.errors import UserError, as_bytes
+from finetune.names import from_database, to_database
 
 FORMAT = 1
 DATABASE, LOCK, MANIFEST = "gallery.sqlite", "writer.lock", "manifest.json"
@@ -123,7 +124,7 @@ class Snapshot:
         found: dict[int, dict[str, tuple[int, int]]] = {number: {} for number in ids}
         query = "select image, path, size, mtime from path where image in ({marks})"
         for number, path, size, mtime in self.select(query, list(found)):
-            found[number][path] = (size, mtime)
+            found[number][from_database(path)] = (size, mtime)
         return found
 
     def everything(self) -> tuple[Ints, Ints]:
@@ -256,6 +257,13 @@ def select(db: sqlite3.Connection, query: str, values: Sequence[Any], *first: An
         part = values[i : i + LOOKUP]
         found += db.execute(query.format(marks=",".join("?" * len(part))), (*first, *part)).fetchall()
     return found
+
+
+def below(path: str) -> tuple[str, list[str | bytes]]:
+    """The condition that a column `path` is this path or lies below it, and its values. Names that are no UTF-8 are bytes."""
+    start, end = f"{path}/", f"{path}0"  # 0 comes right after the slash
+    ranges = [to_database(start), to_database(end), as_bytes(start), as_bytes(end)]
+    return "(path = ? or (path > ? and path < ?) or (path > ? and path < ?))", [to_database(path), *ranges]
 
 
 def read_meta(db: sqlite3.Connection, folder: Path) -> dict[str, Any]:

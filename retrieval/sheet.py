@@ -39,12 +39,12 @@ def page(answers: Sequence[Answer], root: Path, title: str) -> str:
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title>"]
     parts.append(f'<meta name=viewport content="width=device-width"><style>{STYLE}</style><h1>{escape(title)}</h1>')
     for answer in answers:
-        parts.append(f"<section><h2>{escape(shown(answer.query))}</h2><div class=grid>")
+        parts.append(f"<section><h2>{_name(answer.query)}</h2><div class=grid>")
         parts += [_figure(Path(name), name, "query", "") for name in answer.parts]
         for hit in answer.hits:
             more = _marks(hit, hit.path)
-            more += "".join(f"<div class=more>= {escape(shown(path))} {_marks(hit, path)}</div>" for path in hit.also)
-            more += "".join(f"<div class=more>≈ {escape(shown(path))} {_marks(hit, path)}</div>" for path in hit.similar)
+            more += "".join(f"<div class=more>= {_name(path)} {_marks(hit, path)}</div>" for path in hit.also)
+            more += "".join(f"<div class=more>≈ {_name(path)} {_marks(hit, path)}</div>" for path in hit.similar)
             parts.append(_figure(root / hit.path, hit.path, "", f"<div class=score>{hit.score:.3f}</div>", more))
         parts.append("</div>")
         if not answer.hits:
@@ -53,20 +53,27 @@ def page(answers: Sequence[Answer], root: Path, title: str) -> str:
     return "\n".join([*parts, "</html>\n"])
 
 
+def _name(path: str) -> str:
+    return escape(shown(path))
+
+
 def _marks(hit: Hit, path: str) -> str:
     return "".join(f"<span class=mark>{word}</span>" for word in hit.marks(path))
 
 
 def _figure(file: Path, name: str, kind: str, score: str, more: str = "") -> str:
     try:
-        picture = f'<img alt="{escape(shown(name))}" src="data:image/jpeg;base64,{thumbnail(file.read_bytes())}">'
+        picture = f'<img alt="{_name(name)}" src="data:image/jpeg;base64,{thumbnail(file.read_bytes())}">'
     except (OSError, decode.DecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        picture = f"<span>cannot be shown: {escape(str(reason))}</span>"
+        picture = f"<span>cannot be shown: {escape(_why(error))}</span>"
     return (
         f'<figure class="{kind}"><div class=picture>{picture}</div>'
-        f"<figcaption>{score}<div>{escape(shown(name))}</div>{more}</figcaption></figure>"
+        f"<figcaption>{score}<div>{_name(name)}</div>{more}</figcaption></figure>"
     )
+
+
+def _why(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def thumbnail(data: bytes) -> str:

@@ -23,7 +23,7 @@ from finetune.errors import UserError
 from finetune.faults import some
 from finetune.images import Fault, list_faults
 from finetune.lock import NO_WAIT, Wait
-from finetune.names import shown
+from finetune.names import from_database, meant, shown
 from finetune.store import Store
 from retrieval import changes, encode, merge, segments, vectors
 from retrieval import frame as framing
@@ -131,8 +131,8 @@ def remove(folder: Path, given: Sequence[str | Path], *, wait: Wait = NO_WAIT) -
         gone: dict[str, None] = {}
         prefixes = []
         for item in given:
-            shown = posixpath.normpath(Path(item).as_posix())
-            texts = (*([shown] if shown != "." else []), changes.way(Path(os.path.abspath(item)), root))  # noqa: PTH100
+            told = posixpath.normpath(Path(item).as_posix())
+            texts = (*([told, meant(told)] if told != "." else []), changes.way(Path(os.path.abspath(item)), root))  # noqa: PTH100
             text = next((text for text in texts if _below(writer, text, "path") or _below(writer, text, "source")), None)
             if text is None:
                 fix = "give a path as `retrieve query` shows it, or a file or folder that was added"
@@ -154,9 +154,10 @@ def sync(
     """
     with writing(folder, wait=wait) as writer:
         root = root.absolute() if root is not None else find_root(writer.meta, folder)
-        known = [path for (path,) in writer.db.execute("select path from path")]
+        known = [from_database(path) for (path,) in writer.db.execute("select path from path")]
         paths: dict[str, None] = {}
-        for (source,) in writer.db.execute("select path from source order by path").fetchall():
+        for (value,) in writer.db.execute("select path from source order by path").fetchall():
+            source = from_database(value)
             place = Path(os.path.normpath(root / source))
             if not place.is_dir():
                 fix = "mount or restore it; say where it is now with --root; or, if it is gone for good, `retrieve remove` it"
@@ -294,7 +295,6 @@ def _sources(given: Sequence[str | Path], root: Path) -> list[str]:
 
 def _below(writer: Writer, text: str, table: str) -> list[str]:
     """The paths in a table (`path` or `source`) that are `text`, or lie below it."""
-    if text == ".":
-        return [path for (path,) in writer.db.execute(f"select path from {table} where path not like '../%'")]
-    query = f"select path from {table} where path = ? or path glob ?"
-    return [path for (path,) in writer.db.execute(query, (text, f"{changes.literal(text)}/*"))]
+    condition, values = ("true", []) if text == "." else segments.below(text)
+    found = [from_database(path) for (path,) in writer.db.execute(f"select path from {table} where {condition}", values)]
+    return [path for path in found if text != "." or not path.startswith("../")]

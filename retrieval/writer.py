@@ -19,6 +19,7 @@ import numpy as np
 from finetune import files, lock
 from finetune.errors import UserError
 from finetune.lock import NO_WAIT, Wait
+from finetune.names import shown
 from retrieval.segments import (
     DATABASE,
     FOLDERS,
@@ -93,7 +94,7 @@ class Writer:
                 meta = self.meta | changes | {"generation": self.meta["generation"] + 1}
                 self.db.executemany(
                     "insert into meta (key, value) values (?, ?) on conflict (key) do update set value = excluded.value",
-                    [(key, json.dumps(value, ensure_ascii=False, allow_nan=False)) for key, value in meta.items()],
+                    [(key, json.dumps(value, allow_nan=False)) for key, value in meta.items()],
                 )
                 self.db.execute("commit")
             except BaseException:
@@ -137,7 +138,7 @@ class Writer:
             path.unlink()
         if not self.is_new:
             copy = self.folder / MANIFEST
-            text = json.dumps(self.meta["manifest"], indent=2, ensure_ascii=False) + "\n"
+            text = files.json_text(self.meta["manifest"]) + "\n"
             if not copy.exists() or copy.read_text(encoding="utf-8") != text:
                 files.write_text(copy, text)
 
@@ -221,7 +222,7 @@ def _refuse_foreign(folder: Path) -> None:
         raise UserError("a file of this name is here", where=folder, fix="choose another name with -o")
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in OURS) if folder.is_dir() else []
     if foreign and not (folder / DATABASE).exists():
-        raise UserError(f"not an index: the folder holds {foreign[0]!r}", where=folder, fix="choose a new folder with -o")
+        raise UserError(f"not an index: the folder holds {shown(foreign[0])!r}", where=folder, fix="choose a new folder with -o")
 
 
 def _sync_folder(folder: Path) -> None:

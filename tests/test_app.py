@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import odd
 import pytest
 from PIL import Image
 from webs import Site, ask, png
 
-from finetune import files
+from finetune import files, names
 from retrieval import api, guard, upkeep
 from retrieval.gallery import Gallery
 from retrieval.thumbs import Thumbs
@@ -380,3 +381,26 @@ def test_the_cache_says_what_it_holds() -> None:
     """The folder of small pictures is part of the cache, and of its README."""
     assert Thumbs().folder == files.cache_dir("thumbs")
     assert "thumbs/" in (files.cache_dir() / "README.txt").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+def test_files_of_any_name_are_found_again(site: Site) -> None:
+    """The API shows a name in its printable form, and gives the picture, the file and what is like it by its id."""
+    odd.need(site.photos / "try")
+    for i, name in enumerate(odd.NAMES):
+        (site.photos / name).write_bytes(png((i, 255 - i, 7 * i)))
+    upkeep.add(site.index, [site.photos])
+    for i, name in enumerate(odd.NAMES):
+        number = site.id_of(names.shown(name))
+        about = site.get(f"/api/images/{number}").json()
+        assert (name, None) == (names.meant(about["path"]), about["problem"])
+        assert png((i, 255 - i, 7 * i)) == site.get(f"/files/{number}").content
+        assert 200 == site.get(f"/thumbs/{number}").status_code
+    number = site.id_of(names.shown(odd.NAMES[0]))
+    found = site.get(f"/api/images/{number}/similar?k=50").json()
+    assert names.shown(odd.NAMES[0]) == found["query"][0]["name"]
+    assert set(odd.NAMES[1:]) <= {names.meant(hit["path"]) for hit in found["results"]}
+    (site.photos / odd.NAMES[0]).unlink()
+    assert rf"{names.shown(odd.NAMES[0])} is not there" in site.get(f"/files/{number}").json()["detail"]

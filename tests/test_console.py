@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +133,18 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         callback(20, 20)
     assert "features" in terminal.getvalue()
     assert "20/20" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_no_terminal_is_too_plain(encoding: str) -> None:
+    """Letters and bytes that a terminal cannot show are written as numbers, in results and in errors."""
+    code = (
+        "import sys, click; from finetune import console; from finetune.errors import UserError\n"
+        "@click.group()\ndef group(): pass\n"
+        "@group.command()\ndef work():\n print('caf\\udce9 \u2192'); raise UserError('no \u5199 caf\\udce9')\n"
+        "sys.argv = ['tool', 'work']; console.guarded(group, 'tool')"
+    )
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=env)
+    assert 1 == result.returncode
+    assert (b"caf\\udce9" in result.stdout, rb"caf\xe9" in result.stderr) == (True, True)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import galleries
 import numpy as np
+import odd
 import pytest
 from galleries import ENCODER, Asked, vector_of, words, write
 
 from finetune.errors import UserError
+from finetune.names import shown
 from retrieval import evaluate, frame, upkeep
 from retrieval.gallery import Gallery
 
@@ -111,6 +113,17 @@ def test_pairs(tmp_path: Path) -> None:
     table.write_text("query,match\ncat/0.png,cat/1.png\ncat/0.png,photos/cat/2.png\nnew.png,dog/3.png\n")
     judged = evaluate.by_pairs(gallery, table, ks=(6,))
     assert (2, 1.0) == (judged.queries, judged.metrics["success@6"].value)
+
+
+def test_pairs_as_they_are_shown(tmp_path: Path) -> None:
+    """Pairs may be written as answers show paths, for images of the gallery and for others."""
+    odd.need(tmp_path / "try")
+    photos = write(tmp_path / "photos", {f"cat/{name}": f"near:cat:{i}" for i, name in enumerate(odd.NAMES)})
+    write(tmp_path, {"new\n.png": "near:cat:new"})
+    rows = [f'"cat/{shown(name)}","cat/a.png"\n'.replace('quo"', 'quo""') for name in odd.NAMES]
+    table = tmp_path / "pairs.csv"
+    table.write_text("query,match\n" + "".join(rows) + r"new\x0a.png,cat/caf\xe9.png" + "\n")
+    assert len(odd.NAMES) + 1 == evaluate.by_pairs(opened(photos), table).queries
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import odd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -286,3 +287,28 @@ def test_digests_that_end_in_zeros_are_not_alike() -> None:
 
     assert [0, 1, 2] == kept.first(np.arange(4)).tolist()
     assert "ab" + "00" * 31 == kept[3]
+
+
+def test_the_longest_names_can_be_written(tmp_path: Path) -> None:
+    """A file whose name is as long as the system allows is written like any other."""
+    path = tmp_path / f"{'l' * 251}.csv"
+    files.write_text(path, "x")
+    assert [path] == list(tmp_path.iterdir())
+
+
+def test_json_keeps_any_name(tmp_path: Path) -> None:
+    """Text with bytes that are not UTF-8 comes back as it was, from a file that is UTF-8."""
+    files.write_json(tmp_path / "x.json", ["caf\udce9", "Größe"])
+    assert ["caf\udce9", "Größe"] == files.read_json(tmp_path / "x.json")
+    assert "Größe" in (tmp_path / "x.json").read_text(encoding="utf-8")
+
+
+def test_a_library_that_takes_only_text_for_a_path_gets_some(tmp_path: Path) -> None:
+    """A file whose name is not UTF-8 is given by a name that is; any other as it is."""
+    odd.need(tmp_path / "try")
+    for name in ("plain.txt", os.fsdecode(b"caf\xe9.txt")):
+        (tmp_path / name).write_text(name, encoding="utf-8", errors="surrogateescape")
+        with files.in_text(tmp_path / name) as path:
+            assert str(path).encode()
+            assert os.fsencode(name) == path.read_bytes()
+        assert (name == "plain.txt") == path.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import odd
 import pytest
 
 from finetune import folders
@@ -87,14 +88,26 @@ def test_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pyte
         folders.walk(tmp_path)
 
 
-def test_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
-    """A file name that is not UTF-8 could not be written into any result: it is named at once."""
-    try:
-        make(tmp_path, "a/1.jpg", os.fsdecode(b"a/caf\xe9.jpg"))
-    except OSError:
-        pytest.skip("this file system refuses such names itself")
-    with pytest.raises(UserError, match="is not UTF-8"):
-        folders.walk(tmp_path)
+def test_names_are_bytes(tmp_path: Path) -> None:
+    """A name may hold anything that the file system takes; names that look alike are different files."""
+    odd.need(tmp_path / "try")
+    make(tmp_path, *(f"a.jpg/{name}" for name in odd.NAMES))
+    found = folders.walk(tmp_path)
+    assert sorted(f"a.jpg/{name}" for name in odd.NAMES) == list(found.images)
+    assert ("a.jpg",) == found.folders
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes and links")
+def test_what_would_not_end_is_no_image(tmp_path: Path) -> None:
+    """A pipe or a device is never read, whatever its name and also behind a link; a link to nothing is an image to be named."""
+    make(tmp_path, "1.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "to-pipe.jpg").symlink_to("pipe.jpg")
+    (tmp_path / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "dangling.jpg").symlink_to("nowhere")
+    found = folders.walk(tmp_path)
+    assert ("1.jpg", "dangling.jpg") == found.images
+    assert ("device.jpg", "pipe.jpg", "to-pipe.jpg") == found.others
 
 
 def test_class_is_the_first_folder(tmp_path: Path) -> None:

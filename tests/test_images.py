@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import odd
 import pytest
 from faults import BAD, COPIED, IGNORED, ODD, SOLO, draw, encode, make_fault_folder
 from hypothesis import assume, given, settings
@@ -27,7 +28,7 @@ def make(root: Path, *names: str) -> Path:
         name, _, same = entry.partition("=")
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes((same or name).encode())
+        path.write_bytes(os.fsencode(same or name))
     return root
 
 
@@ -418,3 +419,47 @@ def test_importing_loads_nothing_heavy() -> None:
     code = f"import sys, finetune.images; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "[]" == found.stdout.strip()
+
+
+# ------------------------------------------------------------------------------------------------------------- names
+
+
+def test_classes_of_any_name(tmp_path: Path) -> None:
+    """Folders whose names cannot be printed are classes under the names that are shown, different ones under different names."""
+    odd.need(tmp_path / "try")
+    folders = [os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8"), "two\nlines", "a\\b", r"caf\xe9"]
+    make(tmp_path / "data", *(f"{folder}/{name}" for folder in folders for name in odd.NAMES))
+
+    found = images.load(tmp_path / "data")
+
+    assert sorted([r"caf\xe9", r"caf\xe8", r"two\x0alines", "a\\b", r"caf\\xe9"]) == list(found.classes)
+    assert len(folders) * len(odd.NAMES) == len({found.read(i) for i in range(len(found))})
+    assert [folders[0]] == sorted(
+        {path.partition("/")[0] for path in found.subset(found.labels == found.classes.index(r"caf\xe9")).paths}
+    )
+
+
+def test_a_check_prints_no_name_raw(tmp_path: Path) -> None:
+    """The text of a check is printable line by line, and its JSON is UTF-8, whatever the files are called."""
+    odd.need(tmp_path / "try")
+    make(tmp_path, *(f"{folder}/{name}=same" for folder in ("a", "b\x1b[31m") for name in odd.NAMES))
+    (tmp_path / "a" / "link\n.png").symlink_to("nowhere")
+
+    report = images.check(images.load(tmp_path))
+
+    assert all(line.isprintable() for line in report.to_text().splitlines())
+    assert r"a/link\x0a.png: unreadable" in report.to_text()
+    assert json.dumps(report.to_json(), ensure_ascii=False).encode().decode().isprintable()
+
+
+def test_classes_of_an_older_run_are_known_again(tmp_path: Path) -> None:
+    """A run of version 0.1.0 may have a class with a tab in its name: its folder is still that class."""
+    make(tmp_path, "b/1.png", "t\tb/2.png")
+    assert [1, 0] == images.with_classes(images.load(tmp_path), ("t\tb", "b")).labels.tolist()
+
+
+def test_data_may_be_written_as_it_is_shown(tmp_path: Path) -> None:
+    """A recipe keeps the folder of the images as it is shown: it is found again."""
+    odd.need(tmp_path / "try")
+    make(tmp_path / os.fsdecode(b"caf\xe9"), "a/1.png", "b/2.png")
+    assert 2 == len(images.load(str(tmp_path / r"caf\xe9")))

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import odd
 import pytest
 
 import finetune
-from finetune import choice, classifier, files, images, job, look, run
+from finetune import choice, classifier, files, images, job, look, names, run
 from finetune.errors import UserError
 from finetune.network import Tap
 
@@ -219,3 +220,39 @@ def test_the_svm_reads_the_taps_that_were_asked_for() -> None:
             plan=SimpleNamespace(strategy="svm"), recipe=SimpleNamespace(backbone=SimpleNamespace(taps=taps))
         )
         assert expected == list(job._asked(seen, blocks))
+
+
+def test_names_of_any_kind_go_through_a_job(shapes: Path, tmp_path: Path) -> None:
+    """Images, classes, data and run may have names that are not UTF-8: the run is whole, and its recipe finds them again."""
+    odd.need(tmp_path / "try")
+    folder, out = tmp_path / os.fsdecode(b"d\xe9"), tmp_path / os.fsdecode(b"r\xe9")
+    for path in sorted(shapes.rglob("*.png")):
+        kind = {"circle": os.fsdecode(b"\xe9"), "square": "\x1b[31m\n"}.get(path.parent.name, path.parent.name)
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        (folder / kind / f"{os.fsdecode(path.stem.encode() + bytes([0xE9, 10]))}.png").write_bytes(path.read_bytes())
+
+    quick = ("backbone.frame=whole", "svm.kernels=[linear]", "svm.C=[1]")
+    done = job.fit(folder, out=out, strategy="svm", taps=["pooled"], assignments=quick, **TINY)
+
+    told = run.read_predictions(out / "predictions.csv")
+    assert [r"\x1b[31m\x0a", r"\xe9", "triangle"] == sorted(told.classes)
+    assert all((folder / path).is_file() for path in told.paths)
+    again = finetune.load(done.path).predict([folder / path for path in told.paths])
+    assert np.array_equal(told.probabilities, again.probabilities.astype(np.float64))
+    assert done == job.fit(source=out / "recipe.yaml")
+    written = [path.read_text(encoding="utf-8") for path in out.iterdir() if path.suffix != ".safetensors"]
+    assert not any("\x1b" in text for text in written)
+
+
+def test_features_are_saved_under_the_names_that_are_shown(shapes: Path, tmp_path: Path) -> None:
+    """The paths of an .npz can be printed, and lead back to the files."""
+    odd.need(tmp_path / "try")
+    for path, name in zip(sorted(shapes.rglob("*.png")), odd.NAMES, strict=False):
+        (tmp_path / "flat").mkdir(exist_ok=True)
+        (tmp_path / "flat" / name).write_bytes(path.read_bytes())
+
+    job.extract(tmp_path / "flat", tmp_path / "f.npz", **TINY)
+
+    paths = np.load(tmp_path / "f.npz")["paths"].tolist()
+    assert sorted(odd.NAMES) == sorted(map(names.meant, paths))
+    assert all(path.isprintable() for path in paths)

@@ -12,12 +12,14 @@ from typing import Any
 
 import click
 import galleries
+import odd
 import pytest
 from click.testing import CliRunner, Result
 from galleries import ENCODER, words, write
 from PIL import Image
 
 from finetune.errors import UserError
+from finetune.names import meant
 from retrieval import sheet, upkeep
 from retrieval.cli import cli
 from retrieval.hits import Answer, Hit
@@ -330,3 +332,34 @@ def test_exit_codes(tmp_path: Path) -> None:
     for words_, code in ((["query", tmp_path / "no.index", "x"], 1), (["query"], 2), (["--version"], 0)):
         done = process(words_)
         assert (code, False) == (done.returncode, "Traceback" in done.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+
+
+def test_no_name_is_printed_raw(texts: Path) -> None:
+    """Text, JSON and the contact sheet show any name in one printable form; markup in a name stays text."""
+    odd.need(texts.parent / "try")
+    write(texts.parent / "photos", {f"o\n/{name}": f"near:odd:{i}" for i, name in enumerate(odd.NAMES)})
+    (texts.parent / "photos" / "o\n" / "dangl\x1b.png").symlink_to("nowhere")
+    result = run("sync", texts, "--on-bad-image", "skip")
+    assert r"left out: o\x0a/dangl\x1b.png: unreadable" in result.stderr
+    query = ["query", texts, "-k", 30, f"photos/o\n/{odd.NAMES[0]}"]
+
+    text = run(*query).stdout + run("duplicates", texts, "--threshold", 0.9).stdout
+    assert all(line.isprintable() for line in text.splitlines())
+    hits = json.loads(run(*query, "--keep-self", "--json").stdout)[0]["hits"]
+    assert {f"o\n/{name}" for name in odd.NAMES} <= {meant(hit["path"]) for hit in hits}
+    groups = json.loads(run("duplicates", texts, "--threshold", 0.9, "--json").stdout)
+    assert {f"o\n/{name}" for name in odd.NAMES} <= {meant(path) for group in groups for path in group["paths"]}
+    run(*query, "--html", "found.html")
+    page = Path("found.html").read_text(encoding="utf-8")
+    assert (r"o\x0a/\x1b[31mred.png" in page, "<script>" in page, "\x1b" in page) == (True, False, False)
+
+
+def test_info_is_for_people(texts: Path) -> None:
+    """The text of `info` is a few lines: images, folder, vectors, network, search, size, and what made it."""
+    lines = run("info", texts).stdout.splitlines()
+    assert ["images", "folder", "vectors", "network", "search", "size", "made"] == [line.split()[0] for line in lines[1:]]
+    assert "  images   12 in 13 files" in lines
+    assert "  search   exact: every vector is compared" in lines

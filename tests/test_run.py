@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import odd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -591,3 +592,12 @@ def test_a_table_of_a_run_keeps_floats_exactly(tmp_path: Path) -> None:
 
     cells = [line.split(",")[1] for line in (tmp_path / "r" / "t.csv").read_text(encoding="utf-8").splitlines()[1:]]
     assert (0.1 + 0.2, float(np.float32(0.1)), "3") == (float(cells[0]), float(cells[1]), cells[2])
+
+
+def test_any_name_of_a_file_can_be_read_back_from_predictions(tmp_path: Path) -> None:
+    """Paths are written in printable UTF-8, a line an image, and read back as the files are called."""
+    path, count = tmp_path / "predictions.csv", len(odd.NAMES)
+    run.write_predictions(path, odd.NAMES, ["cat"] * count, ["cat", "dog"], np.full((count, 2), 0.5))
+
+    assert list(odd.NAMES) == run.read_predictions(path).paths
+    assert count + 1 == len(path.read_text(encoding="utf-8").splitlines())

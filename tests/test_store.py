@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import odd
 import pytest
 from numpy.typing import NDArray
 
@@ -487,3 +488,13 @@ def test_the_overview_says_where_and_how_much(cache: Path) -> None:
     assert 100 == found["bytes"]["compiled"]
     assert [1] == [space["rows"] for space in found["spaces"]]
     assert "tiny in float32: 1 images, 1 taps" in home.overview_text()
+
+
+def test_any_path_is_remembered(store: Store) -> None:
+    """Files are known again whatever their names hold, and names that differ in a byte are two files."""
+    paths = [f"/photos/{name}" for name in odd.NAMES]
+    store.remember([(path, 1, 2, digest) for path, digest in zip(paths, ids(*range(len(paths))), strict=True)])
+
+    assert ids(*range(len(paths))) == store.remembered([(path, 1, 2) for path in paths])
+    store.forget(paths[:1])
+    assert [None, ids(1)[0]] == store.remembered([(path, 1, 2) for path in paths[:2]])

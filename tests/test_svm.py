@@ -309,7 +309,7 @@ def test_features_that_are_not_numbers_are_refused() -> None:
         choose(blocks, y)
 
 
-def test_a_named_C_is_kept_where_nothing_can_be_held_out() -> None:
+def test_a_named_c_is_kept_where_nothing_can_be_held_out() -> None:
     """With one image a class the first C that was named is taken, told, and taken again on more rows."""
     blocks, y = make()
     first = np.array([int(np.flatnonzero(y == c)[0]) for c in np.unique(y)])

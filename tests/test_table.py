@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import odd
 import pytest
 
 from finetune import table
 from finetune.columns import Layout
 from finetune.errors import UserError
+from finetune.names import shown
 
 
 @pytest.fixture
@@ -188,7 +190,7 @@ def test_images_elsewhere_are_found_by_their_root(folder: Path) -> None:
         table.read(write(folder, text), Layout(root=str(folder / "nowhere")))
 
 
-@pytest.mark.parametrize("prefix", ["/home/other/data/", "C:\\data\\", "old/"])
+@pytest.mark.parametrize("prefix", ["/elsewhere/data/", "C:\\data\\", "old/"])
 def test_paths_of_another_machine_are_read_below_the_root(folder: Path, prefix: str) -> None:
     """With --image-root, paths that begin with folders of another machine are read without them, which is told."""
     text = f"path,label\n{prefix}a.jpg,x\n{prefix}sub/d.jpg,y\n"
@@ -207,3 +209,13 @@ def test_rows_that_cannot_be_used_are_left_out_where_that_was_asked_for(folder: 
     assert ("4 rows of the table left out: 2 without a path or a label, 1 listed before, 1 without a file",) == found.notes
     with pytest.raises(UserError, match="1 of 1 files are missing"):
         table.read(write(folder, "path,label\nno.jpg,y\n"), Layout(on_bad="skip"))
+
+
+def test_paths_may_be_written_as_they_are_shown(folder: Path) -> None:
+    """A path that no file has is read as results show it; a file of the very name comes first."""
+    odd.need(folder / "try")
+    for name in odd.NAMES:
+        (folder / name).write_bytes(b"x")
+    text = "path,label\n" + "".join(f'"{shown(name)}",cat\n'.replace('quo"', 'quo""') for name in odd.NAMES)
+    assert list(odd.NAMES) == [row.path for row in table.read(write(folder, text)).rows]
+    assert [r"lit\xe9.png"] == [row.path for row in table.read(write(folder, "path,label\nlit\\xe9.png,cat\n")).rows]

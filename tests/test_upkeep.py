@@ -9,11 +9,13 @@ from pathlib import Path
 
 import galleries
 import numpy as np
+import odd
 import pytest
 from galleries import ENCODER, Asked, vector_of, words, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finetune import names
 from finetune.errors import UserError
 from retrieval import changes, kinds, merge, segments, upkeep, writer
 from retrieval.changes import Change
@@ -46,7 +48,7 @@ def counts(change: Change) -> dict[str, int]:
 def held(index: Path) -> dict[str, int]:
     """Path → id."""
     with Gallery(index) as gallery:
-        return dict(gallery.now.db.execute("select path, image from path").fetchall())
+        return {path: number for number in gallery.ids() for path in gallery.paths(number)}
 
 
 def contents(index: Path) -> list[tuple[tuple[str, ...], list[float]]]:
@@ -688,3 +690,45 @@ def test_writers_wait_for_nobody(index: Path, photos: Path) -> None:
         assert "another process" in refusal(upkeep.build, [photos], index, ENCODER, force=True)
         with Gallery(index) as gallery:
             assert 1 == len(gallery.search(vector_of("two")[None], 1)[0])
+
+
+# ---------------------------------------------------------------------------------------------------- names of any kind
+
+
+def test_names_are_bytes(tmp_path: Path) -> None:
+    """Files and folders of any name are built, found again, moved, removed and brought back under their exact names."""
+    odd.need(tmp_path / "try")
+    folder = os.fsdecode(b"p\xe9\nx")
+    photos = write(tmp_path / folder, {f"{folder}/{name}": f"word {i}" for i, name in enumerate(odd.NAMES)})
+    index = tmp_path / os.fsdecode(b"i\xe9.index")
+    upkeep.build([photos], index, ENCODER, factory="HNSW8")
+    everything = {f"{folder}/{name}" for name in odd.NAMES}
+    assert everything == set(held(index))
+    assert {"unchanged": len(odd.NAMES)} == counts(upkeep.sync(index))
+
+    upkeep.remove(index, [f"{names.shown(folder)}/{names.shown(odd.NAMES[0])}"])
+    assert everything - {f"{folder}/{odd.NAMES[0]}"} == set(held(index))
+    assert {"added": 1} == {key: value for key, value in counts(upkeep.sync(index)).items() if key == "added"}
+    (photos / folder).rename(photos / os.fsdecode(b"\xff"))
+    assert {"moved": len(odd.NAMES)} == counts(upkeep.sync(index))
+    assert {os.fsdecode(b"\xff/") + name for name in odd.NAMES} == set(held(index))
+    assert {"removed": len(odd.NAMES)} == counts(upkeep.remove(index, [photos / os.fsdecode(b"\xff")]))
+
+
+def test_a_folder_is_removed_with_all_that_is_below_it_alone(tmp_path: Path) -> None:
+    """Names with signs of patterns, and neighbours of nearly the same name, are not taken for what lies in a folder."""
+    files = {"a*/1.png": "one", "ab/2.png": "two", "a*0.png": "three", "a*.png": "four", "a*/b/3.png": "five"}
+    upkeep.build([write(tmp_path / "photos", files)], tmp_path / "photos.index", ENCODER)
+    upkeep.remove(tmp_path / "photos.index", ["a*"])
+    assert {"ab/2.png", "a*0.png", "a*.png"} == set(held(tmp_path / "photos.index"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes")
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(index: Path, photos: Path) -> None:
+    """A pipe is unreadable, as any other fault: the command names it, or goes on without it."""
+    (photos / "c.png").unlink()
+    os.mkfifo(photos / "c.png")
+    with pytest.raises(UserError, match=r"c\.png \(unreadable: a pipe"):
+        upkeep.sync(index)
+    change = upkeep.sync(index, on_bad="skip")
+    assert (1, ["c.png"]) == (change.removed, [fault.path for fault in change.faults])
