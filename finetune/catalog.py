@@ -6,20 +6,23 @@ description is kept in the cache, and the torch module is made only when somebod
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import files, weights
+from finetune.errors import UserError
 from finetune.network import Network
 
 if TYPE_CHECKING:
     from finetune.backbone import Backbone
 
-FORMAT = 1  # of the descriptions
+FORMAT = 2  # of the descriptions
 DEFAULT = "tf_efficientnet_lite0"
 
 
@@ -41,13 +44,31 @@ def open_named(name: str = DEFAULT, source: str = "auto", size: int | None = Non
         return backbone.load(name, source, size)
 
     key = _key(name, source, size)
-    path = files.cache_dir("networks") / f"{name}-{key[:24]}.json" if key else None
-    if path is not None and path.exists():
-        return Named(Network.from_json(files.read_json(path)), load)
+    path = None
+    if key is not None:
+        with contextlib.suppress(UserError):  # no cache: it is a matter of time alone
+            path = files.cache_dir("networks") / f"{name}-{key[:24]}.json"
+    if path is None:
+        return Named(load().network, load)
+    known = _described(path)
+    if known is not None:
+        return Named(known, load)
     network = load().network
-    if path is not None:
-        files.write_json(path, network.to_json())
+    about = network.to_json()
+    with contextlib.suppress(UserError):
+        files.write_json(path, {"network": about, "sha256": files.digest_json(about)})
     return Named(network, load)
+
+
+def _described(path: Path) -> Network | None:
+    """The network that a description in the cache holds; None where it is not there, or not what was written."""
+    try:
+        found = files.read_json(path)
+        if files.digest_json(found["network"]) == found["sha256"]:
+            return Network.from_json(found["network"])
+    except (OSError, UserError, LookupError, TypeError, ValueError, AttributeError):
+        pass
+    return None
 
 
 FRAMES = ("crop", "whole")

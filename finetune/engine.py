@@ -7,6 +7,7 @@ copy without importing torch, and cuts it down to the taps that it wants.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import sys
@@ -218,7 +219,7 @@ def _core() -> Any:
 
 
 def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone], precision: str) -> Runner:
-    model = _converted(network, taps, load)
+    model, name = _converted(network, taps, load)
     results = {name: output.get_node() for output in model.outputs for name in output.get_names()}
     wanted = {results[str(tap)].get_friendly_name(): results[str(tap)] for tap in taps}  # two taps may be one output
     model = _openvino().Model(list(wanted.values()), model.get_parameters(), "cut")
@@ -227,9 +228,8 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
     options = {
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
-        "CACHE_DIR": _text(files.cache_dir("compiled", "blobs")),
     }
-    compiled = _core().compile_model(model, "CPU", options)
+    compiled = _compiled(model, options, f"{name}-{files.digest_json([precision, list(map(str, taps))])[:12]}")
     # More than there are streams: the next batch is there when one ends, however late this thread is woken.
     requests = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) + 2
     order = [compiled.output(list(wanted).index(results[str(tap)].get_friendly_name())) for tap in taps]
@@ -271,25 +271,55 @@ def standard(network: Network) -> tuple[Tap, ...]:
     return tuple(Tap.parse(text) for text in network.widths if text != "moments")
 
 
-def _converted(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone]) -> Any:
-    """The OpenVINO model with at least `taps` as outputs, named by them: from the cache, else converted now."""
+def _compiled(model: Any, options: dict[str, str], name: str) -> Any:
+    """The model compiled, by way of the copy that OpenVINO keeps in the cache where it is whole.
+
+    OpenVINO does not see a changed byte in its copy. So each model has a folder for it, sealed when it is written.
+    """
+    try:
+        folder = files.cache_dir("compiled", "blobs", name)
+        seal = folder / "seal.json"
+        kept = sorted(folder.glob("*.blob"))
+        if kept and not files.is_sealed(seal, kept):
+            for path in kept:
+                path.unlink(missing_ok=True)
+            kept = []
+        compiled = _core().compile_model(model, "CPU", {**options, "CACHE_DIR": _text(folder)})
+        if (now := sorted(folder.glob("*.blob"))) != kept:
+            files.seal(seal, now)
+    except (OSError, UserError, RuntimeError):  # a cache that cannot be written, or OpenVINO's trouble with it
+        return _core().compile_model(model, "CPU", options)
+    return compiled
+
+
+def _converted(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone]) -> tuple[Any, str]:
+    """The OpenVINO model with at least `taps` as outputs, named by them, and its own name: from the cache, else made now.
+
+    Where nothing can be kept in the cache, it is made in memory.
+    """
     every = standard(network)
     wanted = every if set(taps) <= set(every) else tuple(dict.fromkeys(taps))
     pre = network.preprocess  # how an image is cut to its input is no part of the graph
     made_of = [FORMAT, _openvino().__version__, OPENVINO_BATCH, network.name, network.digest, pre.size, pre.mean, pre.std]
-    key = files.digest_json([*made_of, [str(tap) for tap in wanted]])
-    folder = files.cache_dir("compiled")
-    path = folder / f"{network.name}-{key[:24]}.xml"
-    if not path.exists():
-        with _converting:
-            if not path.exists():
-                _convert(load(), wanted, path)
+    name = f"{network.name}-{files.digest_json([*made_of, [str(tap) for tap in wanted]])[:24]}"
+    with _converting:
+        path = _place(f"{name}.xml")
+        model = _kept(path) if path else None
+        if model is None:
+            model = _convert(load(), wanted)
+            if path and _keep(model, path):
+                model = _kept(path) or model  # so that the first process runs what the later ones do
+        return model, name
+
+
+def _place(name: str) -> Path | None:
     try:
-        return _core().read_model(_text(path))
-    except RuntimeError:  # damaged: the cache can always be made again
-        path.unlink(missing_ok=True)
-        _convert(load(), wanted, path)
-        return _core().read_model(_text(path))
+        path = files.cache_dir("compiled") / name
+        _text(path)
+        return path
+    except UserError as error:
+        _tell(str(error))
+        return None
 
 
 def _text(path: Path) -> str:
@@ -300,11 +330,32 @@ def _text(path: Path) -> str:
     return str(path)
 
 
+@functools.cache
+def _tell(why: str) -> None:
+    """Once, although a network may be opened several times."""
+    files.note(f"going on without a cache, which takes longer: {' '.join(why.split())}")
+
+
+def _kept(path: Path) -> Any:
+    """The converted network in the cache; None where it is not there, or not what was written."""
+    both, seal = (path, path.with_suffix(".bin")), path.with_suffix(".json")
+    if not path.exists() or (seal.exists() and not files.is_sealed(seal, both)):
+        return None
+    try:
+        model = _core().read_model(_text(path))
+    except RuntimeError:
+        return None
+    if not seal.exists():  # an earlier version wrote it: it is sealed as it is
+        with contextlib.suppress(OSError, UserError):
+            files.seal(seal, both)
+    return model
+
+
 _converting = threading.Lock()
 
 
-def _convert(backbone: Backbone, taps: tuple[Tap, ...], path: Path) -> None:
-    """Convert the reader of `taps` to OpenVINO's format; the .xml is renamed last, so its existence means both are there."""
+def _convert(backbone: Backbone, taps: tuple[Tap, ...]) -> Any:
+    """The reader of `taps` in OpenVINO's format."""
     import torch
 
     from finetune.backbone import Reader
@@ -322,15 +373,27 @@ def _convert(backbone: Backbone, taps: tuple[Tap, ...], path: Path) -> None:
         output.get_tensor().set_names(set())
     for tap, output in zip(taps, model.outputs, strict=True):
         output.get_tensor().add_names({str(tap)})
-    temporary = path.with_name(f".{path.stem}.{threading.get_native_id()}.xml")
+    return model
+
+
+def _keep(model: Any, path: Path) -> bool:
+    """Write a converted network to the cache; False, and a note, where that fails: it costs time alone.
+
+    The .xml is renamed last, so its existence means both are there.
+    """
+    temporary, seal = path.with_name(f".{path.stem}.{threading.get_native_id()}.xml"), path.with_suffix(".json")
     try:
         with files.disk_errors(path):
-            openvino.save_model(model, str(temporary), compress_to_fp16=False)
+            _openvino().save_model(model, str(temporary), compress_to_fp16=False)
+            seal.unlink(missing_ok=True)  # that of a damaged one
             temporary.with_suffix(".bin").replace(path.with_suffix(".bin"))
             temporary.replace(path)
-    except RuntimeError as error:  # what OpenVINO raises for a full disk
-        fix = "free some space, or choose another folder for the cache with $REGRAFT_CACHE"
-        raise UserError(f"the converted network cannot be written ({str(error)[:100]})", where=path, fix=fix) from error
+        files.seal(seal, (path, path.with_suffix(".bin")))
+    except (RuntimeError, UserError) as error:  # OpenVINO raises the first for a full disk, and for a folder it may not write
+        _tell(f"{path.parent}: the converted network cannot be written ({str(error).splitlines()[0][:100]})\n→ {files.CACHE_FIX}")
+        return False
     finally:
-        temporary.with_suffix(".bin").unlink(missing_ok=True)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.with_suffix(".bin").unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+    return True

@@ -104,6 +104,7 @@ def extract(
         spaces = [store.space(about(network, tap, used, bits, view), network.width(tap)) for tap in taps]
         missing = _missing(store, spaces, ids)
         faults: dict[int, Fault] = {}
+        _tell_damage(store)
         if len(missing):
             opened = functools.partial(engine.open_runner, network, taps, load, engine=used, precision=bits)
             try:
@@ -180,6 +181,13 @@ def _missing(store: Store, spaces: Sequence[Space], ids: files.Digests) -> NDArr
     for space in spaces:
         absent |= store.find(space, ids) < 0
     return ids.first(np.flatnonzero(absent))
+
+
+def _tell_damage(store: Store) -> None:
+    rows, count = store.damage()
+    if rows:
+        where = f"{rows:,} rows in {count} of its files are damaged or missing"
+        files.note(f"the feature store {shown(store.folder)}: {where}; they are made again when their images are looked at")
 
 
 def _run(
@@ -336,7 +344,7 @@ def _gather(
     keep = np.array([i for i, fault in enumerate(of) if not fault], dtype=np.int64) if bad else np.arange(len(source))
     kept = source if len(keep) == len(source) else source.subset(keep)
     good = ids.take(keep)
-    blocks = {tap: store.read(space, store.find(space, good)) for tap, space in zip(taps, spaces, strict=True)}
+    blocks = {tap: store.read(space, good) for tap, space in zip(taps, spaces, strict=True)}
     return Features(blocks, kept, good, tuple(bad), {tap: space.key for tap, space in zip(taps, spaces, strict=True)})
 
 

@@ -1,4 +1,4 @@
-"""Durable files: atomic writes, content digests, and the cache folder.
+"""Durable files: atomic writes, content digests, seals, and the cache folder.
 
 Every file of a run, an index or the cache is written to a temporary name in its own folder, flushed to the disk and
 renamed, so that a reader, a kill or a full disk never meets half a file.
@@ -10,8 +10,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -20,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from finetune.errors import UserError, as_bytes
+from finetune.names import shown
 
 CACHE_README = """This folder belongs to Regraft (the `finetune` and `retrieve` commands).
 
@@ -33,26 +36,81 @@ Everything here can be made again. `finetune cache` shows what is here and prune
 
 
 TEMPORARY = 40  # letters of a name in the name of its temporary file, which must not be too long for the system
+CLEAR_FIX = "run `finetune cache --clear`, then the same command again"
+CACHE_FIX = "set $REGRAFT_CACHE to a folder that you may write to"
+
+_log = logging.getLogger("regraft")
 
 
 def cache_dir(*parts: str) -> Path:
     """The cache folder (or a folder inside it), made on first use.
 
-    `$REGRAFT_CACHE`, else `$XDG_CACHE_HOME/regraft`, else `~/.cache/regraft`.
+    `$REGRAFT_CACHE`, else `$XDG_CACHE_HOME/regraft`, else `~/.cache/regraft`. Raises `UserError` where it is not there
+    and cannot be made; one that may only be read is given as it is.
     """
-    root = os.environ.get("REGRAFT_CACHE")
-    if root:
-        base = Path(root).expanduser()
-    else:
-        xdg = os.environ.get("XDG_CACHE_HOME")
-        base = (Path(xdg) if xdg else Path.home() / ".cache") / "regraft"
+    base, origin = _cache_base()
     folder = base.joinpath(*parts)
-    with disk_errors(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         readme = base / "README.txt"
         if not readme.exists():
-            write_text(readme, CACHE_README)
+            with contextlib.suppress(UserError):  # a full disk and a folder that may only be read are met by who needs more
+                write_text(readme, CACHE_README)
+    except OSError as error:
+        why = f"the cache folder cannot be made ({error.strerror})"
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            why = "a file stands where a folder of the cache is needed"
+            if base.is_dir():
+                raise UserError(why, where=shown(folder), fix=CLEAR_FIX) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = "the disk is full"
+        raise UserError(why, where=f"{origin}: {shown(folder)}", fix=CACHE_FIX) from error
     return folder
+
+
+def _cache_base() -> tuple[Path, str]:
+    """Where the cache is to be, and what says so."""
+    if root := os.environ.get("REGRAFT_CACHE"):
+        try:
+            return Path(root).expanduser(), "$REGRAFT_CACHE"
+        except RuntimeError as error:
+            raise UserError(
+                "there is no such user's home folder", where=f"$REGRAFT_CACHE: {shown(root)}", fix=CACHE_FIX
+            ) from error
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(xdg).is_absolute():  # its specification: a relative path is to be ignored
+        return Path(xdg) / "regraft", "$XDG_CACHE_HOME"
+    try:
+        return Path.home() / ".cache" / "regraft", "the cache in the home folder"
+    except RuntimeError as error:
+        raise UserError("this user has no home folder, in which the cache would be", where="$HOME", fix=CACHE_FIX) from error
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no error, in a line on stderr: through `logging`, so that a program can hide it."""
+    _log.warning("note: %s", text)
+
+
+def seal(path: Path, sealed: Sequence[Path]) -> None:
+    """Write the checksums of files beside them to `path`, so that `is_sealed` can tell later whether they are whole."""
+    write_json(path, {file.name: _checksum(file) for file in sealed})
+
+
+def is_sealed(path: Path, sealed: Sequence[Path]) -> bool:
+    """Whether the files, and no others, are as `seal` met them; False also where they, or the seal, cannot be read."""
+    try:
+        return bool(read_json(path) == {file.name: _checksum(file) for file in sealed})
+    except (OSError, UserError):
+        return False
+
+
+def _checksum(path: Path) -> str:
+    """CRC-32, four times as fast as SHA-256: it is there for accidents, not against anybody."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            value = zlib.crc32(piece, value)
+    return f"{value:08x}"
 
 
 @contextlib.contextmanager
@@ -74,6 +132,9 @@ def disk_errors(where: object) -> Iterator[None]:
             raise UserError(
                 f"a file stands where a folder is needed ({error.strerror})", where=where, fix="choose another name"
             ) from error
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            what = f"cannot be written under this name ({error.strerror})"
+            raise UserError(what, where=where, fix="choose another name") from error
         raise
 
 

@@ -2,7 +2,9 @@
 
 A *space* is everything that decides a feature besides the file: network, preprocessing, tap, engine, precision, view.
 Rows are appended to one flat float32 file a space, and the index is committed after the rows are on the disk: a killed
-writer loses nothing that was committed, a reader never sees half a row, and two writers wait for each other.
+writer loses nothing that was committed, a reader never sees half a row, and two writers wait for each other. Every row
+has a checksum (`checksums`) and is compared with it once a process, before it is given away: what is damaged counts as
+missing, so that it is made again.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import files, names
+from finetune import checksums, files, names
 from finetune.errors import UserError
 
 FORMAT = 1
@@ -72,7 +74,9 @@ class Store:
             self.db = sqlite3.connect(self.folder / "index.sqlite", timeout=WAIT, isolation_level=None)
             _until_free(lambda: self.db.execute("pragma journal_mode=wal"))
             self.db.execute("pragma synchronous=full")
-            _until_free(lambda: self.db.executescript(SCHEMA))
+            _until_free(lambda: self.db.executescript(SCHEMA + checksums.SCHEMA))
+        self._verified: dict[str, checksums.Sums] = {}  # by space and row: the mark of the content that it was verified for
+        self._damage: dict[str, int] = {}  # by file: damaged and missing rows that `damage` has not told yet
 
     def close(self) -> None:
         self.db.close()
@@ -86,17 +90,37 @@ class Store:
                 "on conflict (key) do update set used = excluded.used",
                 (key, width, json.dumps(about, sort_keys=True), time.time()),
             )
-        number, known = self.db.execute("select id, width from spaces where key = ?", (key,)).fetchone()
+            number, known, count = self.db.execute("select id, width, count from spaces where key = ?", (key,)).fetchone()
+            if known == width:
+                self._drop_missing(Space(key, width, number), count)
         if known != width:
             raise UserError(
                 f"holds rows of {known} features where {width} are expected",
                 where=self.folder,
-                fix="run `finetune cache --clear`",
+                fix=files.CLEAR_FIX,
             )
         return Space(key, width, number)
 
+    def _drop_missing(self, space: Space, count: int) -> None:
+        """Forget the rows that stood behind the end of a file which was cut short or removed: they are made again."""
+        here = self._rows_in_file(space)
+        if here >= count:
+            return
+        self.db.execute("delete from rows where space = ? and row >= ?", (space.number, here))
+        self.db.execute("update spaces set count = ? where id = ?", (here, space.number))
+        checksums.cut(self.db, space.number, here)
+        self._damage[self._file(space).name] = count - here
+
     def find(self, space: Space, digests: Sequence[str]) -> NDArray[np.int64]:
-        """Row numbers of `digests`, -1 where the store does not have them."""
+        """Row numbers of `digests`, -1 where the store does not have them whole: absent, missing and damaged rows alike."""
+        rows, damaged = self._find(space, digests)
+        if len(damaged):
+            name = self._file(space).name
+            self._damage[name] = max(self._damage.get(name, 0), len(damaged))
+        return rows
+
+    def _find(self, space: Space, digests: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row numbers of `digests`, -1 where there is no whole row; and the numbers of the damaged ones."""
         rows = np.full(len(digests), -1, dtype=np.int64)
         for i in range(0, len(digests), LOOKUP):
             part = [bytes.fromhex(d) for d in digests[i : i + LOOKUP]]
@@ -105,21 +129,70 @@ class Store:
             with database_errors(self.folder):
                 found = dict(self.db.execute(query, (space.number, *part)))
             rows[i : i + LOOKUP] = [found.get(d, -1) for d in part]
-        return rows
+        here = np.flatnonzero(rows >= 0)
+        if not len(here):
+            return rows, here
+        bad = here[~self._sound(space, rows[here], checksums.marks(files.Digests.of(digests).take(here)))]
+        damaged = np.unique(rows[bad])
+        rows[bad] = -1
+        return rows, damaged
+
+    def _sound(self, space: Space, rows: NDArray[np.int64], marks: checksums.Sums) -> NDArray[np.bool_]:
+        """Which of `rows` hold what was written for the contents of `marks`; each row is read for that once a process.
+
+        Rows that an earlier version wrote have no checksum: they get it now, as they are.
+        """
+        count = min(self._count(space), self._rows_in_file(space))
+        known = self._verified.get(space.key, np.zeros(0, dtype=np.uint32))
+        if len(known) < count:
+            known = np.concatenate([known, np.zeros(count - len(known), dtype=np.uint32)])
+            self._verified[space.key] = known
+        inside = rows < count
+        sound = np.zeros(len(rows), dtype=bool)
+        sound[inside] = known[rows[inside]] == marks[inside]
+        doubtful = np.flatnonzero(inside & ~sound)
+        if len(doubtful):
+            at, first = np.unique(rows[doubtful], return_index=True)
+            wanted = marks[doubtful][first]
+            found = checksums.of_rows(self._file(space), space.width, at, wanted)
+            with database_errors(self.folder):
+                kept = checksums.read(self.db, space.number, count)[at]
+            new = (kept == 0) & (found != 0)
+            if new.any():
+                self._adopt(space, at[new], found[new])
+            right = new | ((found == kept) & (found != 0))
+            known[at[right]] = wanted[right]
+            sound[doubtful] = known[rows[doubtful]] == marks[doubtful]
+        return sound
+
+    def _adopt(self, space: Space, rows: NDArray[np.int64], sums: checksums.Sums) -> None:
+        with contextlib.nullcontext() if self.db.in_transaction else self._writing():
+            self._count(space)  # it may have been removed meanwhile
+            checksums.put(self.db, space.number, rows, sums, over=False)
+
+    def damage(self) -> tuple[int, int]:
+        """How many damaged and missing rows were met since the last call, and in how many files."""
+        found = sum(self._damage.values()), len(self._damage)
+        self._damage.clear()
+        return found
 
     def append(self, spaces: Sequence[Space], digests: Sequence[str], blocks: Sequence[Rows]) -> None:
         """Add rows to several spaces in one commit. A digest that another writer has added meanwhile is left as it is."""
         with self._writing():
             for space, block in zip(spaces, blocks, strict=True):
-                known = self.find(space, digests)
+                known, _ = self._find(space, digests)
                 fresh = [i for i in dict.fromkeys(dict(zip(digests, range(len(digests)), strict=True)).values()) if known[i] < 0]
                 start = self._count(space)
                 rows = block if len(fresh) == len(block) else block[fresh]  # no copy of them all
-                self._write_rows(space, start, np.ascontiguousarray(rows, dtype=np.float32))
-                self.db.executemany(
-                    "insert into rows (space, digest, row) values (?, ?, ?)",
+                written = np.ascontiguousarray(rows, dtype=np.float32)
+                self._write_rows(space, start, written)
+                self.db.executemany(  # a damaged row stays where it is, and the content gets a new one
+                    "insert into rows (space, digest, row) values (?, ?, ?) "
+                    "on conflict (space, digest) do update set row = excluded.row",
                     [(space.number, bytes.fromhex(digests[i]), start + j) for j, i in enumerate(fresh)],
                 )
+                sums = checksums.of_block(written, checksums.marks(files.Digests.of([digests[i] for i in fresh])))
+                checksums.put(self.db, space.number, np.arange(start, start + len(fresh)), sums, over=True)
                 self.db.execute(
                     "update spaces set count = ?, used = ? where id = ?", (start + len(fresh), time.time(), space.number)
                 )
@@ -139,31 +212,46 @@ class Store:
         finally:
             os.close(handle)
 
-    def read(self, space: Space, rows: NDArray[np.int64]) -> Rows:
-        """Rows of a space, memory-mapped where they stand one after the other, else gathered."""
-        count = self._count(space)
-        if not len(rows):
+    def read(self, space: Space, digests: Sequence[str]) -> Rows:
+        """The rows of `digests`, memory-mapped where they stand one after the other, else gathered.
+
+        Raises `UserError` where one of them is not here, or damaged: `find` first, and `append` what it misses.
+        """
+        if not len(digests):
             return np.zeros((0, space.width), dtype=np.float32)
-        path = self._file(space)
-        if not path.exists() or path.stat().st_size < count * space.width * 4:
-            raise _damaged(path)
-        if rows.min() < 0 or rows.max() >= count:
-            raise _gone(path)
-        table = np.memmap(path, dtype=np.float32, mode="r", shape=(count, space.width))
+        rows, path = self.find(space, digests), self._file(space)
+        if rows.min() < 0:
+            raise self._missing(space, digests[int(np.argmin(rows))])
+        table = np.memmap(path, dtype=np.float32, mode="r", shape=(int(rows.max()) + 1, space.width))
         start = int(rows[0])
         if np.array_equal(rows, np.arange(start, start + len(rows))):
             return table[start : start + len(rows)]
         return np.asarray(table[rows])
 
+    def _missing(self, space: Space, digest: str) -> UserError:
+        with database_errors(self.folder):
+            query = "select row from rows where space = ? and digest = ?"
+            found = self.db.execute(query, (space.number, bytes.fromhex(digest))).fetchone()
+        if found is None:
+            return _gone(self._file(space))
+        fix = "run the command again on the images: it makes the row again; or start afresh with `finetune cache --clear`"
+        return UserError(f"row {found[0]} of the feature store is damaged or missing", where=self._file(space), fix=fix)
+
     def _count(self, space: Space) -> int:
         # Numbers are used again: the key tells whether the space is still the one that was opened.
-        found = self.db.execute("select count from spaces where id = ? and key = ?", (space.number, space.key)).fetchone()
+        with database_errors(self.folder):
+            found = self.db.execute("select count from spaces where id = ? and key = ?", (space.number, space.key)).fetchone()
         if found is None:
             raise _gone(self._file(space))
         return int(found[0])
 
     def _file(self, space: Space) -> Path:
         return self.folder / f"{space.key[:32]}.f32"
+
+    def _rows_in_file(self, space: Space) -> int:
+        with files.disk_errors(self._file(space)), contextlib.suppress(FileNotFoundError):
+            return self._file(space).stat().st_size // (space.width * 4)
+        return 0
 
     # ------------------------------------------------------------------------------------------ files seen before
 
@@ -199,9 +287,11 @@ class Store:
     def summary(self) -> list[dict[str, Any]]:
         """What is here: a row a space, the last used first."""
         query = "select key, width, about, count, used from spaces order by used desc"
+        with database_errors(self.folder):
+            found = self.db.execute(query).fetchall()
         return [
             {**json.loads(about), "key": key[:12], "rows": count, "bytes": count * width * 4, "used": used}
-            for key, width, about, count, used in self.db.execute(query)
+            for key, width, about, count, used in found
         ]
 
     def prune(self, unused_days: float) -> int:
@@ -232,11 +322,12 @@ class Store:
 
 
 def _gone(path: Path) -> UserError:
-    return UserError("rows have gone: another command cleared the cache", where=path, fix="run the same command again")
+    fix = "run the same command again, or start afresh with `finetune cache --clear`"
+    return UserError("rows have gone: another command cleared the cache", where=path, fix=fix)
 
 
 def _damaged(path: Path) -> UserError:
-    fix = "run `finetune cache --clear`, then the same command again"
+    fix = "run the same command again: it makes them again; or start afresh with `finetune cache --clear`"
     return UserError("the feature store is damaged: rows are missing", where=path, fix=fix)
 
 
@@ -245,16 +336,16 @@ def database_errors(where: Path) -> Iterator[None]:
     """Turn SQLite's errors into a `UserError`: full, read-only, locked or damaged."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: SQLite quotes a damaged name in its message
         words = str(error)
         if "full" in words or "disk I/O" in words:
             fix = "free some space, then run the same command again: it goes on"
         elif "locked" in words:
             fix = "wait for the other command that writes here, then try again"
         elif "readonly" in words or "unable to open" in words:
-            fix = "choose a folder that you may write to, with $REGRAFT_CACHE"
+            fix = files.CACHE_FIX
         else:
-            fix = "run `finetune cache --clear`, then the same command again"
+            fix = files.CLEAR_FIX
         raise UserError(f"the index cannot be used ({words})", where=where, fix=fix) from error
 
 

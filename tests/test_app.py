@@ -260,6 +260,35 @@ def test_thumbs_are_made_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> No
     assert (304, b"") == (answer.status_code, answer.content)
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "changed", "no picture", "a folder"])
+def test_a_damaged_thumb_is_made_again(tmp_path: Path, damage: str) -> None:
+    """A browser never sees half a picture, and the next one comes from the cache again."""
+    thumbs, data = Thumbs(tmp_path), png((9, 90, 200))
+    expected = thumbs.get("ab" * 32, "small", lambda: data)
+    (path,) = tmp_path.glob("*/*/*")
+    whole = path.read_bytes()
+    changed = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    if damage == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes({"cut": whole[:-20], "empty": b"", "changed": changed, "no picture": b"hello"}[damage])
+
+    assert expected == thumbs.get("ab" * 32, "small", lambda: data)
+    if damage != "a folder":
+        assert expected == thumbs.get("ab" * 32, "small", lambda: b"not asked for")
+
+
+def test_without_a_cache_pictures_are_made_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page is whole where nothing can be kept."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "file"))
+    thumbs, data = Thumbs(), png((1, 2, 3))
+
+    assert thumbs.get("ab" * 32, "small", lambda: data) == thumbs.get("ab" * 32, "small", lambda: data)
+    assert thumbs.folder is None
+
+
 def test_large_pictures_become_small(tmp_path: Path) -> None:
     """A picture is fitted into the side, as JPEG; what is damaged stays damaged."""
     from finetune.decode import DecodeError

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune import backbone, decode, engine
+from finetune import backbone, decode, engine, files
 from finetune.errors import UserError
 from finetune.network import Tap
 
@@ -353,21 +354,22 @@ def test_everything_works_without_openvino(tiny: Backbone, monkeypatch: pytest.M
 def pristine(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small network, converted once: `pristine.xml` and `pristine.bin`."""
     path = tmp_path_factory.mktemp("pristine") / "pristine.xml"
-    engine._convert(tiny, engine.standard(tiny.network), path)
+    assert engine._keep(engine._convert(tiny, engine.standard(tiny.network)), path)
     return path
 
 
 @pytest.fixture
 def copied(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Conversions take no time in this test: they are copied. The list says which were asked for."""
+    """Conversions take no time in this test: they are read from a file. The list says where they were kept."""
     asked: list[Path] = []
+    keep = engine._keep
 
-    def convert(_found: Backbone, _taps: tuple[Tap, ...], path: Path) -> None:
+    def kept(model: Any, path: Path) -> bool:
         asked.append(path)
-        for suffix in (".bin", ".xml"):
-            path.with_suffix(suffix).write_bytes(pristine.with_suffix(suffix).read_bytes())
+        return keep(model, path)
 
-    monkeypatch.setattr(engine, "_convert", convert)
+    monkeypatch.setattr(engine, "_convert", lambda _found, _taps: engine._core().read_model(str(pristine)))
+    monkeypatch.setattr(engine, "_keep", kept)
     return asked
 
 
@@ -395,7 +397,7 @@ def test_a_network_is_converted_once_with_all_its_taps(tiny: Backbone, own_cache
     engine.open_runner(tiny.network, [Tap("stage3", grid=3), Tap("stage1")], load, engine="openvino")
 
     assert [1] == calls
-    assert [".bin", ".xml"] == sorted(path.suffix for path in own_cache.iterdir() if path.is_file())
+    assert [".bin", ".json", ".xml"] == sorted(path.suffix for path in own_cache.iterdir() if path.is_file())
 
 
 @pytest.mark.parametrize("change", ["digest", "mean", "version"])
@@ -416,16 +418,25 @@ def test_another_network_is_another_conversion(
     assert 2 == len(set(copied))
 
 
-@pytest.mark.parametrize("damage", ["cut weights", "no weights", "cut graph", "empty graph"])
+def changed(path: Path, part: float = 0.7) -> None:
+    """One byte in a hundred changed, from there to the end: as large as before, and still readable."""
+    data = bytearray(path.read_bytes())
+    for i in range(int(part * len(data)), len(data), 100):
+        data[i] ^= 0x7F
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["cut weights", "changed weights", "no weights", "cut graph", "empty graph", "changed seal"])
 def test_a_damaged_conversion_is_made_again(tiny: Backbone, own_cache: Path, copied: list[Path], damage: str) -> None:
     """The cache can always be made again: no message, the same features."""
     images = noise(tiny.network, 1)
     (expected,) = run(tiny, [POOLED], images, "openvino", "float32")
     (graph,), (values,) = own_cache.glob("*.xml"), own_cache.glob("*.bin")
-    for path in (own_cache / "blobs").glob("*"):
-        path.unlink()
+    shutil.rmtree(own_cache / "blobs")
     if damage == "no weights":
         values.unlink()
+    elif damage.startswith("changed"):
+        changed(values if damage == "changed weights" else graph.with_suffix(".json"))
     else:
         target = values if damage == "cut weights" else graph
         target.write_bytes(target.read_bytes()[: 0 if damage == "empty graph" else 1000])
@@ -434,21 +445,75 @@ def test_a_damaged_conversion_is_made_again(tiny: Backbone, own_cache: Path, cop
     assert 2 == len(copied)
 
 
-def test_a_conversion_that_cannot_be_written_leaves_nothing(
-    tiny: Backbone, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_conversion_without_a_seal_is_used_and_sealed(tiny: Backbone, own_cache: Path, copied: list[Path]) -> None:
+    """An earlier version wrote it: nothing is converted again, and from now on damage is seen."""
+    engine.open_runner(tiny.network, [POOLED], lambda: tiny, engine="openvino")
+    (seal,) = own_cache.glob("*.json")
+    seal.unlink()
+    engine.open_runner(tiny.network, [POOLED], lambda: tiny, engine="openvino")
+    assert 1 == len(copied)
+
+    changed(next(own_cache.glob("*.bin")))
+    engine.open_runner(tiny.network, [POOLED], lambda: tiny, engine="openvino")
+    assert 2 == len(copied)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "no model", "changed", "no seal", "changed seal", "a folder"])
+def test_a_damaged_compiled_model_is_compiled_again(tiny: Backbone, own_cache: Path, copied: list[Path], damage: str) -> None:
+    """OpenVINO would run its own copy with changed weights: it is dropped, and the features are right."""
+    images = noise(tiny.network, 1)
+    (expected,) = run(tiny, [POOLED], images, "openvino", "float32")
+    (blob,), (seal,) = own_cache.glob("blobs/*/*.blob"), own_cache.glob("blobs/*/seal.json")
+    whole = blob.read_bytes()
+    if damage in ("changed", "changed seal"):
+        changed(blob if damage == "changed" else seal)
+    elif damage == "no seal":
+        changed(blob)
+        seal.unlink()
+    elif damage == "a folder":
+        seal.unlink()
+        seal.mkdir()
+    else:
+        blob.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "no model": b"x" * 1000}[damage])
+
+    assert np.array_equal(expected, run(tiny, [POOLED], images, "openvino", "float32")[0])
+    assert np.array_equal(expected, run(tiny, [POOLED], images, "openvino", "float32")[0])
+    if damage != "a folder":
+        assert files.is_sealed(seal, list(blob.parent.glob("*.blob")))
+
+
+def test_a_conversion_that_cannot_be_written_is_used_and_leaves_nothing(
+    tiny: Backbone, own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A full disk while converting: a message with the folder, and no half-written file."""
+    """A full disk while converting costs time alone: the features are right, a line says why, and there is no half file."""
+    images = noise(tiny.network, 1)
+    (expected,) = run(tiny, [POOLED], images, "openvino", "float32")
+    monkeypatch.setenv("REGRAFT_CACHE", str(own_cache.parent / "full"))
 
     def full(_model: object, path: str, **_: object) -> None:
         Path(path).write_text("half")
         raise RuntimeError("can not write")
 
     monkeypatch.setattr("openvino.save_model", full)
-    with pytest.raises(UserError, match="the converted network cannot be written") as caught:
-        engine.open_runner(tiny.network, [POOLED], lambda: tiny, engine="openvino")
 
-    assert str(own_cache) in str(caught.value.where)
-    assert [] == [path.name for path in own_cache.iterdir() if path.is_file()]
+    assert np.array_equal(expected, run(tiny, [POOLED], images, "openvino", "float32")[0])
+    assert "the converted network cannot be written (can not write) → set $REGRAFT_CACHE" in caplog.text
+    assert [] == [path.name for path in (own_cache.parent / "full" / "compiled").iterdir() if path.is_file()]
+
+
+def test_without_a_cache_a_network_is_converted_in_memory(
+    tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same features to the bit; one line says so, however often a network is opened."""
+    images = noise(tiny.network, 1)
+    (expected,) = run(tiny, [POOLED], images, "openvino", "bf16")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "file"))
+
+    for _ in range(2):
+        assert np.array_equal(expected, run(tiny, [POOLED], images, "openvino", "bf16")[0])
+    assert 1 == caplog.text.count("going on without a cache")
+    assert f"$REGRAFT_CACHE: {tmp_path / 'file'}" in caplog.text
 
 
 @pytest.fixture(scope="module")

@@ -149,6 +149,35 @@ def test_only_new_images_are_run(folder: Path, network: Counting) -> None:
     np.testing.assert_array_equal(own_rows(found.images), found.blocks[POOLED])
 
 
+@pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
+def test_damaged_features_are_made_again(folder: Path, network: Counting, caplog: pytest.LogCaptureFixture, damage: str) -> None:
+    """From their images and no others, with one line that says how many; the next call finds all of them whole."""
+    first = read(load(folder), (POOLED, STAGE))
+    (path,) = (Store().folder).glob(f"{first.spaces[POOLED][:32]}.f32")
+    size = first.blocks[POOLED].shape[1] * 4
+    first = Features(**{**first.__dict__, "blocks": {tap: np.array(block) for tap, block in first.blocks.items()}})
+    if damage == "changed":
+        data = bytearray(path.read_bytes())
+        data[5 * size + 7] ^= 1
+        data[9 * size + 3] ^= 128
+        path.write_bytes(data)
+    elif damage == "cut":
+        os.truncate(path, 58 * size + 5)
+    else:
+        path.unlink()
+    count = 60 if damage == "gone" else 2
+    network.seen = 0
+    again = read(load(folder), (POOLED, STAGE))
+
+    assert count == network.seen
+    assert f"{count} rows in 1 of its files are damaged or missing; they are made again" in caplog.text
+    for tap in (POOLED, STAGE):
+        np.testing.assert_array_equal(first.blocks[tap], again.blocks[tap])
+    caplog.clear()
+    np.testing.assert_array_equal(first.blocks[POOLED], read(load(folder)).blocks[POOLED])
+    assert (count, "") == (network.seen, caplog.text)
+
+
 def test_a_tap_that_is_missing_runs_the_images_again(folder: Path, network: Counting) -> None:
     """A new tap is another space: its rows are made, those of the known one stay."""
     read(load(folder))

@@ -257,13 +257,116 @@ def test_the_cache_says_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "mine" == (tmp_path / "c" / "README.txt").read_text()
 
 
-def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache folder below a file: the message has the path."""
+@pytest.mark.parametrize("place", ["a file", "below a file", "a link to nowhere", "a name that is too long", "~nobody-at-all/c"])
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """The message has the variable, the path and what to set."""
     (tmp_path / "f").write_text("")
-    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "f" / "cache"))
+    (tmp_path / "link").symlink_to(tmp_path / "f" / "x")
+    places = {"a file": tmp_path / "f", "below a file": tmp_path / "f" / "c", "a link to nowhere": tmp_path / "link"}
+    monkeypatch.setenv("REGRAFT_CACHE", str(places.get(place, place if "~" in place else tmp_path / ("x" * 300))))
 
-    with pytest.raises(UserError, match="a file stands where a folder is needed"):
+    with pytest.raises(UserError) as caught:
+        files.cache_dir("features")
+    assert str(caught.value.where).startswith("$REGRAFT_CACHE: ")
+    assert "set $REGRAFT_CACHE to a folder that you may write to" == caught.value.fix
+
+
+def test_a_variable_that_names_no_place_is_as_if_it_was_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty ones, and a relative $XDG_CACHE_HOME, as its specification says; parents that do not exist are made."""
+    monkeypatch.setenv("HOME", str(tmp_path / "new" / "home"))
+    monkeypatch.setenv("REGRAFT_CACHE", "")
+    for value in ("", "relative/cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert tmp_path / "new" / "home" / ".cache" / "regraft" == files.cache_dir()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user has no entry: $REGRAFT_CACHE is the way on."""
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("REGRAFT_CACHE")
+    monkeypatch.setattr(Path, "home", homeless)
+
+    with pytest.raises(UserError, match=r"\$HOME: this user has no home folder") as caught:
         files.cache_dir()
+    assert "set $REGRAFT_CACHE" in caught.value.fix
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says that it is the cache which is meant, and which variable moves it."""
+    (tmp_path / "home").write_text("")
+    monkeypatch.delenv("REGRAFT_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+    with pytest.raises(UserError, match="the cache in the home folder") as caught:
+        files.cache_dir()
+    assert "set $REGRAFT_CACHE" in caught.value.fix
+
+
+def test_a_file_in_the_place_of_a_part_of_the_cache_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that mends it is named."""
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path))
+    (tmp_path / "features").write_text("")
+
+    with pytest.raises(UserError, match="a file stands where a folder of the cache is needed") as caught:
+        files.cache_dir("features")
+    assert "finetune cache --clear" in caught.value.fix
+
+
+def test_a_cache_that_may_only_be_read_is_given_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an image of a container: what is in it serves those who only read."""
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path))
+    (tmp_path / "compiled").mkdir()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("tempfile.mkstemp", fail)
+    assert tmp_path / "compiled" == files.cache_dir("compiled")
+
+
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP])
+def test_a_name_that_the_system_refuses_is_named(tmp_path: Path, number: int) -> None:
+    """No traceback: another name helps."""
+    with pytest.raises(UserError, match="cannot be written under this name"), files.disk_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+
+
+# ----------------------------------------------------------------------------------------------------------------- seals
+
+
+@pytest.mark.parametrize("damage", ["", "changed", "cut", "gone", "one more", "no seal", "changed seal", "cut seal"])
+def test_a_seal_tells_whether_files_are_whole(tmp_path: Path, damage: str) -> None:
+    """Of every change of the files, of their number or of the seal itself."""
+    both, seal = [tmp_path / "a.bin", tmp_path / "b.bin"], tmp_path / "seal.json"
+    for path in both:
+        path.write_bytes(b"0123456789" * 1000)
+    files.seal(seal, both)
+    changes = {
+        "changed": lambda: both[1].write_bytes(b"0123456789" * 999 + b"0123456780"),
+        "cut": lambda: os.truncate(both[0], 9999),
+        "gone": both[0].unlink,
+        "one more": lambda: both.append(seal),
+        "no seal": seal.unlink,
+        "changed seal": lambda: seal.write_text(seal.read_text().replace("a.bin", "c.bin")),
+        "cut seal": lambda: os.truncate(seal, 20),
+    }
+    if damage:
+        changes[damage]()
+
+    assert (damage == "") == files.is_sealed(seal, both)
+
+
+def test_a_note_is_one_line_on_stderr_that_a_program_can_hide() -> None:
+    """It goes through Python's own logging, under the name `regraft`."""
+    code = "from finetune import files; files.note('hello')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    hidden = f"import logging; logging.getLogger('regraft').setLevel(logging.ERROR); {code}"
+
+    assert ("", "note: hello\n") == (done.stdout, done.stderr)
+    assert "" == subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=True).stderr
 
 
 @given(st.lists(st.binary(min_size=32, max_size=32), max_size=8), st.data())
