@@ -15,20 +15,16 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path as File
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, FastAPI, Form, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi import File as Upload
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.types import ASGIApp
 
 from finetune import decode
-from finetune.errors import UserError
 from finetune.names import shown
-from retrieval import batching, guard
+from retrieval import batching, guard, refusals
 from retrieval.batching import BadPictures, Desk, NoImage
 from retrieval.gallery import Gallery
 from retrieval.hits import Hit
@@ -47,12 +43,6 @@ TYPES = {
 STATUS = {"not an image": 415, "unsupported": 415, "too large": 413}  # of faults of a picture; the others: 422
 
 # ------------------------------------------------------------------------------------------------------------- models
-
-
-class Problem(BaseModel):
-    """What went wrong, in words."""
-
-    detail: str
 
 
 class About(BaseModel):
@@ -131,10 +121,6 @@ KeepSelf = Annotated[bool, Query(description="show the image's own path, too")]
 Expand = Annotated[int, Query(ge=0, le=100, description="search again with the mean of the query and its first results")]
 
 
-def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    return {code: {"model": Problem} for code in codes}
-
-
 # -------------------------------------------------------------------------------------------------------------- app
 
 
@@ -146,14 +132,17 @@ def create(desk: Desk, *, hosts: frozenset[str] | None = None, token: str | None
 
 def routed(desk: Desk, thumbs: Thumbs) -> FastAPI:
     """The routes alone, without a guard."""
-    app = FastAPI(title="Regraft", summary="Put in an image, get the images like it.", docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="Regraft",
+        summary="Put in an image, get the images like it.",
+        docs_url=None,
+        redoc_url=None,
+        responses=refusals.EVERY,
+    )
     app.include_router(page_routes())
     app.include_router(search_routes(desk))
     app.include_router(picture_routes(desk.gallery, thumbs))
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_exception_handler(AnyHTTPException, _plain)
-    app.add_exception_handler(UserError, _mendable)
-    app.add_exception_handler(Exception, _bug)
+    refusals.install(app)
     return app
 
 
@@ -187,7 +176,7 @@ def search_routes(desk: Desk) -> APIRouter:
         known = {key: about[key] for key in ("images", "paths", "unreadable", "network", "search", "warnings")}
         return About(name=shown(desk.gallery.folder.name), max_upload=UPLOAD, max_pictures=PICTURES, max_k=MOST, **known)
 
-    @routes.get("/images", responses=problems(422))
+    @routes.get("/images")
     async def images(
         offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
         limit: Annotated[int, Query(ge=1, le=MOST)] = 50,
@@ -208,7 +197,7 @@ def search_routes(desk: Desk) -> APIRouter:
 
         return await asyncio.wrap_future(desk.call(some))
 
-    @routes.post("/search", responses=problems(400, 413, 415, 422))
+    @routes.post("/search")
     async def search(
         files: Annotated[list[UploadFile], Upload(description="one picture, or several that are one query: their mean")],
         k: Annotated[int, Form(ge=1, le=MOST, description="results")] = 10,
@@ -223,7 +212,7 @@ def search_routes(desk: Desk) -> APIRouter:
             pictures = tuple([(_name(file.filename), await file.read()) for file in files])
             return await _ask(desk, batching.Query(pictures, None, k, threshold, expand, keep_self))
 
-    @routes.get("/images/{number:int}/similar", responses=problems(404, 422))
+    @routes.get("/images/{number:int}/similar")
     async def similar(
         number: Id, k: K = 10, threshold: Threshold = None, keep_self: KeepSelf = False, expand: Expand = 0
     ) -> Results:
@@ -237,7 +226,7 @@ def picture_routes(gallery: Gallery, thumbs: Thumbs) -> APIRouter:
     """Single images, and their files."""
     routes = APIRouter(tags=["images"])
 
-    @routes.get("/api/images/{number:int}", responses=problems(404))
+    @routes.get("/api/images/{number:int}")
     def detail(number: Id) -> ImageDetail:
         """One image of the gallery, and what its file is."""
         digest, paths = _known(gallery, number)
@@ -252,7 +241,7 @@ def picture_routes(gallery: Gallery, thumbs: Thumbs) -> APIRouter:
             about.problem = f"{shown(paths[0])}: {error}"
         return about
 
-    @routes.get("/thumbs/{number:int}", response_class=Response, responses=problems(404, 422))
+    @routes.get("/thumbs/{number:int}", response_class=Response)
     def thumb(
         number: Id,
         request: Request,
@@ -271,7 +260,7 @@ def picture_routes(gallery: Gallery, thumbs: Thumbs) -> APIRouter:
             raise HTTPException(422, f"{shown(paths[0])}: {error}") from error
         return _picture(data, {"etag": tag, "cache-control": "private, no-cache"})
 
-    @routes.get("/files/{number:int}", response_class=Response, responses=problems(404))
+    @routes.get("/files/{number:int}", response_class=Response)
     def file(number: Id) -> Response:
         """The file of an image, as it is."""
         return _picture(original(gallery, number), {"content-security-policy": "default-src 'none'; sandbox"})
@@ -363,34 +352,3 @@ def spread_out(i: int, n: int) -> int:
 def _name(given: str | None) -> str:
     name = File((given or "").replace("\\", "/")).name
     return "".join(letter for letter in name if letter.isprintable())[:120] or "picture"
-
-
-# ------------------------------------------------------------------------------------------------------------ errors
-
-
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    words = []
-    for one in error.errors():
-        where, value = str(one["loc"][-1]), one.get("input")
-        given = f", not {value!r}" if isinstance(value, str | int | float) else ""
-        words.append(f"{where}: missing" if one["type"] == "missing" else f"{where}: {one['msg'].lower()}{given}"[:300])
-    return JSONResponse({"detail": "; ".join(words)}, 422)
-
-
-PLAIN = {404: "there is nothing here", 405: "this cannot be done here: see /openapi.json"}
-
-
-async def _plain(_: Request, error: Exception) -> Response:
-    assert isinstance(error, AnyHTTPException)
-    usual = error.detail in ("Not Found", "Method Not Allowed")
-    detail = PLAIN[error.status_code] if usual else error.detail
-    return JSONResponse({"detail": detail}, error.status_code, error.headers)
-
-
-async def _mendable(_: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": str(error)}, 503)
-
-
-async def _bug(_: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": f"the server met a bug ({type(error).__name__}); its window says more"}, 500)

@@ -65,7 +65,13 @@ def guarded(app: ASGIApp, *, hosts: frozenset[str] | None, token: str | None, na
         given = request.query_params.get("token")
         fresh = secret is not None and given is not None and hmac.compare_digest(given.encode(errors="replace"), secret)
 
+        bare = scope["method"] == "HEAD"  # as GET, without a body
+        if bare:
+            scope = {**scope, "method": "GET"}
+
         async def answer(message: Message) -> None:
+            if bare and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for key, value in HEADERS.items():
@@ -116,7 +122,8 @@ def wrong_kind(request: Request) -> Response | None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if request.method != "POST" or kind == "multipart/form-data":
         return None
-    return refuse(415, f"send pictures as multipart/form-data, not {kind or 'without a content type'}")
+    given = f"not {kind}" if kind else "and say so in the content type"
+    return refuse(415, f"send pictures as multipart/form-data, {given}")
 
 
 def too_large(request: Request, limit: int) -> Response | None:

@@ -16,7 +16,7 @@ import httpx
 import odd
 import pytest
 from PIL import Image
-from webs import Site, ask, png
+from webs import Site, ask, locked, png
 
 from finetune import files, names
 from retrieval import api, guard, upkeep
@@ -163,32 +163,62 @@ def test_broken_uploads(site: Site, data: bytes, status: int, words: str) -> Non
 @pytest.mark.parametrize(
     ("method", "url", "how", "status", "words"),
     [
-        ("GET", "/api/images/3/similar?k=0", {}, 422, "k: "),
-        ("GET", "/api/images/3/similar?k=many", {}, 422, "not 'many'"),
-        ("GET", "/api/images/3/similar?threshold=nan", {}, 422, "threshold: "),
-        ("GET", "/api/images?limit=0", {}, 422, "limit: "),
+        ("GET", "/api/images/3/similar?k=0", {}, 422, "k: must be at least 1, not '0'"),
+        ("GET", "/api/images/3/similar?k=-1", {}, 422, "k: must be at least 1, not '-1'"),
+        ("GET", "/api/images/3/similar?k=501", {}, 422, "k: must be at most 500, not '501'"),
+        ("GET", "/api/images/3/similar?k=1e9", {}, 422, "k: must be a whole number, not '1e9'"),
+        ("GET", "/api/images/3/similar?k=many", {}, 422, "k: must be a whole number, not 'many'"),
+        ("GET", "/api/images/3/similar?threshold=nan", {}, 422, "threshold: must be at most 1, not 'nan'"),
+        ("GET", "/api/images/3/similar?threshold=x", {}, 422, "threshold: must be a number, not 'x'"),
+        ("GET", "/api/images/3/similar?keep_self=x", {}, 422, "keep_self: must be true or false, not 'x'"),
+        ("GET", "/api/images?limit=0&offset=x", {}, 422, "offset: must be a whole number, not 'x'; limit: must be at least 1"),
         ("GET", "/api/images/99", {}, 404, "no image 99"),
         ("GET", "/api/images/99/similar", {}, 404, "no image 99"),
         ("GET", "/thumbs/99", {}, 404, "no image 99"),
-        ("GET", "/thumbs/1?size=huge", {}, 422, "size: "),
-        ("GET", f"/files/{10**30}", {}, 422, "number: "),
+        ("GET", "/thumbs/1?size=huge", {}, 422, "size: must be small or large, not 'huge'"),
+        ("GET", f"/files/{10**30}", {}, 422, "number: must be less than 9223372036854775808"),
         ("GET", "/nothing", {}, 404, "nothing here"),
         ("GET", "/docs", {}, 404, "nothing here"),
-        ("DELETE", "/api/info", {}, 405, "cannot be done"),
+        ("DELETE", "/api/info", {}, 405, "only GET, HEAD can be done here, not DELETE"),
+        ("GET", "/api/search", {}, 405, "only POST can be done here, not GET"),
         ("POST", "/api/search", {}, 415, "multipart/form-data"),
-        ("POST", "/api/search", {"json": {"k": 3}}, 415, "multipart/form-data"),
-        ("POST", "/api/search", {"files": {"other": b"x"}}, 422, "files: missing"),
-        ("POST", "/api/search", {"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, ""),
-        ("POST", "/api/search", {"files": {"files": b"x"}, "data": {"k": "501"}}, 422, "k: "),
+        ("POST", "/api/search", {"json": {"k": 3}}, 415, "send pictures as multipart/form-data, not application/json"),
+        ("POST", "/api/search", {"files": {"other": b"x"}}, 422, "files: missing: send multipart/form-data"),
+        ("POST", "/api/search", {"files": {"files": (None, b"text")}}, 422, "files: must be pictures as files, not text: send"),
+        ("POST", "/api/search", {"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "cannot be read"),
+        ("POST", "/api/search", {"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, "send"),
+        ("POST", "/api/search", {"files": [("files", b"x")] * 1001}, 400, "holds too much"),
+        ("POST", "/api/search", {"files": {"files": b"x"}, "data": {"k": "501"}}, 422, "k: must be at most 500"),
+        ("POST", "/api/search", {"files": {"files": b"x"}, "data": {"k": "9" * 9999}}, 422, f"not '{'9' * 60}…'"),
+        ("POST", "/api/search", {"files": {"files": b"x", "k": b"3"}}, 422, "k: must be a whole number, not a file"),
         ("POST", "/api/search", {"files": [("files", b"x")] * 17}, 422, "17 pictures are too many"),
     ],
 )
 def test_errors_are_words(site: Site, method: str, url: str, how: dict[str, Any], status: int, words: str) -> None:
-    """Every error has its code, and a text that names what is wrong."""
+    """Every error has its code, and a text of our own that names what is wrong and what would be right."""
     answer = ask(site.app, method, url, **how)
     assert status == answer.status_code, answer.text
     assert ["detail"] == list(answer.json())
     assert words in answer.json()["detail"]
+    assert not any(word in answer.text.lower() for word in ("input should", "uploadfile", "<class", "string"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "/", "/page.css", "/page.js", "/openapi.json", "/api/info", "/api/images", "/api/images/3", "/api/images/3/similar",
+        "/thumbs/3", "/files/3", "/thumbs/99", "/nothing", "/api/search",
+    ],
+)  # fmt: skip
+def test_head_is_get_without_a_body(site: Site, url: str) -> None:
+    """HEAD, as uptime checks ask it, has the status and the headers of GET, and no body."""
+    head, get = ask(site.app, "HEAD", url), site.get(url)
+    assert (get.status_code, b"") == (head.status_code, head.content)
+    changing = ("content-length",) if url.endswith("similar") else ()  # it holds the seconds that it took
+    assert {k: v for k, v in get.headers.items() if k not in changing} == {
+        k: v for k, v in head.headers.items() if k not in changing
+    }
+    assert 401 == ask(locked(site), "HEAD", "/api/info").status_code
 
 
 def test_too_many_bytes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +257,10 @@ def test_openapi(site: Site) -> None:
     for path in expected:
         (operation,) = described[path].values()
         assert "$ref" in operation["responses"]["200"]["content"]["application/json"]["schema"]
+        problem = "#/components/schemas/Problem"
+        errors = {code: one["content"]["application/json"]["schema"]["$ref"] for code, one in operation["responses"].items()}
+        assert {problem} == {schema for code, schema in errors.items() if code != "200"}
+        assert {"401", "404", "422", "503"} <= set(errors)
 
 
 # -------------------------------------------------------------------------------------------------------------- pictures
