@@ -352,6 +352,7 @@ def info(index: Path, check: bool, json_: bool) -> None:
     with Gallery(index) as gallery:
         if check:
             gallery.now.verify()
+            gallery.now.verify_copy()
         about = gallery.info()
     _warn(about["warnings"])
     if json_:

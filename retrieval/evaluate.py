@@ -23,7 +23,7 @@ from finetune.images import ImageSet
 from finetune.names import from_database, meant, written
 from retrieval import hits, metrics
 from retrieval.frame import first_folder
-from retrieval.gallery import Gallery
+from retrieval.gallery import FILL, NO_IMAGES, Gallery
 from retrieval.metrics import Summary
 from retrieval.segments import Ints, Rows
 from retrieval.vectors import near_duplicates
@@ -94,6 +94,7 @@ def by_folder(
     The queries are the gallery's own images, at most `limit` of them, drawn by `seed`; or the images in the folder
     `queries`, with its own folders as classes.
     """
+    _refuse_empty(gallery)
     positions, ids = gallery.now.everything()
     names = _labels(gallery, ids.tolist())
     codes = {name: i for i, name in enumerate(dict.fromkeys(name for name in names if name is not None))}
@@ -114,7 +115,9 @@ def by_folder(
         asked = np.array([codes.get(str(classes[i]), -2) for i in able], dtype=np.int64)
     if not len(asked):
         raise UserError(
-            "no image lies in a folder, so that none has a class", where=queries or gallery.folder, fix="use pairs.csv"
+            "no image lies in a folder, so that none has a class",
+            where=queries or gallery.folder,
+            fix="say in a table which images match: --labels pairs.csv, with the columns query,match",
         )
     return _judge(gallery, positions, _Queries(vectors, own, lambda i: labels == asked[i]), ks, left_out)
 
@@ -124,6 +127,7 @@ def by_pairs(gallery: Gallery, table: Path, *, ks: Sequence[int] = KS) -> Judged
 
     A query may be a file that is not in the gallery; a match has to be in it.
     """
+    _refuse_empty(gallery)
     wanted = _read_pairs(table)
     positions, ids = gallery.now.everything()
     place = {number: i for i, number in enumerate(ids.tolist())}
@@ -163,6 +167,11 @@ def by_pairs(gallery: Gallery, table: Path, *, ks: Sequence[int] = KS) -> Judged
         return mask
 
     return _judge(gallery, positions, _Queries(vectors, own, positives), ks, 0)
+
+
+def _refuse_empty(gallery: Gallery) -> None:
+    if not len(gallery):
+        raise UserError(NO_IMAGES, where=gallery.folder, fix=FILL)
 
 
 def _read_pairs(table: Path) -> dict[str, list[tuple[str, int]]]:

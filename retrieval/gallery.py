@@ -35,6 +35,8 @@ SLACK = 8  # candidates beyond those needed: near-ties change places between flo
 BLOCK, LEAST_ROWS = 8_000_000, 1024  # scores computed at once in exact search, and the rows that these are at least
 
 
+NO_IMAGES = "this index holds no images"
+FILL = "`retrieve add` puts some in, and `retrieve sync` those that lie in its folders"
 ROUNDING = 1e-6  # by which the cosine of a vector with itself may miss 1
 Ranked = tuple[Ints, NDArray[np.float64], list[list[int]]]  # positions, scores, the positions collapsed into each
 
@@ -365,14 +367,14 @@ class Gallery:
     # --------------------------------------------------------------------------------------------------------- about
 
     def warnings(self) -> tuple[str, ...]:
-        """What a person should know before trusting an answer: a run that was trained again."""
+        """What a person should know before trusting an answer: that there is no image, a run that was trained again."""
+        empty = () if len(self) else (f"{NO_IMAGES}: {FILL}",)
         run = self.manifest.get("run")
-        if not run:
-            return ()
-        path = Path(run["path"])
-        if (path / "run.json").is_file() and encode.run_digest(path) != run["digest"]:
-            return (f"stale: the run {shown(path)} was trained again after this index was built; build it again with --force",)
-        return ()
+        path = Path(run["path"]) if run else Path()
+        if run and (path / "run.json").is_file() and encode.run_digest(path) != run["digest"]:
+            stale = f"stale: the run {shown(path)} was trained again after this index was built; build it again with --force"
+            return (*empty, stale)
+        return empty
 
     def info(self) -> dict[str, Any]:
         """What the gallery holds and how it was made, as JSON."""

@@ -32,12 +32,14 @@ from finetune.errors import UserError, as_bytes
 from finetune.names import from_database, to_database
 
 FORMAT = 1
+SEAL = "seal"  # a key of the table `meta`
 DATABASE, LOCK, MANIFEST = "gallery.sqlite", "writer.lock", "manifest.json"
 FOLDERS = ("segments", "search", "network")
 OURS = {MANIFEST, *FOLDERS, *(name + end for name in (DATABASE, LOCK) for end in ("", "-wal", "-shm", "-journal"))}
 VERIFIED_BYTES = 64_000_000  # up to here every reader checks the content of all files, beyond it their sizes
 LOOKUP = 900  # bound values a query: below SQLite's limit
-REBUILD = "restore it from a copy, or build it again with --force"
+CHECKED_BYTES = 1_000_000  # up to here every reader checks the database's rows against its indexes, 15 ms for 1,000 images
+REBUILD = "restore the index from a copy, or build it again: `retrieve build IMAGES -o INDEX --force`"
 
 Rows = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -99,6 +101,10 @@ class Snapshot:
 
     def ids(self, positions: Ints) -> list[int]:
         """Ids of the images at `positions`."""
+        with damaged_rows(self.folder):
+            return self._ids(positions)
+
+    def _ids(self, positions: Ints) -> list[int]:
         found: dict[int, int] = {}
         owner = np.searchsorted(self.starts, positions, side="right") - 1
         for i in np.unique(owner).tolist():
@@ -113,7 +119,8 @@ class Snapshot:
         start = dict(zip(self.segments, self.starts.tolist(), strict=True))
         query = "select digest, id, segment, row, alive from image where digest in ({marks})"
         found = self.select(query, [bytes.fromhex(d) for d in digests])
-        return {digest.hex(): (number, start[segment] + row, bool(alive)) for digest, number, segment, row, alive in found}
+        with damaged_rows(self.folder):
+            return {digest.hex(): (number, start[segment] + row, bool(alive)) for digest, number, segment, row, alive in found}
 
     def paths(self, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
         """The paths of images, sorted."""
@@ -132,7 +139,8 @@ class Snapshot:
         start = dict(zip(self.segments, self.starts.tolist(), strict=True))
         with database_errors(self.folder):
             rows = self.db.execute("select segment, row, id from image where alive = 1").fetchall()
-        table = np.array([(start[segment] + row, number) for segment, row, number in rows], dtype=np.int64).reshape(-1, 2)
+        with damaged_rows(self.folder):
+            table = np.array([(start[segment] + row, number) for segment, row, number in rows], dtype=np.int64).reshape(-1, 2)
         table = table[np.argsort(table[:, 0])]
         return table[:, 0], table[:, 1]
 
@@ -148,16 +156,28 @@ class Snapshot:
             return select(self.db, query, values, *first)
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Read every byte of these files, or of everything. Raises `UserError` naming what is damaged."""
+        """Read every byte of these files, or of everything. Raises `UserError` naming what is damaged or missing."""
         wanted = None if names is None else set(names)
-        with database_errors(self.folder):
-            word = "ok" if wanted is not None else self.db.execute("pragma quick_check(1)").fetchone()[0]
-            known = [Stored(*row) for row in self.db.execute("select name, bytes, digest from file")]
-        if word != "ok":
-            raise UserError(f"damaged: {word}", where=self.folder / DATABASE, fix=REBUILD)
-        for stored in known:
-            if wanted is None or stored.name in wanted:
-                stored.check(self.folder, content=True)
+        if wanted is None:
+            check_rows(self.db, self.folder)
+        with missing_files():
+            for stored in stored_files(self.db, self.folder):
+                if wanted is None or stored.name in wanted:
+                    stored.check(self.folder, content=True)
+
+    def verify_copy(self) -> None:
+        """Refuse a copy of the manifest that is not the manifest: nothing reads it, but people may.
+
+        A change that was killed at its very end leaves an old one.
+        """
+        copy = self.folder / MANIFEST
+        try:
+            word = "" if copy.read_bytes() == manifest_text(self.meta) else "another one"
+        except OSError as error:
+            word = "missing" if isinstance(error, FileNotFoundError) else f"not readable ({error.strerror})"
+        if word:
+            fix = "any change writes it again: `retrieve compact INDEX`"
+            raise UserError(f"the copy of the manifest is {word}; the index itself is whole", where=copy, fix=fix)
 
 
 def read(folder: Path) -> Snapshot:
@@ -191,6 +211,8 @@ def is_index(folder: Path) -> bool:
 def open_database(folder: Path) -> sqlite3.Connection:
     path = folder / DATABASE
     if not path.is_file():
+        if (folder / MANIFEST).exists():  # written after the first commit
+            raise UserError("damaged: this file is missing", where=path, fix=REBUILD)
         what = "no such folder" if not folder.exists() else "no index here"
         raise UserError(what, where=folder, fix="make one: retrieve build IMAGES -o INDEX")
     uri = path.absolute().as_uri()
@@ -209,6 +231,8 @@ def _connect(uri: str, folder: Path) -> sqlite3.Connection:
     try:
         db.execute("begin")
         if not has_index(db):
+            if (folder / MANIFEST).exists():
+                raise UserError("damaged: it is empty", where=folder / DATABASE, fix=REBUILD)
             fix = "the build goes on, or was stopped: run the same `retrieve build` again"
             raise UserError("no index here yet: its build has not ended", where=folder, fix=fix)
     except BaseException:
@@ -224,21 +248,49 @@ def has_index(db: sqlite3.Connection) -> bool:
 def _load(folder: Path, db: sqlite3.Connection) -> Snapshot:
     with database_errors(folder):
         meta = read_meta(db, folder)
-        stored = [Stored(*row) for row in db.execute("select name, bytes, digest from file")]
         known = {number: (file, rows) for number, file, rows in db.execute("select number, file, rows from segment")}
         gone = db.execute("select segment, row from image where alive = 0").fetchall()
-    content = sum(file.bytes for file in stored) <= VERIFIED_BYTES
-    for file in stored:
-        file.check(folder, content=content)
-    covered = (meta.get("search") or {}).get("segments", [])
-    order = (*covered, *sorted(set(known) - set(covered)))
-    width = int(meta["manifest"]["width"])
-    tables = tuple(open_table(folder / known[number][0], width, known[number][1]) for number in order)
-    starts = np.cumsum([0, *(len(table) for table in tables)], dtype=np.int64)
-    dead = np.zeros(starts[-1], dtype=np.bool_)
-    begin = dict(zip(order, starts.tolist(), strict=False))
-    dead[np.array([begin[segment] + row for segment, row in gone], dtype=np.int64)] = True
+    check(db, folder)
+    with damaged_rows(folder):
+        covered = (meta.get("search") or {}).get("segments", [])
+        order = (*covered, *sorted(set(known) - set(covered)))
+        width = int(meta["manifest"]["width"])
+        tables = tuple(open_table(folder / known[number][0], width, known[number][1]) for number in order)
+        starts = np.cumsum([0, *(len(table) for table in tables)], dtype=np.int64)
+        dead = np.zeros(starts[-1], dtype=np.bool_)
+        begin = dict(zip(order, starts.tolist(), strict=False))
+        dead[np.array([begin[segment] + row for segment, row in gone], dtype=np.int64)] = True
     return Snapshot(folder, db, meta, order, tables, starts[:-1], dead)
+
+
+def stored_files(db: sqlite3.Connection, folder: Path) -> list[Stored]:
+    """The files that count, as they were written."""
+    with database_errors(folder):
+        return [Stored(*row) for row in db.execute("select name, bytes, digest from file")]
+
+
+def check(db: sqlite3.Connection, folder: Path) -> None:
+    """Refuse a gallery that is not as it was written: by content, or where it is large, by the sizes of its files.
+
+    Raises `UserError`, and `FileNotFoundError` for a file that is not there.
+    """
+    with database_errors(folder):
+        (size,) = db.execute("select page_count * page_size from pragma_page_count, pragma_page_size").fetchone()
+    if size <= CHECKED_BYTES:
+        check_rows(db, folder)
+    stored = stored_files(db, folder)
+    with damaged_rows(folder):
+        content = sum(file.bytes for file in stored) <= VERIFIED_BYTES
+        for file in stored:
+            file.check(folder, content=content)
+
+
+def check_rows(db: sqlite3.Connection, folder: Path) -> None:
+    """Refuse a database whose pages are not in order, or whose rows are not those that its indexes know."""
+    with database_errors(folder):
+        (word,) = db.execute("pragma integrity_check(1)").fetchone()
+    if word != "ok":
+        raise UserError(f"damaged: {word}", where=folder / DATABASE, fix=REBUILD)
 
 
 def open_table(path: Path, width: int, rows: int | None = None) -> Rows:
@@ -267,12 +319,48 @@ def below(path: str) -> tuple[str, list[str | bytes]]:
 
 
 def read_meta(db: sqlite3.Connection, folder: Path) -> dict[str, Any]:
-    """The values of the table `meta`; another format is refused."""
-    meta = {key: json.loads(value) for key, value in db.execute("select key, value from meta")}
+    """The values of the table `meta`; another format is refused, and what is not as it was written."""
+    texts = dict(db.execute("select key, value from meta"))
+    sealed = texts.pop(SEAL, None)
+    meta = {key: json.loads(value) for key, value in texts.items()}
     if meta.get("format") != FORMAT:
         what = f"written in format {meta.get('format')}; this version reads format {FORMAT}"
         raise UserError(what, where=folder, fix="build it again with --force")
+    with damaged_rows(folder):
+        generation, digest = json.loads(sealed) if sealed is not None else (-1, "")
+        # Version 0.1.0 keeps the seal of a generation before its own: it says nothing then.
+        if generation > meta["generation"] or (generation == meta["generation"] and digest != seal(texts)):
+            raise ValueError("its description is not what was written")
     return meta
+
+
+def seal(texts: dict[str, str]) -> str:
+    """The digest of the table `meta`, which no index of the database guards."""
+    return files.digest(*(f"{key}\0{texts[key]}".encode() for key in sorted(texts)))
+
+
+def manifest_text(meta: dict[str, Any]) -> bytes:
+    """The manifest as its copy holds it."""
+    return (files.json_text(meta["manifest"]) + "\n").encode()
+
+
+@contextlib.contextmanager
+def damaged_rows(folder: Path) -> Iterator[None]:
+    """Rows that contradict each other, or hold what was never written there, are damage."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        words = str(error) if type(error) is ValueError else f"its rows contradict each other ({error!r})"
+        raise UserError(f"damaged: {words}", where=folder / DATABASE, fix=REBUILD) from error
+
+
+@contextlib.contextmanager
+def missing_files() -> Iterator[None]:
+    """A file of the gallery that is not there is damage."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError("damaged: this file is missing", where=error.filename, fix=REBUILD) from error
 
 
 @contextlib.contextmanager

@@ -27,12 +27,17 @@ from retrieval.segments import (
     LOCK,
     MANIFEST,
     OURS,
+    SEAL,
     Rows,
     Stored,
+    check,
     database_errors,
     has_index,
+    manifest_text,
+    missing_files,
     open_database,
     read_meta,
+    seal,
 )
 
 SCHEMA = (
@@ -92,9 +97,11 @@ class Writer:
                         self.db.execute(statement)
                 yield self.db
                 meta = self.meta | changes | {"generation": self.meta["generation"] + 1}
+                texts = {key: json.dumps(value, allow_nan=False) for key, value in meta.items()}
+                texts[SEAL] = json.dumps([meta["generation"], seal(texts)])
                 self.db.executemany(
                     "insert into meta (key, value) values (?, ?) on conflict (key) do update set value = excluded.value",
-                    [(key, json.dumps(value, allow_nan=False)) for key, value in meta.items()],
+                    list(texts.items()),
                 )
                 self.db.execute("commit")
             except BaseException:
@@ -138,9 +145,9 @@ class Writer:
             path.unlink()
         if not self.is_new:
             copy = self.folder / MANIFEST
-            text = files.json_text(self.meta["manifest"]) + "\n"
-            if not copy.exists() or copy.read_text(encoding="utf-8") != text:
-                files.write_text(copy, text)
+            text = manifest_text(self.meta)
+            if not copy.exists() or copy.read_bytes() != text:
+                files.write_bytes(copy, text)
 
 
 @contextlib.contextmanager
@@ -162,6 +169,9 @@ def writing(folder: Path, *, create: bool = False, replace: bool = False, wait: 
             for name in OURS - {LOCK}:
                 _remove(folder / name)
         writer = _open_writer(folder)
+        if not create:  # a gallery that nobody could read would only seem to take images
+            with missing_files():
+                check(writer.db, folder)
         yield writer
         writer.sweep()
     finally:
@@ -190,7 +200,7 @@ def _is_damaged(folder: Path) -> bool:
     """Whether the database, if there is one, cannot be read by this version."""
     db = sqlite3.connect(folder / DATABASE, timeout=30.0, isolation_level=None)
     try:
-        if db.execute("pragma quick_check(1)").fetchone() != ("ok",):
+        if db.execute("pragma integrity_check(1)").fetchone() != ("ok",):
             return True
         if has_index(db):
             read_meta(db, folder)
