@@ -47,7 +47,7 @@ def take(file: Path, where: Path, wait: Wait = NO_WAIT) -> sqlite3.Connection:
             if not time.monotonic() < end:  # nor where it is no number
                 raise _refusal(held_by, where, wait) from held_by
             if not told:
-                wait.say(f"waiting    another process{held_by} is at work on {where}; for {wait.seconds:g} seconds at most")
+                wait.say(f"waiting    another process is at work on {where}{held_by}; for {wait.seconds:g} s at most")
                 told = True
             # Not SQLite's own waiting: it would not hear Ctrl-C.
             time.sleep(max(0.0, min(AGAIN, end - time.monotonic())))
@@ -105,7 +105,7 @@ def _holder(file: Path) -> str:
 
 
 def _refusal(held_by: _Held, where: Path, wait: Wait) -> UserError:
-    still = f" still, after {wait.seconds:g} seconds" if wait.seconds else ""
+    still = f" still, after {wait.seconds:g} s" if wait.seconds else ""
     fix = f"wait until it ends{', longer' if wait.seconds else ''}: --wait SECONDS{wait.other and f'; or {wait.other}'}"
     return UserError(f"another process is at work here{held_by}{still}", where=where, fix=fix)
 

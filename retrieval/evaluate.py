@@ -61,7 +61,7 @@ class Judged:
         if without := next(iter(self.metrics.values())).left_out:
             lines.append(f"  {without} queries have nothing to find and are left out of the means")
         if self.left_out:
-            lines.append(f"  {self.left_out} images are in no folder, or in two, and were no queries")
+            lines.append(f"  left out as queries: {self.left_out} of the images, in no folder or in two")
         lines.append(f"search: {self.search}; it finds {self.search_recall:.1%} of what exact search finds")
         return "\n".join(lines)
 

@@ -48,7 +48,7 @@ def test_who_waits_gets_the_lock_when_it_is_free(file: Path, held: sqlite3.Conne
     assert 105 <= clock.now < 106
     (line,) = said
     assert "(process " in line
-    assert "60 seconds" in line
+    assert "60 s at most" in line
 
 
 @pytest.mark.usefixtures("held")
@@ -56,7 +56,7 @@ def test_waiting_ends(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the holder does not end in time, that is said, with both ways on."""
     clock = Clock()
     monkeypatch.setattr(lock, "time", clock)
-    with pytest.raises(UserError, match=r"(?s)still, after 7 seconds.*longer: --wait SECONDS; or choose another folder"):
+    with pytest.raises(UserError, match=r"(?s)still, after 7 s.*longer: --wait SECONDS; or choose another folder"):
         lock.take(file, file.parent, Wait(7, other="choose another folder with --out"))
     assert clock.now == pytest.approx(107)
 
