@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the field's name)
 from torch.utils.hooks import RemovableHandle
 
-from finetune import files, machine
+from finetune import files, machine, memory
 from finetune import weights as weights_home
 from finetune.errors import UserError
 from finetune.network import Network, Preprocess, Tap
@@ -82,13 +82,14 @@ def load(name: str, weights: str = "auto", size: int | None = None) -> Backbone:
     config = _input_config(name, module, source)
     side = size or int(config["input_size"][-1])
     try:
+        memory.check(module, name, side, memory.LOADED)
         stages = _readable(module, split(module), side)
         network = _describe(name, module, stages, source, config, side)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"{name} cannot take images of {side} pixels ({str(error)[:100]})",
             where="input size",
-            fix=f"its own size is {config['input_size'][-1]}",
+            fix=f"its own size is {config['input_size'][-1]}{memory.near(module, side)}",
         ) from error
     return Backbone(module, network, stages, classifier)
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 OPENVINO_BATCH = 4  # more would fall out of a CPU's cache
 TORCH_BATCH = 8  # with 4, oneDNN computes a row of a small map in another way where it stands last: other bits
 GPU_BATCH = 64  # there, the more the better; not measured
+HELD = {"bf16": 0.4, "float32": 0.8}  # of what its largest operation reads and writes in float32, a stream of OpenVINO takes
 FORMAT = 4  # of the converted networks, and of how they are run; a change makes the old ones unused
 ENGINES = ("auto", "openvino", "torch")
 PRECISIONS = ("auto", "bf16", "float32")
@@ -153,12 +154,14 @@ def round_kernels(weight: NDArray[np.float32]) -> NDArray[np.float32]:
 def _open_torch(backbone: Backbone, taps: tuple[Tap, ...], precision: str) -> Runner:
     import torch
 
-    from finetune import fold
+    from finetune import fold, memory
     from finetune.backbone import Reader
 
     machine.keep_memory()
     device = torch.device(_torch_device())
     batch = TORCH_BATCH if device.type == "cpu" else GPU_BATCH
+    if device.type == "cpu":
+        memory.check(backbone.module, backbone.network.name, backbone.network.preprocess.size, memory.RUN * batch)
     reader: Any = Reader(backbone, taps).eval()
     if precision == "float32" and all(tap.stage != "moments" for tap in taps):  # those are read before BatchNorm
         # In bf16 folding gains nothing, and would have to be rounded in another way than below.
@@ -229,6 +232,8 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
     }
+    if one := _one_stream(model, network, precision):
+        options["NUM_STREAMS"] = one
     compiled = _compiled(model, options, f"{name}-{files.digest_json([precision, list(map(str, taps))])[:12]}")
     # More than there are streams: the next batch is there when one ends, however late this thread is woken.
     requests = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) + 2
@@ -255,6 +260,26 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
         return [np.array(request.get_tensor(output).data[:count], dtype=np.float32) for output in order]
 
     return Runner(taps, "openvino", precision, OPENVINO_BATCH, stream)
+
+
+def _one_stream(model: Any, network: Network, precision: str) -> str:
+    """`1` where the memory is short of two batches at a time, else no text; refused where one does not fit."""
+    side = network.preprocess.size
+    batch = HELD[precision] * OPENVINO_BATCH * side**2
+    if machine.fits(machine.cores() * batch * machine.MANY):
+        return ""
+    sizes = []
+    for node in model.get_ops():
+        if node.get_type_name() != "Constant":
+            ends = [*node.outputs(), *node.input_values()]
+            sizes.append(sum(end.get_element_type().size * int(np.prod(list(end.get_shape()))) for end in ends))
+    need = HELD[precision] * max(sizes)
+    if not machine.fits(need):
+        from finetune import memory
+
+        fix = memory.smaller(need, side)
+        machine.afford(need, f"{network.name} with an input of {side} pixels", where="input size", fix=fix)
+    return "" if machine.fits(machine.cores() * need) else "1"
 
 
 def _round_weights(model: Any) -> None:
@@ -358,10 +383,12 @@ def _convert(backbone: Backbone, taps: tuple[Tap, ...]) -> Any:
     """The reader of `taps` in OpenVINO's format."""
     import torch
 
+    from finetune import memory
     from finetune.backbone import Reader
 
     openvino = _openvino()
     side = backbone.network.preprocess.size
+    memory.check(backbone.module, backbone.network.name, side, memory.CONVERTED * OPENVINO_BATCH)
     reader = Reader(backbone, taps).eval()
     example = torch.zeros(OPENVINO_BATCH, side, side, 3, dtype=torch.uint8)
     shape = [(openvino.PartialShape([OPENVINO_BATCH, side, side, 3]), openvino.Type.u8)]

@@ -308,7 +308,7 @@ def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -
 def _train(
     seen: Look, fit_on: Ints, stop_on: Ints | None, folder: RunDir, phase: str, epochs: int | None, progress: Any
 ) -> Tuned:
-    from finetune import backbone, train
+    from finetune import backbone, memory, train
 
     about, training = seen.recipe.backbone, seen.plan.training
     assert training is not None
@@ -319,6 +319,8 @@ def _train(
     own = dataclasses.replace(
         own, network=catalog.framed(own.network, "whole" if seen.named.network.preprocess.squash else "crop")
     )
+    size, count = own.network.preprocess.size, min(training.batch_size, len(fit_on))
+    memory.check(own.module, own.network.name, size, memory.RUN * count, f"a batch of {count} and an input")
     result = train.fit(
         own,
         seen.images,

@@ -88,14 +88,14 @@ def choose(
     if cut < SQUARE:
         return Frame("crop", f"{words}, which are nearly square")
     if len(part) < FEW:
-        return Frame("squash", f"{words}; {len(part)} are too few to measure more")
+        return Frame("squash", f"{words}; too few to measure more: {len(part)}")
     alone = dataclasses.replace(
         encoder, networks=encoder.networks[:1], loads=encoder.loads[:1], scales=(1.0,), views=("",), whitening=None
     )
     sample, known = source.subset(part), [digests[i] for i in part]
     tables, kept = _tables(alone, sample, known, store)
     if len(kept) < FEW:
-        return Frame("squash", f"{words}; {len(kept)} readable ones are too few to measure more")
+        return Frame("squash", f"{words}; too few readable ones to measure more: {len(kept)}")
     if judged:
         better, numbers = _by_class(tables, labels[part][kept])
     else:

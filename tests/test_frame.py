@@ -137,11 +137,11 @@ def test_square_pictures_keep_the_crop(encoder: Encoder, store: Store, shapes: P
 def test_too_few_pictures(encoder: Encoder, store: Store, tmp_path: Path) -> None:
     """A handful cannot be measured: nothing is cut off them; what cannot be read does not count."""
     found = chosen(encoder, wide(tmp_path / "few", 5), store)
-    assert ("squash", True) == (found.name, "10 are too few to measure" in found.why)
+    assert ("squash", True) == (found.name, "too few to measure more: 10" in found.why)
     for i in range(20):
         (tmp_path / "few" / f"bad{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken" + bytes([i]))
     found = chosen(encoder, tmp_path / "few", store)
-    assert ("squash", True) == (found.name, "10 readable ones are too few" in found.why)
+    assert ("squash", True) == (found.name, "too few readable ones to measure more: 10" in found.why)
 
 
 def test_unreadable_pictures_do_not_disturb(encoder: Encoder, store: Store, tmp_path: Path) -> None:
