@@ -79,10 +79,19 @@ def ships(pair: Paired, best_epoch: int) -> bool:
     return clearly_better(pair) and best_epoch > 0
 
 
+JUDGED_ON = {  # how metrics.json's names begin, and what a few words say of the accuracy there
+    "test": "on {n} test images",
+    "cv": "out of fold on {n} training images, which also chose the settings; no test image",
+    "choice": "on {n} training images that it was not fitted on when they chose it; no test image",
+}
+
+
 def short(judged: dict[str, Any]) -> str:
     """How good the shipped model is, in a few words."""
-    top1 = judged["test/top1"]
-    return f"accuracy {top1['value']:.1%} ({top1['low']:.1%}–{top1['high']:.1%}) on {top1['n']} test images"
+    for part, words in JUDGED_ON.items():
+        if top1 := judged.get(f"{part}/top1"):
+            return f"accuracy {top1['value']:.1%} ({top1['low']:.1%}–{top1['high']:.1%}) {words.format(n=top1['n'])}"
+    return "no accuracy is known, as nothing could be held out"
 
 
 def verdict(seen: Look, judged: dict[str, Any], baseline: SvmResult, pair: Paired | None, fine_tuned: bool) -> tuple[str, str]:
@@ -92,8 +101,8 @@ def verdict(seen: Look, judged: dict[str, Any], baseline: SvmResult, pair: Paire
     )
     first = f"Ship {name}: {short(judged)}."
     if pair is None:
-        largest = f"Always saying the largest class gives {judged['test/majority']:.1%}."
-        second = f"{largest} Nothing was fine-tuned: {decided(seen, baseline) or seen.plan.because[-1]}."
+        largest = [f"Always saying the largest class gives {v:.1%}. " for key, v in judged.items() if key.endswith("/majority")]
+        second = f"{''.join(largest)}Nothing was fine-tuned: {decided(seen, baseline) or seen.plan.because[-1]}."
     else:
         numbers = (
             f"{100 * pair.difference.value:+.1f} points ({100 * pair.difference.low:+.1f} to {100 * pair.difference.high:+.1f})"

@@ -53,8 +53,23 @@ network = options(
 looking = options(
     click.option("--seed", type=click.IntRange(min=0), help="splits and training follow from it [0]"),
     click.option("--shots", type=click.IntRange(min=1), metavar="K", help="use K training images per class"),
-    click.option("--test", metavar="DIR", help="judge on these images instead of a part of DATA"),
+    click.option("--test", metavar="DIR|none", help="judge on these images instead of a part of DATA; none: train on all of it"),
     network,
+    click.option(
+        "--on-conflict",
+        type=click.Choice(["stop", "skip", "first"]),
+        help="what one image under two labels does: skip leaves all copies out, first keeps the first [stop]",
+    ),
+    click.option(
+        "--on-leak",
+        type=click.Choice(["tell", "stop", "skip"]),
+        help="what a copy of a test image does: skip leaves it out of the training [tell]",
+    ),
+    click.option(
+        "--on-empty-class",
+        type=click.Choice(["stop", "skip"]),
+        help="what a class without training images does: skip leaves it out [stop]",
+    ),
 )
 unheard = options(  # taken by `extract` of version 0.1.0 without effect: told or refused now
     click.option("--seed", type=click.IntRange(min=0), hidden=True),
@@ -280,10 +295,10 @@ def check(data: str, seed: int, json_: bool, **given: Any) -> None:
     Example:
       finetune check photos/
     """
-    from finetune import images
+    from finetune import check as home
 
     with console.progress("check") as progress:
-        found = images.check_data(data, seed=seed, layout=_layout(given), progress=progress)
+        found = home.check_data(data, seed=seed, layout=_layout(given), progress=progress)
     if json_:
         _print_json(found.to_json())
     else:

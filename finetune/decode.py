@@ -21,11 +21,15 @@ from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
+    IcoImagePlugin,
     Image,
     Jpeg2KImagePlugin,
     JpegImagePlugin,
+    PcxImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
+    SgiImagePlugin,
+    TgaImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
 )
@@ -60,6 +64,30 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
+
+def _icon(file: BytesIO, _name: str) -> Any:
+    """The largest picture of a Windows icon. Its own header is asked for the size: the icon's list may say another one.
+
+    Pillow's `IcoImageFile` would decode it before anyone could refuse it.
+    """
+    icon = IcoImagePlugin.IcoFile(file)
+    start = icon.entry[0].offset
+    head = file.getvalue()[start : start + 24]
+    if head.startswith(b"\x89PNG"):
+        width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    else:
+        width, height = int.from_bytes(head[4:8], "little"), int.from_bytes(head[8:12], "little")
+    _check_pixels(width, height, MAX_PIXELS)
+    return icon.frame(0)
+
+
+# A TGA file begins with no mark: its header is known by values that fit together, and is asked for last.
+TGA = re.compile(
+    rb".(\x00[\x02\x03\x0a\x0b]\x00{5}|\x01[\x01\x09]...[\x00\x01][\x0f\x10\x18\x20])"  # colours: true or grey, or a palette
+    rb".{4}(?!\x00\x00)..(?!\x00\x00)..[\x01\x08\x0f\x10\x18\x20][\x00-\x3f]",  # origin, width, height, bits, flags
+    re.DOTALL,
+)
+
 # The first bytes decide which parser sees the file, never its name. The parsers are called directly: `Image.open` would
 # try every format that Pillow knows (some start other programs) and compare the size with a limit that anyone may change.
 PARSERS: tuple[tuple[re.Pattern[bytes], str, Callable[..., Any]], ...] = (
@@ -72,6 +100,10 @@ PARSERS: tuple[tuple[re.Pattern[bytes], str, Callable[..., Any]], ...] = (
     (re.compile(rb"P[1-6]\s"), "PNM", PpmImagePlugin.PpmImageFile),
     (re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  \r\n\x87\n"), "JPEG 2000", Jpeg2KImagePlugin.Jpeg2KImageFile),
     (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "AVIF", AvifImagePlugin.AvifImageFile),
+    (re.compile(rb"\x00\x00\x01\x00[\x01-\x40]\x00"), "ICO", _icon),
+    (re.compile(rb"\x01\xda[\x00\x01][\x01\x02]\x00[\x01-\x03]"), "SGI", SgiImagePlugin.SgiImageFile),
+    (re.compile(rb"\n[\x00\x02\x03\x05]\x01[\x01\x02\x04\x08]"), "PCX", PcxImagePlugin.PcxImageFile),
+    (TGA, "TGA", TgaImagePlugin.TgaImageFile),
 )
 FOREIGN = (
     (re.compile(rb".{4}ftyp(hei[cxms]|hev[cx]|mif1|msf1)", re.DOTALL), "HEIC"),
@@ -220,9 +252,15 @@ def _reduce(image: Any, name: str, short_side: int | None) -> Box | None:
         box = drafted and drafted[1]
     # A progressive JPEG keeps the coefficients of the whole image in memory, however few pixels come out.
     limit = MAX_JPEG_PIXELS if name == "JPEG" and "progressive" not in image.info else MAX_PIXELS
-    if width * height > limit or image.width * image.height > MAX_PIXELS:
-        raise DecodeError("too large", f"{width:,} × {height:,} pixels; at most {MAX_PIXELS // 1_000_000} million are decoded")
+    if image.width * image.height > MAX_PIXELS:
+        limit = 0
+    _check_pixels(width, height, limit)
     return box
+
+
+def _check_pixels(width: int, height: int, limit: int) -> None:
+    if width * height > limit:
+        raise DecodeError("too large", f"{width:,} × {height:,} pixels; at most {MAX_PIXELS // 1_000_000} million are decoded")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -35,7 +35,8 @@ class Report:
 
     `classes` counts images a class, `parts` the same a split; `duplicates` are groups of paths with the same bytes,
     `across_splits` those of them in more than one split; `imbalance` is the largest class over the smallest that has
-    images; `few` are the classes with less than `FEW` training images. `notes` are lines about the set as a whole.
+    images; `few` are the classes with less than `FEW` training images, `untested` those without test images, where others
+    have some. `notes` are lines about the set as a whole.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Report:
     across_splits: tuple[tuple[str, ...], ...]
     imbalance: float
     few: dict[str, int]
+    untested: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -67,6 +69,8 @@ class Report:
             yield f"largest class over smallest: {self.imbalance:.1f}"
         if self.few:
             yield f"classes with less than {FEW} training images: " + ", ".join(f"{name} ({n})" for name, n in self.few.items())
+        if self.untested:
+            yield f"classes without test images: {', '.join(self.untested)}"
         yield from (f"note: {note}" for note in self.notes)
         yield from _titled("faults", [fault.to_text() for fault in self.faults])
         yield from _titled("duplicates across splits", [same(group) for group in self.across_splits])

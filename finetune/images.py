@@ -1,4 +1,4 @@
-"""The images of a job: where they are, what they are called, who trains and who judges, and what is wrong with them.
+"""The images of a job: where they are, what they are called, who trains and who judges.
 
 An `ImageSet` holds no pixels. It comes from a folder a class, a folder with train/ val/ test/, a CSV table or a named
 set (`load`), or from loose files without labels (`load_unlabelled`). All bytes come through `ImageSet.read`.
@@ -12,11 +12,11 @@ import hashlib
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from finetune import decode, folders, machine, named, names, splits, table
 from finetune.columns import Layout
 from finetune.errors import UserError, printable
-from finetune.faults import FEW, Fault, Report, some
+from finetune.faults import Fault, some
 from finetune.faults import check_on_bad as check_on_bad
 from finetune.faults import list_faults as list_faults
 
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 BATCH = 64  # files a thread takes at once
 AS_NAMED = Layout()  # columns are found by their names
-CHECK_SIDE = 256  # `check` decodes large JPEGs at a reduced scale that keeps this short side; all their bytes are read
+EMPTY_CLASS, TWO_LABELS, IN_LATER_PART = "empty class", "two labels", "in a later part too"  # why images are left out
 WHAT_IS_READ = "give a folder with a folder per class (or train/, val/, test/ of them), a CSV with path,label, or a named set"
 
 
@@ -43,8 +43,10 @@ class ImageSet:
     """Images with one label each; `labels` (n,) index `classes`, -1 means unlabelled.
 
     `paths` are POSIX, unique, and relative to `root`; `name` is what the user typed. `groups` name what belongs together
-    (the empty text: nothing), `split` holds `train`, `val` or `test`, both None where not known. `ignored` are files in
-    class folders that no image extension announces; `notes` are lines to be told. `source` makes the bytes of a named set.
+    (the empty text: nothing), `split` holds `train`, `val` or `test`, both None where not known. `source` makes the bytes
+    of a named set. What lies there and is not among the images: `left_out` by a rule, each with its reason; `ignored` are
+    files in class folders that no image extension announces, and folders of results, which end with a slash; `aside` is
+    hidden or stands beside the class folders. `notes` are lines to be told.
     """
 
     name: str
@@ -55,6 +57,8 @@ class ImageSet:
     groups: tuple[str, ...] | None = None
     split: NDArray[np.str_] | None = None
     ignored: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
+    left_out: tuple[Fault, ...] = ()
     notes: tuple[str, ...] = ()
     source: Callable[[str], bytes] | None = dataclasses.field(default=None, repr=False)
 
@@ -81,6 +85,28 @@ class ImageSet:
                 fix="mend or remove it; `finetune check` lists all such files",
             ) from error
 
+    def leave_out(self, gone: Mapping[int, tuple[str, str]]) -> tuple[ImageSet, Ints]:
+        """The images without those at the positions `gone`, which are remembered with kind and detail; the positions kept."""
+        keep = np.array([i for i in range(len(self)) if i not in gone], dtype=np.int64)
+        if not gone:
+            return self, keep
+        left = tuple(Fault(self.paths[i], *gone[i]) for i in sorted(gone))
+        return dataclasses.replace(self.subset(keep), left_out=self.left_out + left), keep
+
+    def accounted(self, way: str = "") -> dict[str, tuple[Any, ...]]:
+        """What is no image of the set, and the notes, by the names of the fields; paths as seen from another folder by `way`."""
+
+        def seen(path: str) -> str:
+            return posixpath.normpath(way + path) + "/" * path.endswith("/") if way else path
+
+        left = tuple(dataclasses.replace(fault, path=seen(fault.path)) for fault in self.left_out)
+        return {
+            "ignored": tuple(map(seen, self.ignored)),
+            "aside": tuple(map(seen, self.aside)),
+            "left_out": left,
+            "notes": self.notes,
+        }
+
     def subset(self, index: ArrayLike) -> ImageSet:
         """The images at `index`: positions, in their order, or a boolean mask."""
         chosen = np.asarray(index)
@@ -98,18 +124,26 @@ class ImageSet:
 
 
 def load(
-    data: str | Path, *, test: str | Path | None = None, shots: int | None = None, seed: int = 0, layout: Layout = AS_NAMED
+    data: str | Path,
+    *,
+    test: str | Path | None = None,
+    shots: int | None = None,
+    seed: int = 0,
+    layout: Layout = AS_NAMED,
+    on_empty_class: str = "stop",
 ) -> ImageSet:
     """Find the images of `data`; nothing is decoded.
 
     `data` is a folder with a folder per class, a folder with train/ val/ test/ of them, a CSV, or a named set. The
-    classes are those of the training part; another class in val or test is a `UserError`. `test` names more images in
-    one of the same forms, all of which become the test part. With `shots` the splits are made at once, and that many
-    training images a class are kept. `layout` says which columns of a CSV are what.
+    classes are those of the training part; another class in val or test is a `UserError`, or left out with its images where
+    `on_empty_class` is skip. `test` names more images in one of the same forms, all of which become the test part. With
+    `shots` the splits are made at once, and that many training images a class are kept. `layout` says which columns of a
+    CSV are what.
     """
-    found = _open(str(data), layout)
+    skip = on_empty_class == "skip"
+    found = _open(str(data), layout, skip)
     if test is not None:
-        found = _with_test(found, _open(str(test), layout))
+        found = _with_test(found, _open(str(test), layout, skip), skip)
     if layout.given and not any(_is_table(Path(text).expanduser()) for text in (data, test) if text is not None):
         found = dataclasses.replace(
             found, notes=(*found.notes, f"{', '.join(layout.given)} is for CSV tables, and not used here")
@@ -130,20 +164,21 @@ def load_unlabelled(folder_or_paths: str | Path | Sequence[str | Path]) -> Image
     name = str(given[0]) if len(given) == 1 else f"{len(given)} paths"
     root, paths, ignored = folders.gather(given)
     if not paths:
-        raise UserError("holds no images", where=name, fix=f"known extensions: {' '.join(sorted(folders.EXTENSIONS))}")
+        why = "".join(f"; {line}" for line in folders.told(root, ignored))
+        raise UserError(f"holds no images{why}", where=name, fix=f"known extensions: {' '.join(sorted(folders.EXTENSIONS))}")
     return ImageSet(name, root, paths, np.full(len(paths), -1, dtype=np.int64), (), ignored=ignored)
 
 
-def _open(text: str, layout: Layout) -> ImageSet:
+def _open(text: str, layout: Layout, skip: bool = False) -> ImageSet:
     text = names.written(text)
     path = Path(text).expanduser()
     if re.match(r"[a-z]{2,}:", text) and not path.exists():
         found = named.load(text)
         return ImageSet(text, Path(text), found.paths, found.labels, found.classes, split=found.split, source=found.source)
     if path.is_dir():
-        return _from_folder(text, path)
+        return _from_folder(text, path, skip)
     if _is_table(path):
-        return _from_table(text, path, layout)
+        return _from_table(text, path, layout, skip)
     what = "neither a folder nor a CSV" if path.exists() else "no such file or folder"
     raise UserError(what, where=text or "DATA", fix=WHAT_IS_READ)
 
@@ -152,64 +187,107 @@ def _is_table(path: Path) -> bool:
     return path.suffix.lower() in (".csv", ".tsv") and path.is_file()
 
 
-def _from_folder(name: str, root: Path) -> ImageSet:
+def _from_folder(name: str, root: Path, skip: bool) -> ImageSet:
     found = folders.scan(root)
+    note = folders.alike_inside(found.paths, found.classes) if found.split is None else ""
+    pictures = ImageSet(
+        name,
+        root,
+        found.paths,
+        np.full(len(found.paths), -1, dtype=np.int64),
+        (),
+        split=None if found.split is None else np.array(found.split, dtype="<U5"),
+        ignored=found.ignored,
+        aside=found.aside,
+        notes=(note,) if note else (),
+    )
     label = functools.cache(names.spelled)
-    labels, classes = splits.class_numbers(name, list(map(label, found.classes)), found.split, map(label, found.known))
-    split = None if found.split is None else np.array(found.split, dtype="<U5")
-    return ImageSet(name, root, found.paths, labels, classes, split=split, ignored=found.ignored)
+    return _labelled(pictures, list(map(label, found.classes)), tuple(map(label, found.known)), skip)
 
 
-def _from_table(name: str, path: Path, layout: Layout) -> ImageSet:
+def _from_table(name: str, path: Path, layout: Layout, skip: bool) -> ImageSet:
     found = table.read(path, layout)
     rows = found.rows
-    split = [row.split for row in rows] if rows[0].split else None
-    labels, classes = splits.class_numbers(name, [printable(row.label) for row in rows], split, ())
-    return ImageSet(
+    pictures = ImageSet(
         name,
         found.root,
         tuple(row.path for row in rows),
-        labels,
-        classes,
+        np.full(len(rows), -1, dtype=np.int64),
+        (),
         groups=tuple(row.group for row in rows) if any(row.group for row in rows) else None,
-        split=None if split is None else np.array(split, dtype="<U5"),
+        split=np.array([row.split for row in rows], dtype="<U5") if rows[0].split else None,
         notes=found.notes,
     )
+    return _labelled(pictures, [row.label for row in rows], (), skip)
 
 
-def with_classes(images: ImageSet, classes: Sequence[str]) -> ImageSet:
+def _labelled(images: ImageSet, words: Sequence[str], known: Sequence[str], skip: bool) -> ImageSet:
+    """The images with labels from class names. With `skip`, those of classes that the training part lacks are left out."""
+    split = None if images.split is None else images.split.tolist()
+    if skip and split is not None and "train" in split:
+        trained = {*known, *(word for word, part in zip(words, split, strict=True) if part == "train")}
+        images, kept = images.leave_out({i: _untrained(word) for i, word in enumerate(words) if word not in trained})
+        words, split = [words[i] for i in kept], [split[i] for i in kept]
+    labels, classes = splits.class_numbers(images.name, words, split, known)
+    return dataclasses.replace(images, labels=labels, classes=classes)
+
+
+def _untrained(name: str) -> tuple[str, str]:
+    return EMPTY_CLASS, f"no training image of {name!r} is left"
+
+
+def with_classes(images: ImageSet, classes: Sequence[str], way: str = "") -> ImageSet:
     """The same images with labels that index `classes`, which may be more; a class that is not among them fails by name."""
     words = [images.classes[label] if label >= 0 else "" for label in images.labels]
     known = list(map(printable, classes))  # a run of version 0.1.0 may have others
-    return dataclasses.replace(images, labels=splits.numbered(images.name, words, known), classes=tuple(classes))
+    return dataclasses.replace(images, labels=splits.numbered(images.name, words, known, way), classes=tuple(classes))
 
 
-def _with_test(images: ImageSet, test: ImageSet) -> ImageSet:
-    """Join the images of `--test` to the others as their test part."""
+def _with_test(images: ImageSet, test: ImageSet, skip: bool) -> ImageSet:
+    """Join the images of `--test` to the others as their test part; those that are among the others are test images now."""
     if images.split is not None and "test" in images.split:
         raise UserError("there is a test part already", where=images.name, fix="leave out --test, or the test part")
     if images.in_memory or test.in_memory or test.split is not None:
-        raise UserError("--test takes a folder per class, or a CSV without a split column", where=test.name)
-    test = with_classes(test, images.classes)
+        fix = "name one of its parts" if test.split is not None and not test.in_memory else "give files"
+        raise UserError("--test takes a folder per class, or a CSV without a split column", where=test.name, fix=fix)
+    if skip:
+        names = [test.classes[label] for label in test.labels]
+        test, _ = test.leave_out({i: _untrained(name) for i, name in enumerate(names) if name not in images.classes})
+    test = with_classes(test, images.classes, splits.LEAVE_CLASSES_OUT)
     way = Path(os.path.relpath(test.root, images.root)).as_posix()
-    moved = tuple(posixpath.normpath(f"{way}/{path}") for path in test.paths)
-    if twice := set(moved) & set(images.paths):
-        raise UserError(
-            f"{len(twice)} images are among the others already: {names.shown(min(twice))}", where=test.name, fix="move them out"
-        )
+    moved = [posixpath.normpath(f"{way}/{path}") for path in test.paths]
+    images = _moved_to_test(images, test, set(moved))
     before = np.full(len(images), "train") if images.split is None else images.split
     groups = None
     if images.groups is not None or test.groups is not None:
         groups = (images.groups or ("",) * len(images)) + (test.groups or ("",) * len(test))
+    ours, theirs = images.accounted(), test.accounted(f"{way}/")
+    joined: Any = {key: tuple(dict.fromkeys((*ours[key], *theirs[key]))) for key in ours}
     return dataclasses.replace(
         images,
-        paths=images.paths + moved,
-        labels=np.concatenate([images.labels, test.labels]),
+        paths=images.paths + tuple(moved),
+        labels=np.concatenate([images.labels, with_classes(test, images.classes).labels]),
         groups=groups,
         split=np.concatenate([before, np.full(len(test), "test", dtype="<U5")]),
-        ignored=images.ignored + tuple(f"{way}/{path}" for path in test.ignored),
-        notes=images.notes + tuple(f"{test.name}: {note}" for note in test.notes),
+        **joined,
     )
+
+
+def _moved_to_test(images: ImageSet, test: ImageSet, theirs: set[str]) -> ImageSet:
+    """The images without those that `--test` names, too; a class folder that held nothing else is no class."""
+    rest = np.array([path not in theirs for path in images.paths], dtype=bool)
+    if rest.all():
+        return images
+    if not rest.any():
+        fix = "leave out --test: a part of the images is then held out by itself; or name a part of them"
+        raise UserError("every image is a test image: none is left for training", where=test.name, fix=fix)
+    count = int((~rest).sum())
+    what = f"{count} image{'s' * (count > 1)} of {images.name} {'are' if count > 1 else 'is'}"
+    note = f"{what} among those of --test too: for the test alone"
+    left = images.subset(rest)
+    emptied = set(np.unique(images.labels).tolist()) - set(np.unique(left.labels).tolist()) - set(np.unique(test.labels).tolist())
+    classes = tuple(name for i, name in enumerate(images.classes) if i not in emptied)
+    return dataclasses.replace(with_classes(left, classes), notes=(*left.notes, note))
 
 
 # ------------------------------------------------------------------------------------------------- splits and content
@@ -217,7 +295,7 @@ def _with_test(images: ImageSet, test: ImageSet) -> ImageSet:
 
 def digest_of(images: ImageSet, positions: Iterable[int]) -> Iterator[str]:
     """SHA-256 of the bytes of the images at `positions`, in order, hashed in threads. Raises `UserError` as `read` does."""
-    return _in_threads(lambda i: hashlib.sha256(images.read(i)).hexdigest(), positions)
+    return in_threads(lambda i: hashlib.sha256(images.read(i)).hexdigest(), positions)
 
 
 def digests(images: ImageSet, known: Sequence[str | None] | None = None) -> list[str]:
@@ -233,12 +311,27 @@ def digests(images: ImageSet, known: Sequence[str | None] | None = None) -> list
             return ""
 
     new = [i for i, digest in enumerate(found) if not digest]
-    for i, digest in zip(new, _in_threads(one, new), strict=True):
+    for i, digest in zip(new, in_threads(one, new), strict=True):
         found[i] = digest
     if failed:
         what = f"{len(failed)} of {len(images)} images fail; {some(sorted(failed))}"
-        raise UserError(what, where=images.name, fix="mend or remove them; `finetune check` lists all such files")
+        fix = "mend or remove them (`finetune check` lists all), or go on without them: --on-bad-image skip"
+        raise UserError(what, where=images.name, fix=fix)
     return found
+
+
+def unreadable(images: ImageSet) -> dict[int, tuple[str, str]]:
+    """Positions of files that cannot be opened, with kind and detail for `leave_out`."""
+
+    def one(i: int) -> str:
+        try:
+            (images.root / images.paths[i]).open("rb").close()
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
+
+    found = enumerate([] if images.in_memory else in_threads(one, range(len(images))))
+    return {i: ("unreadable", why) for i, why in found if why}
 
 
 def group_ids(images: ImageSet, digests: Sequence[str]) -> Ints:
@@ -251,26 +344,37 @@ def make_splits(images: ImageSet, digests: Sequence[str], *, seed: int, test: fl
 
     Parts that were given stay as they are. Where no test part is given, the fraction `test` of the training images
     becomes one; where no val part is given, the fraction `val` of the rest, unless that is less than 100 images:
-    then all of them train, and cross-validation selects. Images with the same bytes or the same group are not separated;
-    each class keeps a training image. Raises `UserError` for one content under two labels, for a class without training
-    images, and where no test part can be made.
+    then all of them train, and cross-validation selects. A fraction of 0 makes no such part. Images with the same bytes or
+    the same group are not separated; each class keeps a training image. Raises `UserError` for one content under two
+    labels, for a class without training images, and where no test part can be made.
     """
     if len(digests) != len(images):
         raise ValueError(f"{len(digests)} digests of {len(images)} images")
     if (images.labels < 0).any():
         raise UserError("images without labels cannot be split", where=images.name, fix=WHAT_IS_READ)
-    if torn := _two_labels(images, digests):
-        what = f"{len(torn)} file{'s' * (len(torn) > 1)} under two labels: {some([_in_words(images, group) for group in torn])}"
-        raise UserError(what, where=images.name, fix="remove the wrong one of each; `finetune check` lists them all")
+    if torn := two_labels(images, digests):
+        what = f"{len(torn)} file{'s' * (len(torn) > 1)} under two labels: {some([in_words(images, group) for group in torn])}"
+        fix = "remove the wrong one of each (`finetune check` lists them all), or leave them out: --on-conflict skip, or first"
+        raise UserError(what, where=images.name, fix=fix)
     _need_training_images(images)
     made = splits.assign(images.labels, group_ids(images, digests), images.split, seed=seed, test=test, val=val)
-    if "test" not in made:
+    if "test" not in made and test:
         raise UserError(
             f"no image can be held out for the test: {len(images)} images are too few, or their groups too large",
             where=images.name,
-            fix="add images, or name test images with --test",
+            fix="add images, name test images with --test, or train on all without a test: --test none",
         )
     return dataclasses.replace(images, split=made)
+
+
+def all_for_training(images: ImageSet) -> ImageSet:
+    """The same images without a test part: what was given as one trains, and a note says so."""
+    if images.split is None or "test" not in images.split:
+        return images
+    count = int((images.split == "test").sum())
+    note = f"the {count} image{'s' * (count > 1)} of the test part are for training: no test was asked for"
+    split = np.where(images.split == "test", "train", images.split)
+    return dataclasses.replace(images, split=split, notes=(*images.notes, note))
 
 
 def across_splits(images: ImageSet, digests: Sequence[str]) -> list[tuple[str, ...]]:
@@ -282,7 +386,13 @@ def across_splits(images: ImageSet, digests: Sequence[str]) -> list[tuple[str, .
 
 def class_counts(images: ImageSet, part: str) -> dict[str, int]:
     """How many images of each class a part has."""
-    return _counts(images, np.full(len(images), part == "train") if images.split is None else images.split == part)
+    return counts(images, np.full(len(images), part == "train") if images.split is None else images.split == part)
+
+
+def counts(images: ImageSet, mask: NDArray[np.bool_]) -> dict[str, int]:
+    """How many of the images in `mask` each class has, by name."""
+    labels = images.labels[mask]
+    return dict(zip(images.classes, np.bincount(labels[labels >= 0], minlength=len(images.classes)).tolist(), strict=True))
 
 
 def take_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
@@ -294,127 +404,58 @@ def take_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
     return images.subset(splits.shots(images.labels, images.split, shots, seed))
 
 
-def check_parts(images: ImageSet) -> None:
-    """Refuse a split set in which a class has no training image, or nothing is left for the test."""
+def check_parts(images: ImageSet, tested: bool = True) -> None:
+    """Refuse a split set in which a class has no training image, or, where it is to be `tested`, nothing is left for that."""
     _need_training_images(images)
-    if images.split is None or "test" not in images.split:
-        raise UserError("no test image is left", where=images.name, fix="mend the test images; `finetune check` lists bad ones")
+    if tested and (images.split is None or "test" not in images.split):
+        fix = "mend the test images (`finetune check` lists bad ones), name others with --test, or do without: --test none"
+        raise UserError("no test image is left", where=images.name, fix=fix)
 
 
 def _need_training_images(images: ImageSet) -> None:
     if len(images.classes) < 2:
-        raise UserError(f"one class alone ({', '.join(images.classes)})", where=images.name, fix="two are the least")
-    train = images.labels if images.split is None else images.labels[images.split == "train"]
-    counts = np.bincount(train, minlength=len(images.classes))
-    if empty := [name for name, count in zip(images.classes, counts, strict=True) if not count]:
+        below = folders.deeper(images.paths) if Path(images.name).expanduser().is_dir() else ""
+        fix = f"the classes seem to lie deeper: give {Path(images.name) / below}" if below else "two are the least"
+        what = f"one class alone ({images.classes[0]})" if images.classes else "no class is left"
+        raise UserError(what, where=images.name, fix=fix)
+    if empty := untrained(images):
         what = f"{len(empty)} class{'es' * (len(empty) > 1)} without training images: {some(empty)}"
-        raise UserError(what, where=images.name, fix="add images, or remove the folder")
+        fix = "add images, remove the folder, or leave such classes out: --on-empty-class skip"
+        raise UserError(what, where=images.name, fix=fix)
 
 
-def _two_labels(images: ImageSet, digests: Sequence[str]) -> list[list[int]]:
+def untrained(images: ImageSet) -> list[str]:
+    """The classes without training images."""
+    return _lacking(images, "train")
+
+
+def untested(images: ImageSet) -> list[str]:
+    """The classes without test images, where there is a test part."""
+    return _lacking(images, "test") if images.split is not None and "test" in images.split else []
+
+
+def _lacking(images: ImageSet, part: str) -> list[str]:
+    labels = images.labels if images.split is None else images.labels[images.split == part]
+    counts = np.bincount(labels, minlength=len(images.classes))
+    return [name for name, count in zip(images.classes, counts, strict=True) if not count]
+
+
+def two_labels(images: ImageSet, digests: Sequence[str]) -> list[list[int]]:
+    """Positions of images with the same bytes and different labels, a list a content."""
     return [group for group in splits.alike(digests) if len({int(images.labels[i]) for i in group}) > 1]
 
 
-def _in_words(images: ImageSet, group: Sequence[int]) -> str:
+def in_words(images: ImageSet, group: Sequence[int]) -> str:
+    """Images with the same bytes, each with its label."""
     return " = ".join(f"{names.shown(images.paths[i])} ({images.classes[images.labels[i]]})" for i in group)
 
 
-def _in_threads(work: Callable[[int], T], positions: Iterable[int]) -> Iterator[T]:
+def in_threads(work: Callable[[int], T], positions: Iterable[int]) -> Iterator[T]:
     """`work` of each position, in order; a few batches are under way at a time, so that memory stays small."""
     todo = list(positions)
     with ThreadPoolExecutor(max_workers=min(16, machine.cores() + 1)) as pool:
         for part in pool.map(lambda at: [work(i) for i in todo[at : at + BATCH]], range(0, len(todo), BATCH)):
             yield from part
-
-
-# ----------------------------------------------------------------------------------------------------------- the check
-
-
-def check_data(data: str | Path, *, seed: int = 0, layout: Layout = AS_NAMED, progress: Progress | None = None) -> Report:
-    """Check what `data` names, divided as a job with this seed would divide it; where it cannot be, that is a fault."""
-    found = load(data, layout=layout)
-    contents, faults = _inspect(found, None, progress)
-    try:
-        found = make_splits(found, contents, seed=seed)
-    except UserError as error:
-        faults.append(Fault(found.name, "cannot be split", error.what))
-    return _report(found, contents, faults)
-
-
-def check(images: ImageSet, digests: Sequence[str] | None = None, *, progress: Progress | None = None) -> Report:
-    """Decode every image fully and list what is wrong; nothing is raised for a bad file.
-
-    Without `digests` they are taken on the way, so that each file is read once. `progress(done, total)` is called as
-    images are done.
-    """
-    return _report(images, *_inspect(images, digests, progress))
-
-
-def _inspect(images: ImageSet, digests: Sequence[str] | None, progress: Progress | None) -> tuple[list[str], list[Fault]]:
-    """The digest of every image ("" where it cannot be read), and what reading and decoding runs into."""
-
-    def one(i: int) -> tuple[str, Fault | None]:
-        digest = ""
-        try:
-            data = images.read(i)
-            digest = hashlib.sha256(data).hexdigest() if digests is None else digests[i]
-            decode.decode(data, short_side=CHECK_SIDE)
-        except decode.DecodeError as error:
-            return digest, Fault(images.paths[i], error.kind, error.detail)
-        except UserError as error:
-            return "", Fault(images.paths[i], "unreadable", error.what)
-        return digest, None
-
-    contents: list[str] = []
-    faults: list[Fault] = []
-    for digest, fault in _in_threads(one, range(len(images))):
-        contents.append(digest)
-        faults += [fault] if fault else []
-        if progress:
-            progress(len(contents), len(images))
-    return contents, faults
-
-
-def _report(images: ImageSet, digests: Sequence[str], faults: list[Fault]) -> Report:
-    counts = _counts(images, np.ones(len(images), dtype=bool))
-    split = np.full(len(images), "") if images.split is None else images.split
-    parts = {name: _counts(images, split == name) for name in splits.SPLITS if name in split}
-    train = parts.get("train", counts)
-    same = splits.alike(digests)
-    faults = [*faults, *(Fault(path, _why_ignored(path), "left alone") for path in images.ignored)]
-    if images.classes:
-        faults += [
-            Fault(images.paths[group[0]], "two labels", _in_words(images, group)) for group in _two_labels(images, digests)
-        ]
-    faults += [Fault(name, "empty class", "no training images") for name, count in train.items() if not count]
-    if images.groups is not None and images.split is not None:
-        torn = splits.torn(images.groups, images.split)
-        faults += [
-            Fault(images.paths[i], "group in several splits", f"{group!r} is in {where}") for group, (i, where) in torn.items()
-        ]
-    full = [count for count in counts.values() if count]
-    return Report(
-        name=images.name,
-        images=len(images),
-        faults=tuple(faults),
-        classes=counts,
-        parts=parts,
-        duplicates=tuple(tuple(images.paths[i] for i in group) for group in same),
-        across_splits=tuple(across_splits(images, digests)),
-        imbalance=max(full) / min(full) if full else 1.0,
-        few={name: count for name, count in train.items() if 0 < count < FEW},
-        notes=images.notes,
-    )
-
-
-def _why_ignored(path: str) -> str:
-    named_so = os.path.splitext(path)[1].lower() in folders.EXTENSIONS  # noqa: PTH122
-    return "a pipe, a socket or a device" if named_so else "not an image extension"
-
-
-def _counts(images: ImageSet, mask: NDArray[np.bool_]) -> dict[str, int]:
-    labels = images.labels[mask]
-    return dict(zip(images.classes, np.bincount(labels[labels >= 0], minlength=len(images.classes)).tolist(), strict=True))
 
 
 def short_side(images: ImageSet, i: int) -> int:

@@ -23,9 +23,11 @@ from finetune import (
     files,
     folders,
     images,
+    judgement,
     look,
     metrics,
     names,
+    omissions,
     options,
     page,
     report,
@@ -35,13 +37,15 @@ from finetune import (
     weights,
 )
 from finetune import recipe as recipes
-from finetune.classifier import AnyHead, Classifier, Head, Predictions
+from finetune.classifier import AnyHead, Classifier, Head
 from finetune.crossval import Kernel
 from finetune.errors import UserError
 from finetune.files import Digests
+from finetune.judgement import Judgement
 from finetune.lock import Wait
 from finetune.look import Bar, Floats, Ints, Look, Say, clock, no_bar, quiet
-from finetune.metrics import Estimate, Paired
+from finetune.metrics import Paired
+from finetune.names import shown
 from finetune.network import Tap
 from finetune.recipe import Recipe
 from finetune.run import RunDir
@@ -54,6 +58,8 @@ if TYPE_CHECKING:
 
 _UNHEARD = ("seed", "shots", "test")  # options that `extract` of version 0.1.0 took and did not heed
 STOP_SHARE = 0.1  # of the images that it is fitted on: they decide when fine-tuning stops
+
+RULES = ("on_bad_image", "on_conflict", "on_leak", "on_empty_class")  # what is done with images at fault
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,13 @@ def extract(
     _say_all(options.of_machine(settings), say)
     store = Store()
     try:
-        layout = options.layout(settings.data)
-        source = images.load_unlabelled(data) if _is_flat(Path(data)) else images.load(str(data), layout=layout)
-        _say_all((f"           {note}" for note in source.notes), say)
-        ids = features.digests(source, store)
+        if _is_flat(Path(data)):
+            source = images.load_unlabelled(data)
+        else:
+            layout = options.layout(settings.data)
+            source = images.load(str(data), layout=layout, on_empty_class=settings.data.on_empty_class)
+        source, ids = look.digests(source, store, settings.data.on_bad_image)
+        _say_all((f"           {line}" for line in omissions.told(source)), say)
         named = look.open_backbone(settings, say)
         found = look.extract(settings, source, ids, named, [Tap.parse(text) for text in texts], store, say, bar, choose=False)
         X = np.concatenate([np.asarray(block) for block in found.blocks.values()], axis=1)
@@ -229,11 +238,13 @@ def _name(settings: Recipe) -> str:
 def _job_digest(settings: Recipe, pictures: images.ImageSet, ids: Digests) -> str:
     """Changes with the recipe (its place excepted), with any image's bytes, label or part.
 
-    What bad images do is excepted too: a run that they stopped goes on with --on-bad-image skip, as its error advises.
+    What is done with bad images and the like is excepted too: a run that they stopped goes on with --on-bad-image skip, as
+    its error advises, and what the other rules leave out is no longer among the images.
     """
     assert pictures.split is not None
     rows = [f"{d} {label} {part}" for d, label, part in zip(ids, pictures.labels, pictures.split, strict=True)]
-    data = settings.data.model_copy(update={"on_bad_image": "stop"})
+    default = recipes.Data().model_dump()
+    data = settings.data.model_copy(update={key: default[key] for key in RULES})
     return files.digest(recipes.digest(settings.model_copy(update={"out": None, "data": data})), *pictures.classes, *rows)
 
 
@@ -374,7 +385,7 @@ def _finish(
     say: Say,
     bar: Bar,
 ) -> Outcome:
-    """Write the model, judge it once on the test part through the path of `predict`, and write the report."""
+    """Write the model, judge it once on the test part (if there is one) through the path of `predict`, and write the report."""
     from finetune import backbone
 
     used, bits = seen.how
@@ -387,20 +398,25 @@ def _finish(
     classifier.save(folder.path, model)
     if text := weights.notice(seen.named.network.name, weights.find(seen.named.network.name, seen.recipe.backbone.weights)):
         folder.write_text("LICENSE-weights.txt", text)
-    test = seen.part("test")
     with clock(seen.seconds, "judge"), bar("judge") as progress:
-        found = model.predict(seen.images.subset(test), progress=progress)
-    judged = _judge(seen, found, svm_head, trained is not None)
-    labels = [seen.images.classes[label] for label in found.images.labels]
-    run.write_predictions(folder.path / "predictions.csv", found.images.paths, labels, found.classes, found.probabilities)
-    folder.write_json("metrics.json", judged)
+        judged = _judged(seen, baseline, tuned if trained else None, model, progress)
+    found, written = judged.found, judged.to_json()
+    svm_beside = None
+    if trained and judged.part == "test":
+        svm_beside, paired = judgement.beside(seen, svm_head, judged)
+        written |= {"test/svm": svm_beside.to_json(), "test/paired": paired.to_json()}
+    if found is not None:
+        name = "predictions.csv" if judged.part == "test" else f"predictions-{judged.part}.csv"
+        labels = [seen.images.classes[label] for label in found.images.labels]
+        run.write_predictions(folder.path / name, found.images.paths, labels, found.classes, found.probabilities)
+    folder.write_json("metrics.json", written)
     folder.write_json("plan.json", _plan_json(seen, baseline, pair))
+    if left := (*omissions.account(seen.images), *seen.features.faults):
+        folder.write_csv("left_out.csv", ("path", "kind", "detail"), [(shown(f.path), f.kind, f.detail) for f in left])
     seen.seconds["all"] = time.monotonic() - began
-    verdict = choice.verdict(seen, judged, baseline, pair, trained is not None)
-    beside = Estimate.from_json(judged["test/svm"]) if "test/svm" in judged else None
-    plain = metrics.judge(found.images.labels, found.probabilities, found.classes, found.images.groups)
+    verdict = choice.verdict(seen, written, baseline, pair, trained is not None)
     data = page.collect(
-        seen, baseline, tuned.result if tuned else None, pair, model.head, found, plain, beside, verdict, folder.path
+        seen, baseline, tuned.result if tuned else None, pair, model.head, judged, svm_beside, verdict, folder.path
     )
     folder.write_text("report.html", report.render(data))
     shipped = f"fine-tuned ({seen.plan.strategy})" if trained else svm_head.kind
@@ -411,26 +427,20 @@ def _finish(
             "verdict": " ".join(verdict),
             "stages": seen.seconds,
             "network": model.network.to_json(),
-            "test_evaluations": 1,
+            "test_evaluations": int(judged.part == "test"),
         }
     )
-    say(f"judge      {choice.short(judged)}; {seen.seconds['all']:.1f} s in all")
+    say(f"judge      {choice.short(written)}; {seen.seconds['all']:.1f} s in all")
     return outcome(folder.path)
 
 
-def _judge(seen: Look, found: Predictions, svm_head: AnyHead, fine_tuned: bool) -> dict[str, Any]:
-    """Metrics of the shipped model on the test part, and of the SVM beside it where the fine-tuned model ships."""
-    y, groups = found.images.labels, found.images.groups
-    judged = metrics.judge(y, found.probabilities, found.classes, groups)
-    result: dict[str, Any] = {
-        f"test/{name}": value.to_json() if isinstance(value, Estimate) else value for name, value in judged.items()
-    }
-    if fine_tuned:
-        test = seen.part("test")
-        scores = svm_head.scores([np.asarray(seen.features.blocks[tap][test]) for tap in svm_head.taps])
-        result["test/svm"] = metrics.accuracy(y, scores.argmax(1), groups).to_json()
-        result["test/paired"] = metrics.paired(y, scores.argmax(1), found.best, groups).to_json()
-    return result
+def _judged(seen: Look, baseline: SvmResult, winner: Tuned | None, model: Classifier, progress: Any) -> Judgement:
+    """The shipped model on the test part; without one, what is known of it from the images that chose it."""
+    if len(test := seen.part("test")):
+        return judgement.on_test(model.predict(seen.images.subset(test), progress=progress))
+    if winner is not None:
+        return judgement.when_chosen(seen, winner.scores, choice.choosing(seen))
+    return judgement.out_of_fold(seen, baseline)
 
 
 def _plan_json(seen: Look, baseline: SvmResult, pair: Paired | None) -> dict[str, Any]:

@@ -8,21 +8,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import catalog, engine, features, images, options, policy, similarity, splits, svm
+from finetune import catalog, engine, features, images, omissions, options, policy, similarity, splits, svm
 from finetune.catalog import Named
 from finetune.crossval import Trial
 from finetune.errors import UserError
-from finetune.faults import same, some
+from finetune.faults import some
 from finetune.features import Features
 from finetune.files import Digests
 from finetune.images import ImageSet
+from finetune.names import shown
 from finetune.network import Network, Tap
 from finetune.policy import Plan
 from finetune.recipe import Recipe
@@ -93,10 +94,16 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
         raise UserError(
             "no data were named", where="DATA", fix="give a folder, a CSV table or a named set such as sklearn:digits"
         )
-    found = images.load(about.data, test=about.test, layout=options.layout(about))
+    tested = about.test != "none"
+    test = about.test if tested else None
+    found = images.load(about.data, test=test, layout=options.layout(about), on_empty_class=about.on_empty_class)
+    if not tested:
+        found = images.all_for_training(found)
     given = set() if found.split is None else set(found.split.tolist())
-    ids = features.digests(found, store)
-    found = images.make_splits(found, ids, seed=about.seed, test=about.test_share, val=about.validation_share)
+    found, ids = digests(found, store, about.on_bad_image)
+    found, ids = omissions.apply(found, ids, about)
+    shares = (about.test_share, about.validation_share) if tested else (0.0, 0.0)
+    found = images.make_splits(found, ids, seed=about.seed, test=shares[0], val=shares[1])
     short: list[str] = []
     if about.shots is not None:
         short = options.short_classes(about.shots, images.class_counts(found, "train"))
@@ -110,22 +117,28 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
     )
     say(f"images     {len(found)} in {len(found.classes)} classes: {counts}")
     sizes = {name: int((found.split == name).sum()) for name in splits.SPLITS}
-    for line in (*(f"           {note}" for note in found.notes), *short, *options.of_parts(settings, given, sizes)):
+    for line in (*short, *options.of_parts(settings, given, sizes)):
         say(line)
-    if found.ignored:
-        say(f"           {len(found.ignored)} files are no images and were left alone; `finetune check` lists them")
-    if seen_before := leaks(found, ids):
-        say(f"           {seen_before}")
+    if not tested:
+        say("           no test image is held out: what is said of the accuracy comes from cross-validation, if from anything")
+    if bare := images.untested(found):
+        say(f"           {len(bare)} class{'es' * (len(bare) > 1)} without test images: {some([shown(name) for name in bare])}")
+    for line in omissions.told(found):
+        say(f"           {line}")
+    if seen_before := omissions.leaks(found, ids):
+        say(f"           {seen_before}; --on-leak skip leaves the copies out of the training")
     return found, ids
 
 
-def leaks(pictures: ImageSet, ids: Sequence[str]) -> str:
-    """A warning where the parts that were given share content, else no text: the accuracy then flatters."""
-    twice = images.across_splits(pictures, ids)
-    if not twice:
-        return ""
-    words = f"{len(twice)} image{'s' * (len(twice) > 1)} in more than one part, which flatters the accuracy"
-    return f"{words}: {some([same(group) for group in twice])}"
+def digests(pictures: ImageSet, store: Store, on_bad: str) -> tuple[ImageSet, Digests]:
+    """The digests of the images; files that cannot be read at all are left out where `on_bad` is skip."""
+    try:
+        return pictures, features.digests(pictures, store)
+    except UserError:
+        if on_bad != "skip" or not (gone := images.unreadable(pictures)):
+            raise
+    pictures, _ = pictures.leave_out(gone)
+    return pictures, features.digests(pictures, store)
 
 
 def take(settings: Recipe, pictures: ImageSet, ids: Digests, store: Store, say: Say, bar: Bar, pooled_only: bool = False) -> Look:
@@ -138,9 +151,9 @@ def take(settings: Recipe, pictures: ImageSet, ids: Digests, store: Store, say: 
     with clock(seconds, "features"):
         taps = [Tap("pooled")] if pooled_only else _taps(settings, named.network)
         found = extract(settings, pictures, ids, named, taps, store, say, bar)
-    pictures, ids = found.images, found.digests
     if found.faults:  # what was left out may have been all of a class
-        images.check_parts(pictures)
+        found = _with_whole_classes(found, settings, say)
+    pictures, ids = found.images, found.digests
     assert pictures.split is not None
     train = np.flatnonzero(pictures.split == "train")
     with clock(seconds, "similarity"):
@@ -150,6 +163,18 @@ def take(settings: Recipe, pictures: ImageSet, ids: Digests, store: Store, say: 
     plan = _plan(settings, pictures, train, near, named, tuple(str(tap) for tap in taps))
     say(f"policy     {plan.because[0].partition(':')[0]}, {plan.column} → {plan.because[-1]}")
     return Look(settings, pictures, ids, images.group_ids(pictures, ids), named, found, near, plan, seconds)
+
+
+def _with_whole_classes(found: Features, settings: Recipe, say: Say) -> Features:
+    """What is left after bad images went: where they were all of a class, that class goes too, or the job stops."""
+    if settings.data.on_empty_class == "skip":
+        rest, kept = omissions.without_untrained(found.images)
+        if len(rest.classes) < len(found.images.classes):
+            say(f"           {rest.notes[-1]}")
+            blocks = {tap: np.asarray(block[kept]) for tap, block in found.blocks.items()}
+            found = dataclasses.replace(found, blocks=blocks, images=rest, digests=found.digests.take(kept))
+    images.check_parts(found.images, tested=settings.data.test != "none")
+    return found
 
 
 def open_backbone(settings: Recipe, say: Say) -> Named:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune import decode, metrics, policy, similarity
+from finetune import decode, metrics, omissions, policy, similarity
 from finetune.classifier import AnyHead, Predictions
 from finetune.errors import UserError
 from finetune.images import ImageSet
-from finetune.look import Look, leaks
+from finetune.judgement import Judgement
+from finetune.look import Look
 from finetune.metrics import Estimate, Paired
 from finetune.names import shown, typed
 from finetune.report import Candidate, Contender, Curve, Distance, Matrix, Mistake, ReportData
@@ -35,14 +36,14 @@ def collect(
     training: TrainResult | None,
     pair: Paired | None,
     shipped: AnyHead,
-    found: Predictions,
-    judged: dict[str, Estimate | float],
+    judged: Judgement,
     svm_on_test: Estimate | None,
     verdict: tuple[str, str],
     path: Path,
 ) -> ReportData:
-    """Everything that the page of a run shows; `verdict` are its two sentences, `judged` the metrics on the test part."""
-    y, predicted, classes = found.images.labels, found.best, seen.images.classes
+    """Everything that the page of a run shows; `verdict` are its two sentences, `judged` what it was judged on."""
+    found, classes = judged.found, seen.images.classes
+    nothing = np.zeros((len(classes), len(classes)), dtype=np.int64)
     train = seen.images.labels[seen.part("train")]
     return ReportData(
         title=shown(seen.images.name),
@@ -52,8 +53,8 @@ def collect(
         shipped=shipped.kind,
         classes=classes,
         training=tuple(int(n) for n in np.bincount(train, minlength=len(classes))),
-        confusion=metrics.confusion(y, predicted, len(classes)),
-        metrics=judged,
+        confusion=metrics.confusion(found.images.labels, found.best, len(classes)) if found else nothing,
+        metrics=judged.metrics,
         matrix=_matrix(seen),
         distance=_distance(seen),
         seconds=tuple((name, value) for name, value in seen.seconds.items() if name != "all"),
@@ -66,8 +67,10 @@ def collect(
         curves=_curves(training.history if training else ()),
         best_epoch=training.best_epoch if training else None,
         diagnosis=_diagnosis(training.history) if training else (),
-        mistakes=_mistakes(found),
+        mistakes=_mistakes(found) if found else (),
         facts=_facts(seen, shipped),
+        test_evaluations=int(judged.part == "test"),
+        judged_on=judged.on,
     )
 
 
@@ -105,20 +108,24 @@ def _warnings(seen: Look, baseline: SvmResult, training: TrainResult | None) -> 
     if seen.named.network.pretraining == "random":
         loud = ("THE BACKBONE'S WEIGHTS ARE RANDOM: nothing here says anything about transfer.",)
     bad = () if not seen.features.faults else (f"{len(seen.features.faults)} unreadable images were left out.",)
-    same = (text,) if (text := leaks(seen.images, seen.digests)) else ()
+    same = (text,) if (text := omissions.leaks(seen.images, seen.digests)) else ()
     return (*loud, *bad, *same, *baseline.warnings, *(training.warnings if training else ()))
 
 
 def _contenders(
-    seen: Look, baseline: SvmResult, shipped: AnyHead, judged: dict[str, Estimate | float], svm_on_test: Estimate | None
+    seen: Look, baseline: SvmResult, shipped: AnyHead, judged: Judgement, svm_on_test: Estimate | None
 ) -> tuple[Contender, ...]:
     """The models on the test images; where only one was refitted for them, the SVM's out-of-fold accuracy stands below."""
-    top1 = judged["top1"]
-    assert isinstance(top1, Estimate)
+    top1 = judged.metrics.get("top1")
+    if not isinstance(top1, Estimate):
+        return ()
     name = f"SVM on {' + '.join(map(str, baseline.head.taps))}"
     if svm_on_test is not None:
         tuned = Contender(f"fine-tuned ({seen.plan.strategy})", top1, "test images", True)
         return tuned, Contender(name, svm_on_test, "test images", False)
+    if judged.part != "test":
+        tuned_name = f"fine-tuned ({seen.plan.strategy})"
+        return (Contender(name if judged.part == "cv" else tuned_name, top1, judged.on, True),)
     rows = [Contender(name, top1, "test images", True)]
     if math.isfinite(baseline.cv_accuracy):
         half = 1.96 * baseline.cv_error
@@ -223,4 +230,5 @@ def _facts(seen: Look, shipped: AnyHead) -> tuple[tuple[str, str], ...]:
         ("head", f"{shipped.kind} on {' + '.join(map(str, shipped.taps))}"),
         ("engine", f"{used[0]} in {used[1]}"),
         ("seed", str(seen.recipe.data.seed)),
+        *(("left out", f"{line} (left_out.csv)") for line in omissions.told(seen.images)),
     )

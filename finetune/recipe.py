@@ -28,7 +28,10 @@ from finetune.files import digest_json
 PACKAGE = "finetune.recipes"
 
 # Keys that version 0.1.0 did not know: at their default they are left out of the digest, so that its runs keep theirs.
-LATER: tuple[str, ...] = ("data.path_column", "data.label_column", "data.split_column", "data.group_column", "data.image_root")
+LATER: tuple[str, ...] = (
+    *("data.path_column", "data.label_column", "data.split_column", "data.group_column", "data.image_root"),
+    *("data.on_conflict", "data.on_leak", "data.on_empty_class"),
+)
 PLACES = ("data.data", "data.test", "data.image_root", "out")  # where things lie: no part of what is asked for
 
 
@@ -63,7 +66,9 @@ class Data(Section):
     data: Text | None = Field(
         default=None, description="a folder, a CSV table or a named set such as sklearn:digits; null: named on the command line"
     )
-    test: Text | None = Field(default=None, description="a folder or CSV table of test images; null: taken from the data")
+    test: Text | None = Field(
+        default=None, description="a folder or CSV table of test images, or none: train on all of them; null: taken from the data"
+    )
     test_share: Share = Field(default=0.2, description="a share between 0 and 1: the test images where none are given")
     validation_share: Share = Field(
         default=0.15, description="a share between 0 and 1: the part of the rest that chooses between models"
@@ -71,6 +76,15 @@ class Data(Section):
     shots: Count | None = Field(default=None, description="training images per class, 1 or more; null: all")
     seed: int = Field(default=0, ge=0, description="a whole number, 0 or more: splits, order and augmentation follow from it")
     on_bad_image: Literal["stop", "skip"] = Field(default="stop", description="stop or skip: what an unreadable image does")
+    on_conflict: Literal["stop", "skip", "first"] = Field(
+        default="stop", description="stop, skip (leave all out) or first: what images with the same content and two labels do"
+    )
+    on_leak: Literal["tell", "stop", "skip"] = Field(
+        default="tell", description="tell, stop or skip (leave them out of the training): what copies of test images do"
+    )
+    on_empty_class: Literal["stop", "skip"] = Field(
+        default="stop", description="stop or skip (leave it out): what a class without training images does"
+    )
     no_flip: bool = Field(default=False, description="true where a mirrored image would belong to another class, else false")
     path_column: Text | None = Field(
         default=None, description="the column of a table that holds the paths; null: found by its name"

@@ -104,7 +104,8 @@ class ReportData:
     """Everything that the page shows. Rows of `confusion` `(C, C)` are the true classes; `training` counts images a class.
 
     `metrics` has the names that `metrics.judge` gives. `pair` compares the SVM (first) with
-    the fine-tuned model (second) on the images that `pair_on` names.
+    the fine-tuned model (second) on the images that `pair_on` names. `metrics` and `confusion` are of the images that
+    `judged_on` names; where there are none, they are empty and zero.
     """
 
     title: str
@@ -131,6 +132,7 @@ class ReportData:
     mistakes: tuple[Mistake, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
     test_evaluations: int = 1
+    judged_on: str = "test images"
 
 
 def render(report: ReportData) -> str:
@@ -201,7 +203,7 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
 def _tiles(report: ReportData) -> list[dict[str, str]]:
     """The headline numbers, with the interval and one line on what each means."""
     meanings = {
-        "top1": ("Accuracy", "test images named right"),
+        "top1": ("Accuracy", f"{report.judged_on} named right"),
         "balanced": ("Balanced accuracy", "every class counts the same"),
         "macro_f1": ("Macro-F1", "mean F1 over the classes"),
         "top5": ("Right among 5", "the true class is in the first five"),
@@ -366,7 +368,7 @@ def class_rows(report: ReportData) -> list[dict[str, Any]]:
 def advice(report: ReportData, i: int, row: Mapping[str, Any]) -> str:
     """What the numbers of class `i` suggest, or nothing where it does well."""
     if row["support"] == 0:
-        return "No test images: nothing is known about this class."
+        return "No test images: nothing is known about this class." if report.test_evaluations else ""
     said = []
     wrong = np.array(report.confusion[i])
     wrong[i] = 0
@@ -378,7 +380,7 @@ def advice(report: ReportData, i: int, row: Mapping[str, Any]) -> str:
         said.append(f"{attracted} images of other classes land here.")
     if row["f1"] < 0.9 and row["training"] < FEW_TRAIN:
         said.append(f"Only {row['training']} training images: collect more.")
-    if row["f1"] < 0.99 and row["support"] < FEW_TEST:
+    if row["f1"] < 0.99 and row["support"] < FEW_TEST and report.test_evaluations:
         said.append(f"Only {row['support']} test images: these figures are rough.")
     return " ".join(said)
 

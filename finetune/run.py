@@ -41,6 +41,7 @@ METRICS = "metrics.json"
 STARTED = "started.json"
 LOCK = "lock.sqlite"
 PACKAGES = ("regraft", "torch", "timm", "torchvision", "openvino", "scikit-learn", "numpy", "pillow", "safetensors", "faiss-cpu")
+UNTESTED = ("cv/top1", "choice/top1")  # the accuracy of a run without test images
 PROBABILITY = "p:"  # begins the name of a probability's column, so that a class called `path` collides with nothing
 
 
@@ -400,7 +401,9 @@ def list_runs(folder: Path) -> list[dict[str, Any]]:
             try:
                 info = load_run(path)
                 row |= {key: info.get(key) for key in ("status", "shipped", "seconds", "ended")}
-                row["test/top1"] = files.read_json(path / METRICS).get("test/top1") if METRICS in info["files"] else None
+                judged = files.read_json(path / METRICS) if METRICS in info["files"] else {}
+                # A run without test images is judged on training images that it had not been fitted on, if on any.
+                row |= {key: judged.get(key) for key in ("test/top1", *UNTESTED) if key == "test/top1" or key in judged}
             except UserError as error:
                 row["status"] = str(error).splitlines()[0]
         elif not (path / CHECKPOINTS / STARTED).exists():
@@ -430,7 +433,7 @@ def rows_text(rows: Sequence[Mapping[str, Any]]) -> str:
         return "no runs are here"
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
-    if len(names) > 6:
+    if len(names) > 7:
         cells = [list(column) for column in zip(*cells, strict=True)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from finetune.errors import UserError
 
 SPLITS = ("train", "val", "test")
+LEAVE_CLASSES_OUT = ", or leave them out: --on-empty-class skip"
 MIN_VAL = 100  # a smaller validation part decides nothing: cross-validation takes its place
 
 
@@ -25,11 +26,14 @@ def class_numbers(
         raise UserError("has no training images", where=name, fix="name the training part train")
     train = set(known) | {word for i, word in enumerate(words) if split is None or split[i] == "train"}
     classes = tuple(sorted(train))
-    return numbered(name, words, classes), classes
+    return numbered(name, words, classes, LEAVE_CLASSES_OUT), classes
 
 
-def numbered(name: str, words: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
-    """`(n,)` positions of `words` in `classes`; words that are not among them are a `UserError` that names and counts them."""
+def numbered(name: str, words: Sequence[str], classes: Sequence[str], way: str = "") -> NDArray[np.int64]:
+    """`(n,)` positions of `words` in `classes`; words that are not among them are a `UserError` that names and counts them.
+
+    `way` is what else can be done about them, for the message.
+    """
     number = {word: i for i, word in enumerate(classes)}
     unknown = Counter(word for word in words if word not in number)
     if unknown:
@@ -37,7 +41,8 @@ def numbered(name: str, words: Sequence[str], classes: Sequence[str]) -> NDArray
         raise UserError(
             f"{len(unknown)} class{'es' * (len(unknown) > 1)} without training images: {few}",
             where=name,
-            fix=f"the training part has {', '.join(map(repr, classes[:8]))}{' …' * (len(classes) > 8)}: rename, add or remove",
+            fix=f"the training part has {', '.join(map(repr, classes[:8]))}{' …' * (len(classes) > 8)}: rename, add or remove"
+            + way,
         )
     return np.array([number[word] for word in words], dtype=np.int64)
 
@@ -89,9 +94,9 @@ def assign(
 ) -> NDArray[np.str_]:
     """Give each image its split: `(n,)` of `train`, `val`, `test`.
 
-    What is `given` as val or test stays. Where there is no test part, the fraction `test` of the training part becomes
-    one; where there is no val part, the fraction `val` of what is left becomes one, unless that is less than `MIN_VAL`
-    images. The test part depends on the seed alone, not on `val`.
+    What is `given` as val or test stays; a fraction of 0 makes none. Where there is no test part, the fraction `test` of the
+    training part becomes one; where there is no val part, the fraction `val` of what is left becomes one, unless that is
+    less than `MIN_VAL` images. The test part depends on the seed alone, not on `val`.
     """
     split = np.full(len(labels), "train", dtype="<U5") if given is None else given.astype("<U5")
     if not (split == "test").any():

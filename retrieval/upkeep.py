@@ -20,10 +20,9 @@ import numpy as np
 
 from finetune import features, folders
 from finetune.errors import UserError
-from finetune.faults import some
 from finetune.images import Fault, list_faults
 from finetune.lock import NO_WAIT, Wait
-from finetune.names import from_database, meant, shown
+from finetune.names import from_database, meant
 from finetune.store import Store
 from retrieval import changes, encode, merge, segments, vectors
 from retrieval import frame as framing
@@ -66,7 +65,7 @@ def build(
     """
     check_build(given, folder, force)
     framing.check(encoder, frame)
-    root, paths, _ = folders.gather(given)
+    root, paths, others = folders.gather(given)
     wait = dataclasses.replace(wait, other="choose another folder with -o")
     with writing(folder, create=True, replace=force, wait=wait) as writer, contextlib.closing(Store()) as store:
         if not writer.is_new and not force:
@@ -97,14 +96,15 @@ def build(
         }
         files = [*kept, *([search[0]] if search else [])]
         segment = (number, stored)
-        return changes.commit(writer, plan, made, segment, meta, sources=_sources(given, root), files=files, replace=True)
+        done = changes.commit(writer, plan, made, segment, meta, sources=_sources(given, root), files=files, replace=True)
+        return _noted(done, folders.told(root, others))
 
 
 def check_build(given: Sequence[str | Path], folder: Path, force: bool) -> None:
     """Raise the `UserError` of a build that cannot succeed, before a network is loaded for it."""
-    _, inside, others = folders.gather(given)
+    root, inside, others = folders.gather(given)
     if not inside:
-        raise _no_images(given, others)
+        raise _no_images(given, folders.told(root, others))
     if not force and segments.is_index(folder):
         raise UserError("an index is here already", where=folder, fix=HERE_ALREADY)
 
@@ -114,11 +114,12 @@ def add(folder: Path, given: Sequence[str | Path], *, on_bad: str = "stop", wait
     with writing(folder, wait=wait) as writer:
         root = find_root(writer.meta, folder)
         own, inside, others = folders.gather(given)
+        left = folders.told(own, others)
         if not inside:
-            raise _no_images(given, others)
+            raise _no_images(given, left)
         paths = [posixpath.normpath(f"{changes.way(own, root)}/{path}") for path in inside]
         found, bad = changes.scan(root, paths, folder)
-        return _update(writer, root, found, (), on_bad, bad, bar, _sources(given, root))
+        return _noted(_update(writer, root, found, (), on_bad, bad, bar, _sources(given, root)), left)
 
 
 def remove(folder: Path, given: Sequence[str | Path], *, wait: Wait = NO_WAIT) -> Change:
@@ -156,13 +157,16 @@ def sync(
         root = root.absolute() if root is not None else find_root(writer.meta, folder)
         known = [from_database(path) for (path,) in writer.db.execute("select path from path")]
         paths: dict[str, None] = {}
+        left: list[str] = []
         for (value,) in writer.db.execute("select path from source order by path").fetchall():
             source = from_database(value)
             place = Path(os.path.normpath(root / source))
             if not place.is_dir():
                 fix = "mount or restore it; say where it is now with --root; or, if it is gone for good, `retrieve remove` it"
                 raise UserError("the folder of the images is not there", where=place, fix=fix)
-            paths |= dict.fromkeys(posixpath.normpath(posixpath.join(source, image)) for image in folders.walk(place).images)
+            walked = folders.walk(place)
+            paths |= dict.fromkeys(posixpath.normpath(posixpath.join(source, image)) for image in walked.images)
+            left += [posixpath.join(source, other) for other in (*walked.others, *walked.results)]
         paths |= dict.fromkeys(path for path in known if path not in paths and os.path.lexists(root / path))
         found, bad = changes.scan(root, paths, folder)
         seen = {one.path for one in found}
@@ -170,7 +174,7 @@ def sync(
         if known and not seen and not allow_empty:
             fix = "is the disk mounted? If it is right, say so with --allow-empty"
             raise UserError(f"no image is left: all {len(known)} would be removed", where=root, fix=fix)
-        return _update(writer, root, found, gone, on_bad, bad, bar, whole=True)
+        return _noted(_update(writer, root, found, gone, on_bad, bad, bar, whole=True), folders.told(root, left))
 
 
 def compact(folder: Path, *, wait: Wait = NO_WAIT, bar: Bar = no_bar) -> Change:
@@ -213,6 +217,10 @@ def _update(
     segment = writer.write_vectors(made.blocks()) if made is not None and len(made.images) else None
     meta = {"root": {"absolute": str(root), "relative": changes.way(root, writer.folder)}}
     return _tended(writer, changes.commit(writer, plan, made, segment, meta, sources=sources, whole=whole))
+
+
+def _noted(change: Change, lines: Sequence[str]) -> Change:
+    return dataclasses.replace(change, notes=(*change.notes, *lines))
 
 
 def _tended(writer: Writer, change: Change) -> Change:
@@ -279,10 +287,8 @@ def _whitened(made: Encoded, dims: int) -> Encoded:
     return dataclasses.replace(made, encoder=encoder)
 
 
-def _no_images(given: Sequence[str | Path], others: Sequence[str]) -> UserError:
-    what = "holds no images"
-    if others:
-        what += f", but {len(others)} other file{'s' * (len(others) > 1)}: {some([shown(name) for name in others])}"
+def _no_images(given: Sequence[str | Path], left: Sequence[str]) -> UserError:
+    what = "holds no images" + "".join(f"; {line}" for line in left)
     fix = f"give a folder of images, or image files; in folders they are known by {' '.join(sorted(folders.EXTENSIONS))}"
     return UserError(what, where=", ".join(map(str, given)), fix=fix)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -494,3 +495,32 @@ def test_threads_agree() -> None:
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda data: decode.to_input(data, BICUBIC), files))
     assert all(np.array_equal(decode.to_input(data, BICUBIC), found) for data, found in zip(files, together, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("TGA", "RGB", {}),
+        ("TGA", "P", {"compression": "tga_rle"}),
+        ("PCX", "RGB", {}),
+        ("SGI", "L", {}),
+        ("ICO", "RGBA", {"sizes": [(24, 24)]}),
+        ("ICO", "RGBA", {"sizes": [(24, 24)], "bitmap_format": "bmp"}),
+    ],
+)
+def test_further_formats_are_known_by_their_first_bytes(kind: str, mode: str, options: dict[str, Any]) -> None:
+    """TGA, PCX, SGI and icons decode to the pixels that were saved, whatever the file's name."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).convert(mode)
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    assert kind == decode.format_of(buffer.getvalue()[:64])
+    assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(decode.decode(buffer.getvalue())))
+
+
+def test_icon_that_hides_a_huge_picture_is_refused() -> None:
+    """The size is that of the picture inside, not the one in the icon's list."""
+    inside = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (30_000).to_bytes(4, "big") * 2 + b"\x08\2\0\0\0"
+    icon = b"\0\0\1\0\1\0" + bytes([16, 16, 0, 0, 1, 0, 32, 0]) + len(inside).to_bytes(4, "little") + (22).to_bytes(4, "little")
+    with pytest.raises(decode.DecodeError, match="too large"):
+        decode.size(icon + inside)

@@ -8,7 +8,7 @@ from pathlib import Path
 import odd
 import pytest
 
-from finetune import folders
+from finetune import files, folders
 from finetune.errors import UserError
 
 
@@ -198,3 +198,64 @@ def test_gather_names_what_is_not_there(tmp_path: Path) -> None:
     """A path that does not exist is named."""
     with pytest.raises(UserError, match=r"nowhere\.jpg: no such file"):
         folders.gather([tmp_path / "nowhere.jpg"])
+
+
+RUN = ("run.json", "recipe.yaml", "metrics.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "left"),
+    [
+        (tuple(f"runs/a/{name}" for name in RUN), "runs/"),
+        (tuple(f"out/2026/b/{name}" for name in RUN), "out/"),
+        (("runs/c/checkpoints/started.json", "runs/c/recipe.yaml"), "runs/"),
+        (("photos.index/gallery.sqlite", "photos.index/segments/1.f32"), "photos.index/"),
+    ],
+)
+def test_results_are_no_data(tmp_path: Path, names: tuple[str, ...], left: str) -> None:
+    """A folder with nothing but runs, or a gallery, is neither a class nor files; it is named as left out."""
+    found = folders.scan(make(tmp_path, "cat/1.jpg", "dog/2.jpg", *names))
+    assert (("cat", "dog"), (left,)) == (found.known, found.ignored)
+
+
+def test_cache_is_no_data(tmp_path: Path) -> None:
+    """The small pictures in a cache folder are no images of the user; a README of somebody else marks nothing."""
+    make(tmp_path, "cat/1.jpg", "dog/2.jpg", "cache/thumbs/3.jpg", "mine/thumbs/4.jpg", "mine/README.txt")
+    (tmp_path / "cache/README.txt").write_text(files.CACHE_README, encoding="utf-8")
+    assert ("cat", "dog", "mine") == folders.scan(tmp_path).known
+
+
+def test_results_inside_a_class(tmp_path: Path) -> None:
+    """A run inside a folder with images is left out alone; runs beside train/ and test/ do not make these classes."""
+    found = folders.scan(make(tmp_path / "one", "cat/1.jpg", "dog/2.jpg", *(f"cat/runs/a/{name}" for name in RUN)))
+    assert (("cat", "dog"), ("cat/runs/a/",)) == (found.known, found.ignored)
+    parts = folders.scan(make(tmp_path / "two", "train/a/1.jpg", "test/a/2.jpg", *(f"runs/a/{name}" for name in RUN)))
+    assert (("train", "test"), ("runs/",)) == (parts.split, parts.ignored)
+
+
+def test_what_is_no_image_is_told_by_kind(tmp_path: Path) -> None:
+    """Files are counted by their extensions, images with wrong ones are named, and so are folders of results."""
+    make(tmp_path, "a/1.psd", "a/2.PSD", "a/3.txt", "a/4")
+    (tmp_path / "a/4").write_bytes(b"\x89PNG\r\n\x1a\n")
+    lines = folders.told(tmp_path, ["a/1.psd", "a/2.PSD", "a/3.txt", "a/4", "runs/"])
+    assert "4 files are left out, as no image extension announces them: 2 .psd, 1 .txt, 1 without an extension" == lines[0]
+    assert "1 of them is an image by the first bytes: a/4 (PNG)" in lines[1]
+    assert lines[2].endswith("runs/")
+    assert () == folders.told(tmp_path, [])
+
+
+def test_deeper_classes_are_found() -> None:
+    """All images below one folder that holds several folders: these seem to be the classes."""
+    assert "a/10" == folders.deeper(["a/10/red/1.jpg", "a/10/blue/x/2.jpg"])
+    assert "" == folders.deeper(["cat/1.jpg", "cat/old/2.jpg"])
+    assert "" == folders.deeper(["cat/1.jpg", "cat/2.jpg"])
+
+
+def test_same_folders_in_each_class_are_pointed_out() -> None:
+    """Parts inside classes and classes inside parts are told; one folder of images a class is usual."""
+    assert "look like parts" in folders.alike_inside(["a/train/1.jpg", "a/test/2.jpg", "b/train/3.jpg"], ["a", "a", "b"])
+    same = folders.alike_inside([f"{n}/{c}/1.jpg" for n in ("10", "20") for c in ("red", "blue")], ["10", "10", "20", "20"])
+    assert "(blue; red)" in same
+    assert "(10)" in same
+    assert "" == folders.alike_inside(["a/images/1.jpg", "b/images/2.jpg"], ["a", "b"])
+    assert "" == folders.alike_inside(["a/x/1.jpg", "a/2.jpg", "b/x/3.jpg"], ["a", "a", "b"])

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import odd
 import pytest
-from faults import BAD, COPIED, IGNORED, ODD, SOLO, draw, encode, make_fault_folder
+from faults import SOLO, make_fault_folder
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from finetune import images
 from finetune.errors import UserError
-from finetune.images import Fault, ImageSet
+from finetune.images import ImageSet
 
 
 def make(root: Path, *names: str) -> Path:
@@ -193,12 +193,12 @@ def test_test_folder_becomes_the_test_part(tmp_path: Path) -> None:
 
 
 def test_test_folder_is_refused_where_it_cannot_be_right(tmp_path: Path) -> None:
-    """A second test part, an unknown class, splits within, and a test folder inside the training folder are refused."""
+    """A second test part, an unknown class, splits within, and the training folder itself are refused."""
     make(tmp_path, "p/a/1.jpg", "p/b/2.jpg", "lynx/lynx/1.jpg", "s/train/a/1.jpg", "s/test/a/2.jpg", "q/b/1.jpg")
     assert "'lynx'" in refusal(images.load, tmp_path / "p", test=tmp_path / "lynx")
     assert "test part already" in refusal(images.load, tmp_path / "s", test=tmp_path / "q")
     assert "without a split" in refusal(images.load, tmp_path / "p", test=tmp_path / "s")
-    assert "among the others already" in refusal(images.load, tmp_path / "p", test=tmp_path / "p")
+    assert "every image is a test image" in refusal(images.load, tmp_path / "p", test=tmp_path / "p")
     assert "--test takes a folder" in refusal(images.load, tmp_path / "p", test="sklearn:digits")
 
 
@@ -318,99 +318,12 @@ def test_shots_of_a_folder_per_class(tmp_path: Path) -> None:
         images.take_shots(whole, 1, 0)
 
 
-# ----------------------------------------------------------------------------------------------------------- the check
-
-
-def test_folder_of_faults(tmp_path: Path) -> None:
-    """One of each fault: the bad files are named with their kinds, the odd ones are images, nothing raises."""
-    found = images.load(make_fault_folder(tmp_path))
-    report = images.check(found)
-    kinds = {fault.path: fault.kind for fault in report.faults}
-    assert {**BAD, IGNORED: "not an image extension"} == kinds
-    assert set(ODD) <= set(found.paths)
-    assert (tuple(sorted(COPIED, reverse=True)),) == report.across_splits == report.duplicates
-    assert {"cat": 12 + 4, "dog": 12 + 4, "solo": 1} == report.parts["train"]
-    assert {"cat": 5, "dog": 4, "solo": 0} == report.parts["test"]
-    assert {"cat": 21, "dog": 20, "solo": 1} == report.classes
-    assert 21.0 == report.imbalance
-    assert {"cat": 16, "dog": 16, "solo": 1} == report.few
-    assert (len(found), str(tmp_path)) == (report.images, report.name)
-
-
 def test_folder_of_faults_can_be_split(tmp_path: Path) -> None:
     """The class of one image trains, and the given test part stays, in spite of the faults."""
     found = images.load(make_fault_folder(tmp_path))
     made = split_of(images.make_splits(found, images.digests(found), seed=0))
     assert "train" == made[SOLO]
     assert {path.split("/")[0] for path in made if made[path] == "test"} == {"test"}
-
-
-def test_report_is_json(tmp_path: Path) -> None:
-    """The report is plain data."""
-    report = images.check(images.load(make_fault_folder(tmp_path)))
-    value = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert {"path": "train/cat/empty.jpg", "kind": "empty", "detail": "0 bytes"} in value["faults"]
-    assert 21 == value["classes"]["cat"]
-
-
-def test_check_names_what_the_splits_get_wrong(tmp_path: Path) -> None:
-    """Two labels for one content, an empty class and a group on both sides are faults."""
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.png").write_bytes(encode(draw("cat", seed=1), "PNG"))
-    (tmp_path / "c.png").write_bytes(encode(draw("dog", seed=2), "PNG"))
-    table = tmp_path / "t.csv"
-    table.write_text("path,label,split,group\na.png,cat,train,\nb.png,dog,train,g\nc.png,dog,test,g\n", encoding="utf-8")
-    found = images.load(table)
-    assert [
-        Fault("a.png", "two labels", "a.png (cat) = b.png (dog)"),
-        Fault("b.png", "group in several splits", "'g' is in test, train"),
-    ] == list(images.check(found).faults)
-    folder = make(tmp_path / "folder", "fox/notes.txt", "cat/x.txt")
-    (folder / "cat/1.png").write_bytes(encode(draw("cat", seed=1), "PNG"))
-    report = images.check(images.load(folder))
-    assert Fault("fox", "empty class", "no training images") in report.faults
-    assert (1.0, {"cat": 1}) == (report.imbalance, report.few)
-
-
-def test_check_of_data_says_how_it_would_be_divided(tmp_path: Path) -> None:
-    """`check_data` counts the parts that a job would make, in spite of bad files, or says why none can be made."""
-    for i in range(20):
-        path = tmp_path / "photos" / ("cat" if i % 2 else "dog") / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(draw("cat", seed=i), "PNG") if i else b"")
-    report = images.check_data(tmp_path / "photos", seed=1)
-    assert ["empty"] == [fault.kind for fault in report.faults]
-    assert {"train": {"cat": 8, "dog": 8}, "test": {"cat": 2, "dog": 2}} == report.parts
-    one_class = images.check_data(make(tmp_path / "one", "cat/1.txt", "cat/2.jpg"))
-    assert "one class alone (cat)" in next(fault.detail for fault in one_class.faults if fault.kind == "cannot be split")
-
-
-def test_check_goes_on_past_a_missing_file(tmp_path: Path) -> None:
-    """A file that cannot be read is a fault; given digests are used."""
-    make_fault_folder(tmp_path)
-    found = images.load(tmp_path)
-    (tmp_path / "test/dog/01.png").unlink()
-    kinds = {fault.path: fault.kind for fault in images.check(found).faults}
-    assert "unreadable" == kinds["test/dog/01.png"]
-    assert 5 == len([kind for kind in kinds.values() if kind != "not an image extension"])
-    given_ones = [f"digest {i // 2}" for i in range(len(found))]
-    assert len(found) // 2 - 1 <= len(images.check(found, given_ones).duplicates)
-
-
-def test_check_of_unlabelled_images(tmp_path: Path) -> None:
-    """Images without labels can be checked, too."""
-    make_fault_folder(tmp_path)
-    report = images.check(images.load_unlabelled(tmp_path))
-    assert {*BAD.values(), "not an image extension"} == {fault.kind for fault in report.faults}
-    assert ({}, {}, 1) == (report.classes, report.parts, len(report.duplicates))
-
-
-def test_check_tells_how_far_it_is(tmp_path: Path) -> None:
-    """Progress counts up to the number of images."""
-    seen: list[tuple[int, int]] = []
-    found = images.load(make_fault_folder(tmp_path))
-    images.check(found, progress=lambda done, total: seen.append((done, total)))
-    assert [(i + 1, len(found)) for i in range(len(found))] == seen
 
 
 def test_importing_loads_nothing_heavy() -> None:

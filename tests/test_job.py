@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,3 +257,73 @@ def test_features_are_saved_under_the_names_that_are_shown(shapes: Path, tmp_pat
     paths = np.load(tmp_path / "f.npz")["paths"].tolist()
     assert sorted(odd.NAMES) == sorted(map(names.meant, paths))
     assert all(path.isprintable() for path in paths)
+
+
+def test_without_a_test_part_the_images_that_chose_judge(shapes: Path, tmp_path: Path) -> None:
+    """--test none trains on all images; the accuracy out of fold is given under its own name, and anyone can recompute it."""
+    outcome = job.fit(shapes, out=tmp_path / "run", strategy="svm", test="none", **TINY)
+    told = run.read_predictions(outcome.path / "predictions-cv.csv")
+    best = [told.classes[i] for i in told.probabilities.argmax(1)]
+    page = (outcome.path / "report.html").read_text(encoding="utf-8")
+    assert not [key for key in outcome.metrics if key.startswith("test/")]
+    assert 60 == outcome.metrics["cv/top1"]["n"] == len(told.paths)
+    assert outcome.metrics["cv/top1"]["value"] == pytest.approx(np.mean([a == b for a, b in zip(best, told.labels, strict=True)]))
+    assert "out of fold on 60 training images" in outcome.verdict
+    assert "there are no test images" in page
+    assert 0 == run.load_run(outcome.path)["test_evaluations"]
+    assert outcome.metrics["cv/top1"] == run.list_runs(tmp_path)[0]["cv/top1"]
+
+
+def test_one_image_a_class_can_be_trained(shapes: Path, tmp_path: Path) -> None:
+    """Three images of three classes make a run that predicts and claims no accuracy; without --test none it is named."""
+    for kind in ("circle", "square", "triangle"):
+        (tmp_path / "few" / kind).mkdir(parents=True)
+        (tmp_path / "few" / kind / "0.png").write_bytes((shapes / kind / "00.png").read_bytes())
+    with pytest.raises(UserError, match="--test none"):
+        job.fit(tmp_path / "few", out=tmp_path / "run", **TINY)
+    outcome = job.fit(tmp_path / "few", out=tmp_path / "run", test="none", **TINY)
+    assert {} == outcome.metrics
+    assert "no accuracy is known" in outcome.verdict
+    assert 1 == len(finetune.load(outcome.path).predict([shapes / "circle/01.png"]).probabilities)
+    assert run.list_runs(tmp_path)[0]["test/top1"] is None
+
+
+def test_a_fine_tuned_model_without_a_test_part(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the fine-tuned model ships, the images that chose it judge it, and the name says so."""
+    monkeypatch.setattr(choice, "ships", lambda pair, best_epoch: True)
+    outcome = job.fit(shapes, out=tmp_path / "run", strategy="stages:1", epochs=1, test="none", **TINY)
+    assert 12 == outcome.metrics["choice/top1"]["n"]
+    assert "when they chose it" in outcome.verdict
+
+
+def test_what_is_left_out_is_written_down(shapes: Path, tmp_path: Path) -> None:
+    """An image under two labels, an empty class and a note are in left_out.csv, the terminal and the report."""
+    shutil.copytree(shapes, tmp_path / "data")
+    shutil.copy(tmp_path / "data/circle/00.png", tmp_path / "data/square/copy.png")
+    (tmp_path / "data/empty").mkdir()
+    (tmp_path / "data/circle/notes.txt").write_text("round", encoding="utf-8")
+    rules: dict[str, Any] = {"on_conflict": "skip", "on_empty_class": "skip"}
+    said: list[str] = []
+    outcome = job.fit(tmp_path / "data", out=tmp_path / "run", strategy="svm", say=said.append, **rules, **TINY)
+    rows = (outcome.path / "left_out.csv").read_text(encoding="utf-8").splitlines()
+    assert "path,kind,detail" == rows[0]
+    assert ["circle/00.png", "square/copy.png", "circle/notes.txt"] == [row.partition(",")[0] for row in rows[1:]]
+    assert any("left out 1 class without training images: empty" in line for line in said)
+    assert "2 images left out (two labels)" in (outcome.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_class_of_bad_images_goes_with_them(shapes: Path, tmp_path: Path) -> None:
+    """Where bad images are skipped and nothing is left of a class, the job stops with the option, or leaves the class out."""
+    shutil.copytree(shapes, tmp_path / "data")
+    (tmp_path / "data/bad").mkdir()
+    for i in range(4):
+        (tmp_path / f"data/bad/{i}.png").write_bytes(f"no image {i}".encode())
+    (tmp_path / "data/circle/gone.png").symlink_to(tmp_path / "nowhere.png")
+    how: dict[str, Any] = {"out": tmp_path / "run", "strategy": "svm", **TINY}
+    with pytest.raises(UserError, match="--on-bad-image skip"):
+        job.fit(tmp_path / "data", **how)
+    with pytest.raises(UserError, match="--on-empty-class skip"):
+        job.fit(tmp_path / "data", on_bad_image="skip", **how)
+    job.fit(tmp_path / "data", on_bad_image="skip", on_empty_class="skip", **how)
+    assert ("circle", "square", "triangle") == finetune.load(tmp_path / "run").classes
+    assert "circle/gone.png,unreadable" in (tmp_path / "run/left_out.csv").read_text(encoding="utf-8")
