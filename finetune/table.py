@@ -113,7 +113,7 @@ def _lines(path: Path) -> tuple[list[str], Rows]:
             lines = [(reader.line_num, values) for values in reader if any(value.strip() for value in values)]
     except UnicodeError as error:
         place = f" ({error.reason} at byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
-        fix = f"save it as UTF-8 (Excel: CSV UTF-8); one in Latin-1: iconv -f LATIN1 -t UTF-8 {shown(path.name)} > new.csv"
+        fix = f"save it as UTF-8 (Excel: CSV UTF-8); one in Latin-1: iconv -f LATIN1 -t UTF-8 {names.typed(path.name)} > new.csv"
         raise UserError(f"not UTF-8 text{place}", where=path, fix=fix) from error
     except csv.Error as error:
         fix = "mend this line: a quote that is opened must be closed"

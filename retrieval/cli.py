@@ -331,7 +331,8 @@ def duplicates(index: Path, threshold: float, json_: bool) -> None:
     elif not groups:
         click.echo(f"no two images are {threshold:g} alike")
     else:
-        words = dict.fromkeys(changed, f"  ({hits.CHANGED})") | dict.fromkeys(missing, f"  ({hits.MISSING})")
+        words = dict.fromkeys(map(shown, changed), f"  ({hits.CHANGED})")
+        words |= dict.fromkeys(map(shown, missing), f"  ({hits.MISSING})")
         for group in groups:
             click.echo("\n".join([f"{group['score']:.3f}", *(f"  {path}{words.get(path, '')}" for path in group["paths"])]))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from finetune.names import shown
+from finetune.names import shown, typed
 
 SAME, MISSING, CHANGED = "the same file", "missing", "changed since"
 Known = Mapping[str, tuple[int, int]]  # path → bytes and time of change in ns, as an index remembers them
@@ -93,7 +93,7 @@ def advice(missing: Iterable[str], changed: Iterable[str], index: Path) -> tuple
     """One line on files that are not what the index remembers; none where all are."""
     counts = ((len(set(missing)), MISSING), (len(set(changed)), CHANGED))
     words = " and ".join(f"{count} {word}" for count, word in counts if count)
-    return (f"of the files shown, {words}: `retrieve sync {shown(index)}` brings the index up to date",) if words else ()
+    return (f"of the files shown, {words}: `retrieve sync {typed(index)}` brings the index up to date",) if words else ()
 
 
 def others(paths: Sequence[str], root: Path, file: Path) -> tuple[str, ...]:

@@ -357,6 +357,18 @@ def test_no_name_is_printed_raw(texts: Path) -> None:
     assert (r"o\x0a/\x1b[31mred.png" in page, "<script>" in page, "\x1b" in page) == (True, False, False)
 
 
+def test_duplicates_that_went_are_marked_under_any_name(texts: Path) -> None:
+    """A file that is not there any more is marked as such, whatever its name; the command to run can be copied."""
+    odd.need(texts.parent / "try")
+    write(texts.parent / "photos", {"two\nlines.png": "the same", "b/x.png": "the same"})
+    upkeep.sync(texts)
+    (texts.parent / "photos" / "two\nlines.png").unlink()
+    spaced = texts.rename(texts.with_name("my photos.index"))
+    result = run("duplicates", spaced)
+    assert r"  two\x0alines.png  (missing)" in result.stdout.splitlines()
+    assert f"`retrieve sync '{spaced}'`" in result.stderr
+
+
 def test_info_is_for_people(texts: Path) -> None:
     """The text of `info` is a few lines: images, folder, vectors, network, search, size, and what made it."""
     lines = run("info", texts).stdout.splitlines()
