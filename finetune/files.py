@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from finetune.errors import UserError, as_bytes
-from finetune.names import shown
 
 CACHE_README = """This folder belongs to Regraft (the `finetune` and `retrieve` commands).
 
@@ -61,10 +60,10 @@ def cache_dir(*parts: str) -> Path:
         if error.errno in (errno.EEXIST, errno.ENOTDIR):
             why = "a file stands where a folder of the cache is needed"
             if base.is_dir():
-                raise UserError(why, where=shown(folder), fix=CLEAR_FIX) from error
+                raise UserError(why, where=folder, fix=CLEAR_FIX) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why = "the disk is full"
-        raise UserError(why, where=f"{origin}: {shown(folder)}", fix=CACHE_FIX) from error
+        raise UserError(why, where=f"{origin}: {folder}", fix=CACHE_FIX) from error
     return folder
 
 
@@ -75,7 +74,7 @@ def _cache_base() -> tuple[Path, str]:
             return Path(root).expanduser(), "$REGRAFT_CACHE"
         except RuntimeError as error:
             raise UserError(
-                "there is no such user's home folder", where=f"$REGRAFT_CACHE: {shown(root)}", fix=CACHE_FIX
+                "there is no such user's home folder", where=f"$REGRAFT_CACHE: {root}", fix=CACHE_FIX
             ) from error
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     if Path(xdg).is_absolute():  # its specification: a relative path is to be ignored
