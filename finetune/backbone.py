@@ -73,7 +73,7 @@ def load(name: str, weights: str = "auto", size: int | None = None) -> Backbone:
             fix=f"did you mean {', '.join(near)}?" if near else "see `finetune backbones`",
         )
     source = weights_home.find(name, weights)
-    module, classifier = _torchvision_model(name, source) if name in TORCHVISION else _timm_model(name, source, size)
+    module, classifier, source = _torchvision_model(name, source) if name in TORCHVISION else _timm_model(name, source, size)
     part: Any  # timm's and torchvision's modules carry attributes that nn.Module does not declare
     for part in module.modules():
         if hasattr(part, "inplace"):
@@ -94,7 +94,7 @@ def load(name: str, weights: str = "auto", size: int | None = None) -> Backbone:
     return Backbone(module, network, stages, classifier)
 
 
-def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tuple[Any, str]:
+def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tuple[Any, str, weights_home.Source]:
     # Networks with position tables need the size when they are created; the others take any.
     extra: dict[str, Any] = {"img_size": size} if size and _takes_img_size(name) else {}
     module: Any
@@ -114,9 +114,9 @@ def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tup
     if source.path is not None and source.kind == "package":
         weights_home.load_package(module, name, source.path)
     elif source.path is not None and source.kind == "file":
-        weights_home.load_file(module, source.path, prefixes)
+        source = weights_home.load_file(module, name, source, prefixes)
     module.reset_classifier(0)
-    return module, prefixes[0]
+    return module, prefixes[0], source
 
 
 @contextlib.contextmanager
@@ -138,7 +138,7 @@ def _takes_img_size(name: str) -> bool:
     return True
 
 
-def _torchvision_model(name: str, source: weights_home.Source) -> tuple[nn.Module, str]:
+def _torchvision_model(name: str, source: weights_home.Source) -> tuple[nn.Module, str, weights_home.Source]:
     with warnings.catch_warnings(), _same_random_weights():
         warnings.simplefilter("ignore")  # GoogLeNet warns about its slow initialisation
         if name == "alexnet":
@@ -149,7 +149,7 @@ def _torchvision_model(name: str, source: weights_home.Source) -> tuple[nn.Modul
             )
             classifier = "fc."
     if source.kind == "file" and source.path is not None:
-        weights_home.load_file(module, source.path, (classifier, "aux"))
+        source = weights_home.load_file(module, name, source, (classifier, "aux"))
     elif source.kind != "random":
         try:
             tensors = TORCHVISION[name].DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -160,7 +160,7 @@ def _torchvision_model(name: str, source: weights_home.Source) -> tuple[nn.Modul
         module.classifier[6] = nn.Identity()
     else:
         module.fc = nn.Identity()
-    return module, classifier
+    return module, classifier, source
 
 
 def _input_config(name: str, module: nn.Module, source: weights_home.Source) -> dict[str, Any]:

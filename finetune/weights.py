@@ -1,7 +1,7 @@
 """Where pretrained weights come from: an installed weight package, a file, the hub's cache, the hub.
 
-`find` decides without loading anything and `load` puts the tensors into a module. Every file is read with
-`weights_only=True` or as safetensors: weights are data, never code.
+`find` decides without loading anything, `load_package` and `load_file` put the tensors into a module. Every file is read with
+`weights_only=True` or as safetensors (`statedict`): weights are data, never code.
 """
 
 from __future__ import annotations
@@ -9,18 +9,24 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import socket
+import sys
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune import files, names
+from finetune import files, names, statedict
 from finetune.errors import UserError
 
 if TYPE_CHECKING:  # torch is imported where tensors are read: `find` answers without it
     import torch
     from torch import nn
+
+    Tensors = dict[str, torch.Tensor]
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")  # .tar: timm and many others write `model_best.pth.tar`
+COUNTER = "num_batches_tracked"  # of BatchNorm: files of old versions do not have it
 
 
 @dataclass(frozen=True)
@@ -76,23 +82,13 @@ class Source:
 def find(name: str, weights: str = "auto") -> Source:
     """Decide where the weights of the timm or torchvision model `name` come from.
 
-    `weights` is `auto` (an installed package, then the hub's cache, then the hub), `random`, or the path of a
-    `.safetensors`, `.pth` or `.pt` file. Raises `UserError` for a path that is no such file.
+    `weights` is `auto` (an installed package, then the hub's cache, then the hub), `random`, or the path of a file
+    (see `SUFFIXES`). Raises `UserError` for a path that is no such file.
     """
     if weights == "random":
         return Source("random", None, "RANDOM weights: nothing was learned before; for tests and teaching only")
     if weights != "auto":
-        path = Path(names.written(weights)).expanduser()
-        if not path.is_file():
-            raise UserError(
-                f"no weight file {weights!r}",
-                where="--weights",
-                fix="give auto, random, or the path of a .safetensors or .pth file",
-            )
-        if path.suffix not in (".safetensors", ".pth", ".pt"):
-            raise UserError(
-                f"cannot read weights from {path.name!r}", where="--weights", fix="give a .safetensors, .pth or .pt file"
-            )
+        path = _file(Path(names.written(weights)).expanduser(), weights)
         return Source("file", path, f"the file {names.shown(path.name)}")
     package = PACKAGES.get(name)
     if package and (path_in_package := package.path()):
@@ -101,6 +97,24 @@ def find(name: str, weights: str = "auto") -> Source:
     if cached:
         return Source("cache", cached, f"the hub's cache ({cached.name})")
     return Source("hub", None, "the hub")
+
+
+def _file(path: Path, given: str) -> Path:
+    """The weight file that `given` names, or the `UserError` that says why it is none."""
+    forms = ", ".join(SUFFIXES)
+    if path.is_dir():
+        inside = sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
+        fix = f"give the file in it: {names.shown(path / inside[0])}" if inside else f"give a file ({forms})"
+        raise UserError(f"{given!r} is a folder", where="--weights", fix=fix)
+    if not path.is_file():
+        fix = f"give auto, random, or the path of a weight file ({forms})"
+        raise UserError(f"no weight file {given!r}", where="--weights", fix=fix)
+    if path.suffix not in SUFFIXES:
+        what = f"cannot read weights from {path.name!r}"
+        if path.name.endswith(".index.json"):
+            what += ": it lists the parts of weights that were saved in pieces"
+        raise UserError(what, where="--weights", fix=f"give a file of one of these kinds: {forms}")
+    return path
 
 
 def hub_cached(name: str) -> Path | None:
@@ -119,36 +133,9 @@ def hub_cached(name: str) -> Path | None:
     return None
 
 
-def read(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a weight file. A pickle that holds anything but tensors is refused before it runs."""
-    import torch
-
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            with files.in_text(path) as plain:
-                return load_file(plain)
-        with files.in_text(path) as plain:
-            loaded = torch.load(plain, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise a dozen types for one fact: this is no weight file
-        raise UserError(
-            f"cannot be read as weights ({_in_words(error)})",
-            where=path,
-            fix="only tensors are accepted (safetensors, or a .pth that torch.load(weights_only=True) takes)",
-        ) from error
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise UserError("holds no dictionary of tensors", where=path, fix="save model.state_dict()")
-    return {key.removeprefix("module."): value for key, value in loaded.items()}
-
-
 def load_package(module: nn.Module, name: str, path: Path) -> None:
     """Zip the package's tensors onto the module's, position by position, and check the digest of the result."""
-    tensors, own = list(read(path).values()), module.state_dict()
+    tensors, own = list(statedict.read(path).tensors.values()), module.state_dict()
     shapes = [tuple(t.shape) for t in tensors], [tuple(t.shape) for t in own.values()]
     if shapes[0] != shapes[1]:
         raise UserError(f"the tensors do not fit {name}", where=path, fix=f"reinstall the package {PACKAGES[name].distribution}")
@@ -162,31 +149,82 @@ def load_package(module: nn.Module, name: str, path: Path) -> None:
         )
 
 
-def load_file(module: nn.Module, path: Path, classifier: tuple[str, ...]) -> None:
-    """Load a user's file by names; a classifier of another size is left out, anything else that does not fit is named."""
-    tensors, own = read(path), module.state_dict()
-    tensors = {
-        key: value
-        for key, value in tensors.items()
-        if not (key.startswith(classifier) and own.get(key) is not None and own[key].shape != value.shape)
+def load_file(module: nn.Module, name: str, source: Source, classifier: tuple[str, ...]) -> Source:
+    """Load a user's file by names into `module`, which is the model `name`; returns the source with what was done in its words.
+
+    Wrappers and prefixes are taken off, a classifier of another size is left out. Weights for another input size, or whose
+    first convolution reads one or four channels, are adapted as timm adapts them. Anything else that does not fit is named.
+    """
+    assert source.path is not None
+    own = module.state_dict()
+    found = statedict.without_prefix(statedict.read(source.path), own)
+    tensors, notes = found.tensors, list(found.notes)
+    arch = (found.arch or "").rpartition("/")[2].partition(".")[0]
+    if differs := _is_other_model(arch, name):
+        notes.append(f"saved as {arch}, not {name}")
+    for adapt in (_for_colours, _as_timm_adapts):
+        if _misfits(tensors, own, classifier):
+            tensors, said = adapt(module, tensors)
+            notes += said
+    if _misfits(tensors, own, classifier):
+        parts = min((_misfits(one, own, classifier) for one in (tensors, found.tensors)), key=len)
+        fix = "name the backbone that they belong to with --backbone"
+        if differs:
+            fix = f"the file says that it is of {arch}: --backbone {arch}"
+        raise UserError(f"these weights do not fit {name}: {'; '.join(parts)}", where=source.path, fix=fix)
+    fitting = {key: value for key, value in tensors.items() if key in own and own[key].shape == value.shape}
+    module.load_state_dict(fitting, strict=False)
+    return replace(source, words=f"{source.words} ({'; '.join(notes)})" if notes else source.words)
+
+
+def _is_other_model(arch: str, name: str) -> bool:
+    """Whether a file's `arch` names a model of timm, and another one: some programs write the name of a class there."""
+    import timm
+
+    return bool(arch) and arch != name.partition(".")[0] and timm.is_model(arch)
+
+
+def _misfits(tensors: Tensors, own: Tensors, classifier: tuple[str, ...]) -> list[str]:
+    """What does not fit, counted by kind with examples; empty where all does. The classifier may be any."""
+    found = {key: value for key, value in tensors.items() if not key.startswith(classifier)}
+    kinds = {
+        "of another shape": [key for key, value in found.items() if key in own and own[key].shape != value.shape],
+        "missing": [key for key in own if key not in tensors and not key.startswith(classifier) and not key.endswith(COUNTER)],
+        "unknown": [key for key in found if key not in own],
     }
-    wrong = [key for key, value in tensors.items() if key in own and own[key].shape != value.shape]
-    missing = [
-        key for key in own if key not in tensors and not key.startswith(classifier) and not key.endswith("num_batches_tracked")
-    ]
-    unknown = [key for key in tensors if key not in own and not key.startswith(classifier)]
-    if wrong or missing or unknown:
-        parts = [
-            f"{len(keys)} {word} ({', '.join(keys[:3])})"
-            for keys, word in ((wrong, "of another shape"), (missing, "missing"), (unknown, "unknown"))
-            if keys
-        ]
-        raise UserError(
-            f"these weights do not fit the backbone: {'; '.join(parts)}",
-            where=path,
-            fix="name the backbone that they belong to with --backbone",
-        )
-    module.load_state_dict({key: value for key, value in tensors.items() if key in own}, strict=False)
+    return [f"{len(keys)} {word} ({', '.join(keys[:3])})" for word, keys in kinds.items() if keys]
+
+
+def _for_colours(module: nn.Module, tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """Convolutions that read one or four channels, for images of red, green and blue.
+
+    The inverse of timm's `adapt_input_conv`: one channel is spread over the three with a third of its weight, so that grey
+    images give what they gave; of four, the first three are kept and scaled by 4/3.
+    """
+    own, result, notes = module.state_dict(), dict(tensors), []
+    for key, value in tensors.items():
+        channels = value.shape[1] if value.ndim == 4 else 0
+        if channels in (1, 4) and key in own and own[key].shape[:2] == (len(value), 3):
+            result[key] = value.float().repeat(1, 3, 1, 1)[:, :3] * (channels / 3)
+            what = "its one channel is spread over red, green and blue" if channels == 1 else "its fourth channel is left out"
+            notes.append(f"{key}: {what}")
+    return result, notes
+
+
+def _as_timm_adapts(module: nn.Module, tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """What timm's own loader makes of weights for another input size, or in the names of those who trained them first."""
+    convert = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return tensors, []
+    try:
+        result = convert(dict(tensors), module)
+    except Exception:  # it was written for weights of this family alone, and these may be of any
+        return tensors, []
+    resized = [key for key, value in result.items() if key in tensors and tensors[key].shape != value.shape]
+    notes = [f"{', '.join(resized[:3])} resampled for this input size, as timm does"] if resized else []
+    if set(result) != set(tensors):
+        notes.append("names converted as timm does")
+    return result, notes
 
 
 def look_up_hub() -> None:
@@ -213,7 +251,7 @@ def _in_words(error: Exception) -> str:
     return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:160]
 
 
-def tensor_digest(tensors: dict[str, torch.Tensor]) -> str:
+def tensor_digest(tensors: Tensors) -> str:
     """SHA-256 over names, types, shapes and values, in the order of names."""
     import torch
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from finetune import backbone, weights
+from finetune import backbone, statedict, weights
 from finetune.backbone import Backbone, Reader
 from finetune.errors import UserError
 from finetune.network import Network, Preprocess, Tap
@@ -416,7 +416,7 @@ def test_a_trunk_comes_back_from_its_file(tmp_path: Path, tiny: Backbone) -> Non
     for name in ("trunk", "whole"):
         found = backbone.load("test_efficientnet", str(tmp_path / f"{name}.safetensors"))
         assert tiny.network.digest == found.network.digest
-    stored = weights.read(tmp_path / "whole.safetensors")
+    stored = statedict.read(tmp_path / "whole.safetensors").tensors
     assert (3, 256) == tuple(stored["classifier.weight"].shape)
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
+from timm.models import vision_transformer
 
-from finetune import backbone, weights
+from finetune import backbone, statedict, weights
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -232,25 +235,69 @@ def test_the_licence_of_a_package_travels_with_its_weights() -> None:
 # ------------------------------------------------------------------------------------------------------------ files
 
 
-@pytest.mark.parametrize("form", ["model.safetensors", "model.pth", "checkpoint.pt", "parallel.pth"])
+@pytest.mark.parametrize("form", ["model.safetensors", "model.pth", "model.pth.tar", "model.bin", "model.ckpt"])
 def test_a_file_of_weights_is_read_by_names(tmp_path: Path, tiny: Backbone, form: str) -> None:
-    """safetensors, a bare state dict, one inside a checkpoint, one of a data-parallel model: the same network."""
+    """safetensors, or a state dict under any of the usual names: the same network, and nothing to say of it."""
     tensors = {key: value.clone().contiguous() for key, value in tiny.module.state_dict().items()}
-    path = tmp_path / form
-    if form == "model.safetensors":
-        save_file(tensors, path)
-    elif form == "checkpoint.pt":
-        torch.save({"epoch": 3, "state_dict": tensors}, path)
-    elif form == "parallel.pth":
-        torch.save({f"module.{key}": value for key, value in tensors.items()}, path)
-    else:
-        torch.save(tensors, path)
+    (save_file if form == "model.safetensors" else torch.save)(tensors, tmp_path / form)
 
-    found = backbone.load(TINY, str(path))
+    found = backbone.load(TINY, str(tmp_path / form))
 
     assert tiny.network.digest == found.network.digest
     assert f"the file {form}" == found.network.source
     assert "other" == found.network.pretraining
+
+
+def test_the_arch_of_a_checkpoint_is_compared(tmp_path: Path, tiny: Backbone, module: Any) -> None:
+    """One that says it is of another model is told where it fits, and named in the remedy where it does not."""
+    torch.save({"arch": "test_resnet", "state_dict": tiny.module.state_dict()}, tmp_path / "fits.pth")
+    torch.save(
+        {"arch": "test_resnet.r160_in1k", "state_dict": timm.create_model("test_resnet").state_dict()}, tmp_path / "not.pth"
+    )
+    torch.save({"arch": "efficientnet", "state_dict": tiny.module.state_dict()}, tmp_path / "class.pth")
+
+    assert "saved as test_resnet, not test_efficientnet" in backbone.load(TINY, str(tmp_path / "fits.pth")).network.source
+    assert "saved as" not in backbone.load(TINY, str(tmp_path / "class.pth")).network.source  # the name of a class
+    with pytest.raises(UserError, match="do not fit test_efficientnet") as caught:
+        backbone.load(TINY, str(tmp_path / "not.pth"))
+    assert "--backbone test_resnet" in caught.value.fix
+
+
+def test_position_embeddings_of_another_input_size_are_resampled(tmp_path: Path) -> None:
+    """A ViT that was trained at 224 pixels reads 160, with the very numbers that timm's loader gives, and it is said."""
+    torch.manual_seed(2)
+    large = timm.create_model("test_vit", img_size=224)
+    torch.nn.init.normal_(large.pos_embed)
+    save_file(large.state_dict(), tmp_path / "large.safetensors")
+    right = timm.create_model("test_vit")
+    timm.models.load_checkpoint(right, str(tmp_path / "large.safetensors"), filter_fn=vision_transformer.checkpoint_filter_fn)
+
+    found = backbone.load("test_vit", str(tmp_path / "large.safetensors"))
+    whole = backbone.load("test_vit", str(tmp_path / "large.safetensors"), 224)
+
+    assert torch.equal(right.pos_embed, found.module.pos_embed)
+    assert "(pos_embed resampled for this input size, as timm does)" in found.network.source
+    assert torch.equal(large.pos_embed, whole.module.pos_embed)
+    assert "the file large.safetensors" == whole.network.source
+
+
+@pytest.mark.parametrize("name", [TINY, "test_vit"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_first_convolution_of_one_or_four_channels_is_adapted(tmp_path: Path, name: str, channels: int) -> None:
+    """The reverse of what timm does for `in_chans`: grey images give what they gave, of four channels three are kept."""
+    model = timm.create_model(name)
+    key = "conv_stem.weight" if name == TINY else "patch_embed.proj.weight"
+    tensors = model.state_dict()
+    colours = tensors[key].clone()
+    torch.save(tensors | {key: timm.models.adapt_input_conv(channels, colours.clone())}, tmp_path / "x.pth")
+
+    found = backbone.load(name, str(tmp_path / "x.pth"))
+    ours = found.module.state_dict()[key]
+
+    assert (3, True) == (ours.shape[1], torch.allclose(ours.sum(1), colours.sum(1), atol=1e-5))
+    assert torch.allclose(ours, colours if channels == 4 else colours.mean(1, keepdim=True), atol=1e-5)
+    assert key in found.network.source
+    assert "channel" in found.network.source
 
 
 def test_a_classifier_of_another_size_is_left_out(tmp_path: Path, module: Any) -> None:
@@ -270,7 +317,7 @@ def test_weights_of_another_network_are_named_key_by_key(tmp_path: Path, tiny: B
     del tensors["bn1.weight"]
     torch.save(tensors, tmp_path / "x.pth")
 
-    with pytest.raises(UserError, match="do not fit the backbone") as caught:
+    with pytest.raises(UserError, match="do not fit test_efficientnet") as caught:
         backbone.load(TINY, str(tmp_path / "x.pth"))
 
     for part in ("1 of another shape (conv_stem.weight)", "1 missing (bn1.weight)", "1 unknown (fc_extra.weight)"):
@@ -280,31 +327,93 @@ def test_weights_of_another_network_are_named_key_by_key(tmp_path: Path, tiny: B
 def bytes_of(form: str, mark: Path) -> bytes:
     """The bytes of something that is no weight file."""
     buffer = io.BytesIO()
+    weight = {"weight": torch.zeros(3000)}
     if form == "torch":
         torch.save({"weight": Malicious(mark)}, buffer)
     elif form == "pickle":
         pickle.dump(Malicious(mark), buffer)
+    elif form == "module":
+        torch.save(timm.create_model(TINY), buffer)
+    elif form == "program":
+        torch.jit.save(torch.jit.script(torch.nn.ReLU()), buffer)
     elif form == "numbers":
         torch.save({"weight": 3}, buffer)
+    elif form == "nothing":
+        torch.save({"state_dict": {}}, buffer)
     elif form == "tensor":
         torch.save(torch.zeros(3), buffer)
-    elif form == "text":
-        buffer.write(b"Not weights at all\n")
+    elif form in TEXTS:
+        buffer.write(TEXTS[form])
+    elif form == "half a checkpoint":
+        torch.save(weight, buffer)
+        return buffer.getvalue()[:5000]
+    elif form == "half of an old checkpoint":
+        torch.save(weight, buffer, _use_new_zipfile_serialization=False)
+        return buffer.getvalue()[:5000]
+    elif form == "half a safetensors file":
+        return to_bytes(weight)[:5000]
+    elif form == "half a header":
+        return to_bytes(weight)[:40]
+    elif form == "tar":
+        tarfile.open(fileobj=buffer, mode="w").close()
+        return b"x" * 257 + b"ustar" + buffer.getvalue()
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("form", ["torch", "pickle", "numbers", "tensor", "text", "empty"])
+TEXTS = {
+    "text": b"Not weights at all\n",
+    "page": b"\n<!DOCTYPE html><title>Sign in</title>",
+    "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "zipped": b"\x1f\x8b\x08\x00" * 9,
+    "empty": b"",
+}
+REFUSED = {
+    "torch": r"holds more than tensors \((posix|nt)\.mkdir\), and is not opened",
+    "pickle": r"holds more than tensors, and is not opened",
+    "module": r"holds more than tensors \(timm\.models\.efficientnet\.EfficientNet\), and is not opened",
+    "program": "is a TorchScript program",
+    "numbers": "holds no tensors",
+    "nothing": "holds no tensors",
+    "tensor": "holds no dictionary of tensors",
+    "text": "cannot be read as weights: it begins with b'Not weights ",
+    "page": "is a web page",
+    "pointer": "is a pointer of Git LFS",
+    "zipped": "is an archive",
+    "tar": "is an archive",
+    "empty": "is empty",
+    "half a checkpoint": "was cut short",
+    "half of an old checkpoint": "was cut short",
+    "half a safetensors file": "was cut short: 5,000 bytes of 12,",
+    "half a header": "was cut short",
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_whatever_is_no_dictionary_of_tensors_is_refused(tmp_path: Path, form: str, suffix: str) -> None:
-    """A pickle that would run code, other objects, text, nothing: a message with the path, and no code has run."""
+    """Code, other objects, half files, text, nothing: a sentence with the path and a remedy, and no code has run."""
     path = tmp_path / f"x{suffix}"
     path.write_bytes(bytes_of(form, tmp_path / "code has run"))
 
-    with pytest.raises(UserError, match=r"cannot be read as weights|holds no dictionary of tensors") as caught:
-        weights.read(path)
+    with pytest.raises(UserError, match=REFUSED[form]) as caught:
+        statedict.read(path)
 
     assert str(path) == caught.value.where
+    assert caught.value.fix
+    assert not [word for word in ("trust", "weights_only", "Error") if word in str(caught.value)]  # what torch says
     assert not (tmp_path / "code has run").exists()
+
+
+def test_a_whole_model_is_refused_with_the_way_to_save_its_weights(tmp_path: Path) -> None:
+    """The remedy is a line of Python, not the advice to open it after all."""
+    path = tmp_path / "whole.pth"
+    path.write_bytes(bytes_of("module", tmp_path))
+
+    with pytest.raises(UserError) as caught:
+        backbone.load(TINY, str(path))
+
+    assert "torch.save(model.state_dict(), 'weights.pth')" in caught.value.fix
 
 
 def test_the_malicious_file_of_these_tests_does_run_where_nothing_forbids_it(tmp_path: Path) -> None:
