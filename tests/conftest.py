@@ -129,6 +129,18 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def shades(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dark and light pictures, 20 each: told apart after three epochs from nothing, so that the moved model can ship."""
+    root = tmp_path_factory.mktemp("shades")
+    rng = np.random.default_rng(0)
+    for name, ground in (("dark", 20), ("light", 200)):
+        (root / name).mkdir()
+        for i in range(20):
+            Image.fromarray(rng.integers(ground, ground + 40, (48, 64, 3), np.uint8)).save(root / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 20 JPEGs of 500 × 375 pixels: crops of scikit-learn's two sample photographs."""
     from sklearn.datasets import load_sample_images

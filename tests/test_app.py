@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import odd
 import pytest
+from children import HEARS_CTRL_C
 from PIL import Image
 from webs import Site, ask, locked, png
 
@@ -425,7 +426,7 @@ def test_the_page_is_self_contained(site: Site) -> None:
 def test_the_command(site: Site, times: int) -> None:
     """The address is printed once it answers, a search over it works, and Ctrl-C (also twice) ends it at once, and well."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import webs; webs.install(setattr)\n"
-    code += "from retrieval.cli import main; main()"
+    code += HEARS_CTRL_C + "from retrieval.cli import main; main()"
     words = [sys.executable, "-c", code, "serve", str(site.index), "--port", "0"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as server:

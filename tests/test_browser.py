@@ -20,9 +20,8 @@ from retrieval.gallery import Gallery
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None, reason="no Chromium with its driver here: apt-get install chromium chromium-driver"
-)
+if CHROMIUM is None or DRIVER is None:  # the whole file, so that it is told in one line
+    pytest.skip("no Chromium with its driver here: apt-get install chromium chromium-driver", allow_module_level=True)
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-extensions"

@@ -19,9 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from children import HEARS_CTRL_C
 from safetensors import safe_open
 
 from finetune import store
@@ -115,20 +114,8 @@ def ending(status: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def shades(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dark and light pictures, 20 each: told apart after three epochs from nothing, so that the moved model can ship."""
-    root = tmp_path_factory.mktemp("shades")
-    rng = np.random.default_rng(0)
-    for name, ground in (("dark", 20), ("light", 200)):
-        (root / name).mkdir()
-        for i in range(20):
-            Image.fromarray(rng.integers(ground, ground + 40, (48, 64, 3), np.uint8)).save(root / name / f"{i:02d}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
 def nursery() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", NURSERY, str(Path(__file__).parent)]
+    command = [sys.executable, "-c", HEARS_CTRL_C + NURSERY, str(Path(__file__).parent)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield process
         assert process.stdin is not None
