@@ -22,6 +22,7 @@ from finetune.errors import UserError, printable
 
 MENDABLE, BUG, INTERRUPTED = 1, 3, 130
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # what the system says of a name that cannot be
 
 Progress = Callable[[int, int], None]
 
@@ -49,6 +50,9 @@ def guarded(group: click.Group, prog_name: str) -> NoReturn:
         if error.errno in DISK:
             place = printable(os.fsdecode(error.filename or "the disk"))
             _fail(f"error: {place}: {error.strerror}\n  → free some space, or mend the permissions", MENDABLE)
+        if error.errno in NAME:
+            place = printable(os.fsdecode(error.filename or "a name"))
+            _fail(f"error: {place}: {error.strerror}\n  → choose another name", MENDABLE)
         _crash(prog_name, error)
     except Exception as error:
         _crash(prog_name, error)
@@ -65,9 +69,9 @@ def _crash(prog_name: str, error: Exception) -> NoReturn:
 
     text = f"{prog_name} {' '.join(sys.argv[1:])}\npython {sys.version}\n\n{''.join(traceback.format_exception(error))}"
     head = f"{prog_name} met a bug: {type(error).__name__}: {printable(str(error))}"
-    for folder in (Path.cwd(), Path(tempfile.gettempdir())):
-        path = folder / "crash.log"
+    for folder in (Path.cwd, tempfile.gettempdir):  # either may raise: a folder that was removed, none that can be written
         with contextlib.suppress(OSError, UserError):
+            path = Path(folder()) / "crash.log"
             files.write_bytes(path, text.encode(errors="backslashreplace"))
             _fail(f"{head}\n  → the traceback is in {path}; please report it", BUG)
     _fail(f"{head}\n\n{text}", BUG)

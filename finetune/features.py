@@ -186,8 +186,8 @@ def _missing(store: Store, spaces: Sequence[Space], ids: files.Digests) -> NDArr
 def _tell_damage(store: Store) -> None:
     rows, count = store.damage()
     if rows:
-        where = f"{rows:,} rows in {count} of its files are damaged or missing"
-        files.note(f"the feature store {shown(store.folder)}: {where}; they are made again when their images are looked at")
+        words = f"{rows:,} damaged or missing row{'s' * (rows > 1)} in {count} file{'s' * (count > 1)}"
+        files.note(f"{shown(store.folder)}: {words} of features, made again where their images are looked at")
 
 
 def _run(

@@ -35,6 +35,7 @@ Everything here can be made again. `finetune cache` shows what is here and prune
 
 
 TEMPORARY = 40  # letters of a name in the name of its temporary file, which must not be too long for the system
+CACHE_PARTS = ("features", "compiled", "networks", "thumbs", "activations", "torchvision", "README.txt")
 CLEAR_FIX = "run `finetune cache --clear`, then the same command again"
 CACHE_FIX = "set $REGRAFT_CACHE to a folder that you may write to"
 
@@ -73,9 +74,7 @@ def _cache_base() -> tuple[Path, str]:
         try:
             return Path(root).expanduser(), "$REGRAFT_CACHE"
         except RuntimeError as error:
-            raise UserError(
-                "there is no such user's home folder", where=f"$REGRAFT_CACHE: {root}", fix=CACHE_FIX
-            ) from error
+            raise UserError("there is no such user's home folder", where=f"$REGRAFT_CACHE: {root}", fix=CACHE_FIX) from error
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     if Path(xdg).is_absolute():  # its specification: a relative path is to be ignored
         return Path(xdg) / "regraft", "$XDG_CACHE_HOME"

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from finetune import checksums, files, names
 from finetune.errors import UserError
+from finetune.faults import some
+from finetune.names import shown
 
 FORMAT = 1
 WAIT = 600.0  # seconds that a writer waits for another one
@@ -353,16 +355,25 @@ def database_errors(where: Path) -> Iterator[None]:
 
 
 def clear() -> int:
-    """Delete the whole cache (features, converted networks: all of it can be made again); returns the bytes freed."""
+    """Delete the whole cache (features, converted networks: all of it can be made again); returns the bytes freed.
+
+    What is not the cache's own stays: `$REGRAFT_CACHE` may name a folder that holds other things too.
+    """
     root = files.cache_dir()
-    freed = _size(root)
+    before = _size(root)
     with files.disk_errors(root):
-        for entry in root.iterdir():
+        entries = list(root.iterdir())
+        foreign = [entry for entry in entries if entry.name not in files.CACHE_PARTS]
+        for entry in entries:
+            if entry in foreign:
+                continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-    return freed
+    if foreign:
+        files.note(f"{shown(root)}: {some([shown(entry.name) for entry in foreign])} did not come from here and stayed")
+    return before - _size(root)
 
 
 def prune(unused_days: float) -> int:

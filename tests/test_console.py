@@ -68,6 +68,29 @@ def test_a_full_disk_is_no_bug(capsys: pytest.CaptureFixture[str]) -> None:
     assert "out.csv: No space left on device" in text
 
 
+@pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR])
+def test_a_name_that_cannot_be_is_no_bug(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Too long, a circle of links, or below a file: another name helps."""
+    code, text = leave(OSError(number, "It cannot be", "x" * 300), capsys)
+    assert 1 == code
+    assert f"{'x' * 300}: It cannot be" in text
+    assert "choose another name" in text
+
+
+def test_a_bug_where_there_is_no_folder_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working folder was removed, and there is none for temporary files: the traceback goes to stderr."""
+
+    def gone(*_: object) -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(Path, "cwd", gone)
+    monkeypatch.setattr("tempfile.gettempdir", gone)
+    code, text = leave(ZeroDivisionError("by nothing"), capsys)
+    assert 3 == code
+    assert "ZeroDivisionError: by nothing" in text
+    assert "Traceback" in text
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError("by nothing"), OSError(errno.EIO, "odd")])
 def test_a_bug(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Anything else exits 3: one line says what and where, the traceback and the command are in crash.log."""

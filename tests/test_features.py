@@ -170,7 +170,7 @@ def test_damaged_features_are_made_again(folder: Path, network: Counting, caplog
     again = read(load(folder), (POOLED, STAGE))
 
     assert count == network.seen
-    assert f"{count} rows in 1 of its files are damaged or missing; they are made again" in caplog.text
+    assert f"{count} damaged or missing rows in 1 file of features, made again" in caplog.text
     for tap in (POOLED, STAGE):
         np.testing.assert_array_equal(first.blocks[tap], again.blocks[tap])
     caplog.clear()

@@ -441,16 +441,38 @@ def test_the_store_stands_in_the_cache_folder(cache: Path) -> None:
 
 
 def test_clearing_the_cache_leaves_an_empty_folder_that_works(cache: Path) -> None:
-    """All can be made again; a folder that the user linked into it is only unlinked."""
+    """All can be made again; a part that the user keeps elsewhere, and linked into it, is only unlinked."""
     elsewhere = cache.parent / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "mine.txt").write_text("mine")
-    (cache / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (cache / "thumbs").symlink_to(elsewhere, target_is_directory=True)
 
     assert home.clear() > 100
     assert [] == list(cache.iterdir())
     assert "mine" == (elsewhere / "mine.txt").read_text()
     Store().close()
+
+
+def test_clearing_the_cache_leaves_what_is_not_its_own(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """$REGRAFT_CACHE may name a folder with other things in it: they are not deleted, and one line says so."""
+    (cache / "photos").mkdir()
+    (cache / "photos" / "one.jpg").write_bytes(b"mine")
+    home.clear()
+
+    assert ["photos"] == [path.name for path in cache.iterdir()]
+    assert b"mine" == (cache / "photos" / "one.jpg").read_bytes()
+    assert "photos did not come from here and stayed" in caplog.text
+
+
+@pytest.mark.parametrize("act", [Store, home.clear, home.overview, lambda: home.prune(1)])
+def test_a_store_without_a_cache_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+    """Features need a place: one sentence says which variable gives it."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "file"))
+
+    with pytest.raises(UserError, match=r"\$REGRAFT_CACHE") as caught:
+        act()
+    assert files.CACHE_FIX == caught.value.fix
 
 
 def test_pruning_the_cache_takes_converted_networks_too(cache: Path) -> None:
