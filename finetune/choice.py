@@ -44,7 +44,11 @@ def decided(seen: Look, baseline: SvmResult) -> str:
 
     The rule of shipping decides before the training where not even a model without errors would be clearly better.
     """
-    if seen.plan.training is None or seen.recipe.policy.strategy != "auto":
+    if seen.plan.training is None:
+        return ""
+    if not len(choosing(seen)):
+        return "no image can be held out that would choose between it and the SVM"
+    if seen.recipe.policy.strategy != "auto":
         return ""
     y, first, groups, words = svm_answers(seen, baseline)
     if clearly_better(metrics.paired(y, first, y, groups)):

@@ -289,6 +289,14 @@ def test_one_image_a_class_can_be_trained(shapes: Path, tmp_path: Path) -> None:
     assert run.list_runs(tmp_path)[0]["test/top1"] is None
 
 
+def test_fine_tuning_needs_an_image_that_chooses(shapes: Path, tmp_path: Path) -> None:
+    """Where no image can be held out to choose, fine-tuning is left out in words, though it was asked for."""
+    outcome = job.fit(shapes, out=tmp_path / "run", shots=1, strategy="stages:1", **TINY)
+
+    assert "svm" == outcome.shipped
+    assert "no image can be held out that would choose" in outcome.verdict
+
+
 def test_a_fine_tuned_model_without_a_test_part(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the fine-tuned model ships, the images that chose it judge it, and the name says so."""
     monkeypatch.setattr(choice, "ships", lambda pair, best_epoch: True)
