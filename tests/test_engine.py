@@ -200,6 +200,35 @@ def test_the_order_of_images_does_not_change_a_bit(tiny: Backbone, name: str, pr
         assert np.array_equal(a[7:8], c)
 
 
+# (network, precision, threads of torch, the largest difference as a share of the largest feature)
+SEAMS = [("test_efficientnet", precision, threads, 0.0) for precision in ("float32", "bf16") for threads in (1, 2, 4)] + [
+    ("test_efficientnet", "float32", 3, 2e-6),
+    ("test_efficientnet_gn", "float32", 5, 2e-6),
+    ("test_efficientnet_gn", "bf16", 5, 2e-2),
+]
+
+
+@pytest.mark.parametrize(("network", "precision", "threads", "most"), SEAMS)
+def test_one_image_alone_is_what_it_is_in_a_batch(network: str, precision: str, threads: int, most: float) -> None:
+    """To the bit in 1, 2 and 4 threads of torch; in a number that does not divide the batch, within the bound that is told."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        torch.manual_seed(0)
+        own = backbone.load(network, "random")
+        size = own.network.preprocess.size
+        pixels = np.random.default_rng(0).integers(0, 256, (engine.TORCH_BATCH, size, size, 3), dtype=np.uint8)
+        runner = engine.open_runner(own.network, [POOLED], lambda: own, engine="torch", precision=precision)
+        (whole,), (turned,) = runner(pixels), runner(pixels[::-1])
+        alone = np.concatenate([runner(pixels[i : i + 1])[0] for i in (0, 2, 5, 7)])
+    finally:
+        torch.set_num_threads(before)
+
+    scale = float(np.abs(whole).max())
+    assert float(np.abs(whole[[0, 2, 5, 7]] - alone).max()) <= most * scale
+    assert float(np.abs(whole - turned[::-1]).max()) <= most * scale
+
+
 @pytest.mark.parametrize("name", ["openvino", "torch"])
 def test_batches_come_out_in_the_order_in_which_they_went_in(tiny: Backbone, name: str) -> None:
     """However many requests are under way, and whatever the size of a batch."""
