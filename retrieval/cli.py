@@ -271,10 +271,10 @@ def sync(index: Path, root: Path | None, allow_empty: bool, on_bad: str, wait: W
     "--labels", default="folder", metavar="folder|CSV", help="what matches: images of one folder name, or pairs [folder]"
 )
 @click.option("-k", "ks", default="1,5,10", metavar="K[,K]", help="where to measure [1,5,10]")
-@click.option("--limit", type=click.IntRange(min=1), default=2000, help="of the index's own images used as queries [2000]")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="which images these are [0]")
+@click.option("--limit", type=click.IntRange(min=1), help="of the index's own images used as queries [2000]")
+@click.option("--seed", type=click.IntRange(min=0), help="which images these are [0]")
 @as_json
-def evaluate(index: Path, queries: Path | None, labels: str, ks: str, limit: int, seed: int, json_: bool) -> None:
+def evaluate(index: Path, queries: Path | None, labels: str, ks: str, json_: bool, **drawn: int | None) -> None:
     """How good the answers are: recall, precision, mAP, MRR with intervals, and what the search loses against exact search.
 
     QUERIES is a folder of query images in folders named as those of the index; without it, the images of the index ask for
@@ -294,10 +294,15 @@ def evaluate(index: Path, queries: Path | None, labels: str, ks: str, limit: int
     cuts = sorted({int(text) for text in ks.split(",")})
     if labels != "folder" and queries is not None:
         raise UserError("the CSV names the queries already", where="QUERIES", fix="leave out QUERIES, or --labels")
+    drawing = {name: value for name, value in drawn.items() if value is not None}
+    if drawing and (labels != "folder" or queries is not None):
+        named = "the CSV" if labels != "folder" else "QUERIES"
+        what = f"it draws from the index's own images, and the queries are those of {named}"
+        raise UserError(what, where=f"--{min(drawing)}", fix=f"leave out --{' and --'.join(sorted(drawing))}, or {named}")
     with Gallery(index) as gallery:
         _warn(gallery.warnings())
         if labels == "folder":
-            judged = home.by_folder(gallery, queries, ks=cuts, limit=limit, seed=seed)
+            judged = home.by_folder(gallery, queries, ks=cuts, **drawing)
         else:
             judged = home.by_pairs(gallery, Path(labels), ks=cuts)
     _print_json(judged.to_json()) if json_ else click.echo(judged.to_text())
@@ -355,6 +360,8 @@ def info(index: Path, check: bool, json_: bool) -> None:
             gallery.now.verify()
             gallery.now.verify_copy()
         about = gallery.info()
+    if check:
+        about["check"] = "every byte is as it was written"
     _warn(about["warnings"])
     if json_:
         _print_json(about)

@@ -155,9 +155,29 @@ def test_info(texts: Path) -> None:
     text = run("info", texts, "--check").output
     assert "every byte is as it was written" in text
     assert 12 == json.loads(run("info", texts, "--json").stdout)["images"]
+    assert "every byte" in json.loads(run("info", texts, "--check", "--json").stdout)["check"]
     (texts / "segments" / "1.f32").write_bytes(b"x")
     with pytest.raises(UserError, match="damaged"):
         run("info", texts)
+
+
+def test_options_that_have_no_effect_together_are_refused(texts: Path) -> None:
+    """--limit and --seed draw from the index's own images: with other queries they would say nothing."""
+    write(texts.parent, {"q/a/near.png": "near:word 0:q"})
+    (texts.parent / "pairs.csv").write_text("query,match\na/0001.png,a/0002.png\n")
+    with pytest.raises(UserError, match=r"--limit: it draws(.|\n)*leave out --limit and --seed, or QUERIES"):
+        run("evaluate", texts, "q", "--seed", 1, "--limit", 3)
+    with pytest.raises(UserError, match=r"--seed: it draws(.|\n)*those of the CSV"):
+        run("evaluate", texts, "--labels", "pairs.csv", "--seed", 1)
+    assert 3 == json.loads(run("evaluate", texts, "--limit", 3, "--json").stdout)["queries"]
+
+
+def test_json_and_a_sheet_are_both_made(texts: Path) -> None:
+    """`query --json --html`: one JSON value on stdout, and the page."""
+    write(texts.parent, {"near.png": "near:word 0:q"})
+    found = json.loads(run("query", texts, "near.png", "--json", "--html", "found.html").stdout)
+    assert "near.png" == found[0]["query"]
+    assert "near.png" in (texts.parent / "found.html").read_text(encoding="utf-8")
 
 
 def test_stale_is_said(tmp_path: Path, texts: Path) -> None:
