@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import engine, features, files
+from finetune import engine, features, files, loose
+from finetune.engine import Runner
 from finetune.errors import UserError
-from finetune.images import Fault, ImageSet, check_on_bad, load_unlabelled
+from finetune.images import Fault, ImageSet, check_on_bad
+from finetune.loose import Picture
 from finetune.network import Network, Tap
 
 if TYPE_CHECKING:
@@ -119,7 +122,11 @@ def rbf(x: Array, y: Array, gamma: float) -> Array:
 
 @dataclass(frozen=True)
 class Predictions:
-    """`probabilities` is `(n, C)`, row i of `images.paths[i]`; `faults` are the images that could not be read."""
+    """`probabilities` is `(n, C)`, row i of `images.paths[i]`: the inputs in their order, a row each.
+
+    `faults` are the images that could not be read and were skipped, by the same names: rows and faults together are as
+    many as the images that were asked for.
+    """
 
     images: ImageSet
     classes: tuple[str, ...]
@@ -137,6 +144,10 @@ class Classifier:
     """A frozen network and the head that reads it. `load` gives the torch backbone where it must be converted.
 
     `views` are averaged: the scores of an image are the mean over them.
+
+    The network is opened by the first prediction and held for the next ones. `close` lets it go, and so does the end of
+    `with finetune.load(run) as model:`; a later prediction opens it again. Predictions may be asked for from several
+    threads: they are made one after the other, each with all cores.
     """
 
     network: Network
@@ -145,38 +156,67 @@ class Classifier:
     engine: str = "auto"
     precision: str = "auto"
     views: tuple[str, ...] = ("",)
+    _runners: list[Runner] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
+    _lock: Any = dataclasses.field(default_factory=threading.RLock, init=False, repr=False, compare=False)
+
+    def __enter__(self) -> Classifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the opened network go, with its memory and its files, once no prediction needs it."""
+        with self._lock:
+            self._runners.clear()
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.head.classes
 
     def predict(
-        self, images: ImageSet | Sequence[str | Path], *, on_bad: str = "stop", progress: features.Progress | None = None
+        self,
+        images: ImageSet | Picture | Iterable[Picture],
+        *,
+        on_bad: str = "stop",
+        progress: features.Progress | None = None,
     ) -> Predictions:
         """Probabilities of every image, past the feature store: the one path of `predict`, `evaluate` and predictions.csv.
 
-        `images` are a set, or paths of files and folders. Raises `UserError` naming all unreadable images where `on_bad`
-        is stop; `skip` leaves them to `faults`.
+        `images` are a set; or one picture or several, a row each, in their order: paths of files, folders (all images
+        below them), the bytes of image files, PIL images, and uint8 arrays H × W, H × W × 3 (RGB) or H × W × 4 (RGBA).
+        They are called as in `loose.load`. A PIL image or an array gets what its file would get, if it were saved without
+        loss. An image gets the same bits alone and beside others, as far as `engine.Runner` promises.
+
+        Raises `UserError` naming all unreadable images where `on_bad` is stop; `skip` leaves them to `faults`.
         """
         check_on_bad(on_bad)
         if not isinstance(images, ImageSet):
-            images = load_unlabelled(images)
-        runner = engine.open_runner(self.network, self.head.taps, self.load, engine=self.engine, precision=self.precision)
+            images = loose.load(images, on_bad=on_bad)
+        first: dict[str, int] = {}  # where each path stands first: a file that is there again is not looked at again
+        same = np.array([first.setdefault(path, i) for i, path in enumerate(images.paths)], dtype=np.int64)
+        todo = list(first.values())
         faults: dict[int, Fault] = {}
         total = np.zeros((len(images), len(self.classes)), dtype=np.float32)
-        for view in self.views:
-            stream = features.stream(
-                images, range(len(images)), self.network, lambda: runner, faults, view=view, progress=progress
-            )
-            with contextlib.closing(stream):  # an error below ends the decoding, too
-                for positions, blocks in _gathered(stream, SCORED):
-                    total[positions] += self._scores(blocks)
+        with self._lock:
+            for view in self.views:
+                stream = features.stream(images, todo, self.network, self._opened, faults, view=view, progress=progress)
+                with contextlib.closing(stream):  # an error below ends the decoding, too
+                    for positions, blocks in _gathered(stream, SCORED):
+                        total[positions] += self._scores(blocks)
         if faults and on_bad == "stop":
             features.refuse(list(faults.values()), images.name)
-        keep = np.array([i for i in range(len(images)) if i not in faults], dtype=np.int64)
+        keep = np.array([i for i, at in enumerate(same) if int(at) not in faults], dtype=np.int64)
         kept = images if len(keep) == len(images) else images.subset(keep)
-        probabilities = softmax(total[keep] / len(self.views), self.head.temperature)
-        return Predictions(kept, self.classes, probabilities, tuple(faults.values()))
+        probabilities = softmax(total[same[keep]] / len(self.views), self.head.temperature)
+        return Predictions(kept, self.classes, probabilities, tuple(faults[int(at)] for at in same if int(at) in faults))
+
+    def _opened(self) -> Runner:
+        """The network, opened unless it is already."""
+        if not self._runners:
+            how = {"engine": self.engine, "precision": self.precision}
+            self._runners.append(engine.open_runner(self.network, self.head.taps, self.load, **how))
+        return self._runners[0]
 
     def _scores(self, blocks: Sequence[Array]) -> Array:
         # Always as many rows: BLAS may sum in another order for another number of them, and one image alone must get the

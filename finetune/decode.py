@@ -147,6 +147,24 @@ def format_of(data: bytes) -> str:
     return _parser(data)[0]
 
 
+def encode(picture: Image.Image) -> bytes:
+    """A picture in memory as a file, whose pixels are those that `decode` gives where it was saved without loss.
+
+    That is what `decode` does with a file: upright, transparency on white, 16 bits scaled to 8. Raises `DecodeError`.
+    """
+    about = f"a picture of {picture.width:,} × {picture.height:,} pixels in mode {picture.mode}"
+    if picture.width * picture.height > MAX_PIXELS:
+        raise DecodeError("too large", f"{about}; at most {MAX_PIXELS // 1_000_000} million are taken")
+    try:
+        picture.load()
+        rgb = _to_rgb(_upright(picture))
+        return b"P6 %d %d 255\n" % rgb.size + rgb.tobytes()
+    except MemoryError as error:
+        raise DecodeError("too large", f"{about}: not enough memory") from error
+    except Exception as error:  # it may be read from its file only now, and that file may hold anything
+        raise DecodeError("damaged", f"{about}: {error or type(error).__name__}") from error
+
+
 def to_input(data: bytes, pre: Preprocess) -> NDArray[np.uint8]:
     """Bytes of one image file to the network's input before normalisation: `(size, size, 3)`, uint8. Raises `DecodeError`."""
     image, box = _decode(data, math.ceil(pre.resize * DRAFT_MARGIN))
@@ -183,11 +201,8 @@ def _decode(data: bytes, short_side: int | None) -> tuple[Image.Image, Box]:
         image = parse(BytesIO(data), "")
         box = _reduce(image, name, short_side)
         image.load()
-        orientation = _orientation(image)
-        if orientation in UPRIGHT:
-            box = _turned(box, orientation, image.size)
-            image = image.transpose(UPRIGHT[orientation])
-        rgb = _to_rgb(image)
+        box = _turned(box, _orientation(image), image.size)
+        rgb = _to_rgb(_upright(image))
     return rgb, box or (0, 0, *rgb.size)
 
 
@@ -268,6 +283,11 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged metadata does not spoil the pixels: viewers show them as they are stored
         return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turn = UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _turned(box: Box | None, orientation: int, size: tuple[int, int]) -> Box | None:

@@ -300,7 +300,12 @@ def decoding(
     pre = network.preprocess
 
     def one(i: int) -> Picture:
-        data = source.read(i)
+        try:
+            data = source.read(i)
+        except UserError as error:
+            return Fault(source.paths[i], "unreadable", error.what)
+        except decode.DecodeError as error:  # of a picture in memory
+            return Fault(source.paths[i], error.kind, error.detail)
         if ids is not None and hashlib.sha256(data).hexdigest() != ids[i]:
             raise Changed(source.root / source.paths[i])
         try:

@@ -74,16 +74,7 @@ class ImageSet:
         """The bytes of image i: the one place where they come from. Raises `UserError` where a file cannot be read."""
         if self.source is not None:
             return self.source(self.paths[i])
-        try:
-            # the hot path: building a Path costs as much as the call
-            with open(os.path.join(self.root, self.paths[i]), "rb") as file:  # noqa: PTH118, PTH123
-                return file.read()
-        except OSError as error:
-            raise UserError(
-                f"cannot be read ({error.strerror})",
-                where=self.root / self.paths[i],
-                fix="mend or remove it; `finetune check` lists all such files",
-            ) from error
+        return read_file(os.path.join(self.root, self.paths[i]))  # noqa: PTH118
 
     def leave_out(self, gone: Mapping[int, tuple[str, str]]) -> tuple[ImageSet, Ints]:
         """The images without those at the positions `gone`, which are remembered with kind and detail; the positions kept."""
@@ -118,6 +109,17 @@ class ImageSet:
             groups=None if self.groups is None else tuple(self.groups[i] for i in at),
             split=None if self.split is None else self.split[at],
         )
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file. Raises `UserError` where it cannot be read."""
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 — the hot path: building a Path costs as much as the call
+            return file.read()
+    except (OSError, ValueError) as error:  # a name with a NUL inside is a ValueError
+        why = error.strerror if isinstance(error, OSError) else error
+        fix = "mend or remove it; `finetune check` lists all such files"
+        raise UserError(f"cannot be read ({why})", where=path, fix=fix) from error
 
 
 # ------------------------------------------------------------------------------------------------------------ loading
@@ -296,6 +298,18 @@ def _moved_to_test(images: ImageSet, test: ImageSet, theirs: set[str]) -> ImageS
 def digest_of(images: ImageSet, positions: Iterable[int]) -> Iterator[str]:
     """SHA-256 of the bytes of the images at `positions`, in order, hashed in threads. Raises `UserError` as `read` does."""
     return in_threads(lambda i: hashlib.sha256(images.read(i)).hexdigest(), positions)
+
+
+def contents(images: ImageSet) -> list[str]:
+    """SHA-256 of every image, in order; of one that cannot be read, the empty text."""
+
+    def one(i: int) -> str:
+        try:
+            return hashlib.sha256(images.read(i)).hexdigest()
+        except UserError:
+            return ""
+
+    return list(_in_threads(one, range(len(images))))
 
 
 def digests(images: ImageSet, known: Sequence[str | None] | None = None) -> list[str]:

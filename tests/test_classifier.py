@@ -211,8 +211,8 @@ def test_skipped_images_are_listed_once_and_shift_no_other(
     own = model(tiny, linear(tiny), views=views)
     found = own.predict([with_bad], on_bad="skip")
 
-    assert ("a.png", "c.png") == found.images.paths
-    assert ["b.png", "d.png"] == [fault.path for fault in found.faults]
+    assert (f"{with_bad}/a.png", f"{with_bad}/c.png") == found.images.paths
+    assert [f"{with_bad}/b.png", f"{with_bad}/d.png"] == [fault.path for fault in found.faults]
     np.testing.assert_array_equal(own.predict(pictures.subset([0, 1])).probabilities, found.probabilities)
 
 
@@ -222,6 +222,108 @@ def test_nothing_but_bad_images(tiny: Backbone, with_bad: Path) -> None:
 
     assert (0, 3) == found.probabilities.shape
     assert 2 == len(found.faults)
+
+
+def test_rows_and_faults_together_are_as_many_as_the_inputs(tiny: Backbone, with_bad: Path) -> None:
+    """A bad image that was given twice is left out twice, a missing file is left out by name, and no row is shifted."""
+    given = [with_bad / name for name in ("b.png", "a.png", "gone.png", "b.png", "a.png")]
+    found = model(tiny, linear(tiny)).predict([*given, b"nonsense"], on_bad="skip")
+
+    assert [str(given[1]), str(given[4])] == list(found.images.paths)
+    assert [*(str(given[i]) for i in (0, 2, 3)), "[5]"] == [fault.path for fault in found.faults]
+    assert ["empty", "unreadable", "empty", "not an image"] == [fault.kind for fault in found.faults]
+
+
+def test_every_input_has_its_row_in_the_order_given(
+    tiny: Backbone, pictures: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file given twice has two rows, and is decoded once; a folder stands at its place; names are those that were typed."""
+    (tmp_path / "in").mkdir()
+    for i, name in enumerate(["b.png", "a.png", "in/z.png", "in/y.png"]):
+        (tmp_path / name).write_bytes(pictures.read(i))
+    monkeypatch.chdir(tmp_path)
+    seen: list[bytes] = []
+    to_input = decode.to_input
+    monkeypatch.setattr(decode, "to_input", lambda data, pre: seen.append(data) or to_input(data, pre))
+    found = model(tiny, linear(tiny)).predict(["b.png", "in/", Path("b.png"), "./a.png", "b.png"])
+
+    assert ("b.png", "in/y.png", "in/z.png", "b.png", "./a.png", "b.png") == found.images.paths
+    assert 4 == len(seen)
+    expected = model(tiny, linear(tiny)).predict(pictures.subset([0, 3, 2, 0, 1, 0])).probabilities
+    np.testing.assert_array_equal(expected, found.probabilities)
+
+
+def test_pictures_in_memory_get_the_bits_of_their_files(tiny: Backbone, shapes: Path) -> None:
+    """A path, the bytes of the file, the picture and its array in one list; one picture alone; a stack of them."""
+    from PIL import Image
+
+    file = shapes / "circle" / "03.png"
+    picture = Image.open(file)
+    array = np.array(picture)
+    own = model(tiny, linear(tiny))
+    found = own.predict([file, file.read_bytes(), picture, array, bytearray(file.read_bytes()), picture])
+
+    assert (str(file), "[1]", "[2]", "[3]", "[4]", "[5]") == found.images.paths
+    np.testing.assert_array_equal(np.repeat(found.probabilities[:1], 6, axis=0), found.probabilities)
+    for alone in (picture, array, file.read_bytes(), str(file), np.stack([array])):
+        np.testing.assert_array_equal(found.probabilities[:1], own.predict(alone).probabilities)
+    assert (0, 3) == own.predict([]).probabilities.shape
+
+
+def test_the_network_is_opened_once_and_let_go(tiny: Backbone, pictures: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first prediction opens it, later ones use it, close and the end of `with` free it; then it is opened again."""
+    import gc
+    import weakref
+
+    opened: list[Any] = []
+    open_runner = classifier.engine.open_runner
+
+    def counted(*args: Any, **how: Any) -> Any:
+        runner = open_runner(*args, **how)
+        opened.append(weakref.ref(runner))
+        return runner
+
+    monkeypatch.setattr(classifier.engine, "open_runner", counted)
+    with model(tiny, linear(tiny)) as own:
+        first, second = own.predict(pictures), own.predict(pictures)
+        assert 1 == len(opened)
+    gc.collect()
+    assert opened[0]() is None
+    np.testing.assert_array_equal(first.probabilities, second.probabilities)
+    np.testing.assert_array_equal(first.probabilities, own.predict(pictures).probabilities)
+    assert 2 == len(opened)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_threads_may_share_a_classifier(tiny: Backbone, pictures: ImageSet, precision: str) -> None:
+    """What several threads ask for at once is what one gets, and the network is opened once; closing waits for them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    own = dataclasses.replace(model(tiny, linear(tiny)), precision=precision)
+    expected = own.predict(pictures).probabilities
+    own.close()
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(own.predict, pictures) for _ in range(6)]
+        closed = pool.submit(own.close)
+        for answer in asked:
+            np.testing.assert_array_equal(expected, answer.result().probabilities)
+        closed.result()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what a process has open")
+def test_a_closed_classifier_holds_no_file(tiny: Backbone, pictures: ImageSet, folder: Path) -> None:
+    """Neither the run's files nor the converted network stay open or mapped: the folders can be removed on any system."""
+    import gc
+
+    write(folder, tiny, model(tiny, linear(tiny), "auto"))
+    with classifier.load(folder) as own:
+        own.predict(pictures.subset([0]))
+    gc.collect()
+    fds = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    held = "\n".join([Path("/proc/self/maps").read_text(), *fds])
+
+    assert str(folder) not in held
+    assert "/compiled/" not in held
 
 
 def test_progress_of_a_prediction(tiny: Backbone, pictures: ImageSet) -> None:

@@ -362,6 +362,51 @@ def test_names_do_not_matter() -> None:
     assert (60, 40) == decode.decode(encode(photograph(size=(60, 40)), "GIF")).size
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_a_picture_in_memory_has_the_pixels_of_its_lossless_file(mode: str) -> None:
+    """Grey, palette, transparent, 16 and 32 bits: `encode` gives what `decode` makes of the picture as PNG or TIFF."""
+    values = np.random.default_rng(0).integers(0, 256, (7, 9, 4), dtype=np.uint8)
+    picture = Image.fromarray(values, "RGBA")
+    if mode in ("I;16", "I"):
+        picture = Image.fromarray(values[..., 0].astype(np.uint16) * 257 + values[..., 1])
+        picture = picture if mode == "I;16" else picture.convert("I")
+    elif mode == "F":
+        picture = Image.fromarray(values[..., 0].astype(np.float32) / 300)
+    elif mode in ("P", "PA"):
+        picture = picture.convert("RGB").convert("P").convert(mode)
+    elif mode != "RGBA":
+        picture = picture.convert("RGB" if mode in ("CMYK", "YCbCr") else "RGBA").convert(mode)
+    file = BytesIO()
+    picture.convert("RGBA" if mode == "PA" else mode).save(file, "TIFF" if mode in ("CMYK", "YCbCr", "I", "F") else "PNG")
+
+    assert mode == picture.mode
+    expected = decode.decode(file.getvalue())
+    assert expected.tobytes() == decode.decode(decode.encode(picture)).tobytes()
+    assert expected.size == decode.decode(decode.encode(picture)).size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_in_memory_is_turned_upright(orientation: int) -> None:
+    """The orientation in its metadata counts as it does in the file that it was opened from."""
+    file = BytesIO()
+    exif = Image.Exif()
+    exif[decode.ORIENTATION] = orientation
+    values = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    Image.fromarray(values).save(file, "PNG", exif=exif)
+
+    expected = decode.decode(file.getvalue())
+    assert expected.tobytes() == decode.decode(decode.encode(Image.open(file))).tobytes()
+
+
+def test_a_picture_in_memory_that_cannot_be_read_is_a_fault() -> None:
+    """Pillow opens a file that is cut short without a word; the pixels are asked for later."""
+    file = BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
+
+    with pytest.raises(decode.DecodeError, match="damaged: a picture of 64 × 64 pixels in mode RGB"):
+        decode.encode(Image.open(BytesIO(file.getvalue()[:1000])))
+
+
 def test_size_comes_from_the_header() -> None:
     """The size is known without the pixels, even of a file that is cut short."""
     data = encode(photograph(), "JPEG")
