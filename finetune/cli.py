@@ -221,17 +221,20 @@ def extract(data: str, output: Path, **given: Any) -> None:
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="write a CSV table here")
 @click.option("--unsure", type=click.FloatRange(0, 1), metavar="BELOW", help="mark predictions whose probability is below")
 @running
 @bad_images
 @as_json
 def predict(
-    run: Path, images: tuple[Path, ...], output: Path | None, unsure: float | None, engine: str | None, precision: str | None,
+    run: Path, images: tuple[str, ...], output: Path | None, unsure: float | None, engine: str | None, precision: str | None,
     on_bad_image: str | None, json_: bool,
 ) -> None:  # fmt: skip
     """Classes and calibrated probabilities of images, or of all images in folders.
+
+    A row an image, in the order given, under the name given. The table has the columns path, label (empty), prediction,
+    score, second, second_score, unsure (with --unsure), and p:CLASS for each class, as predictions.csv of a run.
 
     \b
     Example:
@@ -240,42 +243,52 @@ def predict(
     """
     from finetune import predict as home
 
-    rows, faults = home.predict(
-        run, images, engine_name=engine, precision=precision, on_bad=on_bad_image or "stop", unsure=unsure, bar=console.progress
+    found = home.predict(
+        run, images, engine_name=engine, precision=precision, on_bad=on_bad_image or "stop", say=_say, bar=console.progress
     )
     if output:
-        home.write_csv(output, rows)
-        click.echo(f"{len(rows)} predictions written to {names.shown(output)}")
-    elif json_:
-        _print_json(rows)
-    else:
-        click.echo(home.table(rows))
-    for fault in faults:
-        click.echo(f"left out: {fault.to_text()}", err=True)
+        home.write_csv(output, found, unsure)
+        click.echo(f"{len(found.images)} predictions written to {names.shown(output)}", err=json_)
+    if json_:
+        _print_json(home.rows(found, unsure))
+    elif not output:
+        click.echo(home.table(home.rows(found, unsure)))
 
 
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("data")
+@click.option(
+    "--seen", type=click.Choice(["leave-out", "keep"]), default="leave-out", help="images that the run was trained on [leave-out]"
+)
 @running
 @bad_images
 @columns
 @as_json
 def evaluate(
-    run: Path, data: str, engine: str | None, precision: str | None, on_bad_image: str | None, json_: bool, **given: Any
+    run: Path,
+    data: str,
+    seen: str,
+    engine: str | None,
+    precision: str | None,
+    on_bad_image: str | None,
+    json_: bool,
+    **given: Any,
 ) -> None:
     """Judge a finished run on labelled images.
 
-    All images of DATA are used, or its test part where it has one. Classes are matched by name.
+    All images of DATA are used, or its test part where it has one, but for those that the run was trained on: they are
+    known by their bytes. Classes are matched by name.
 
     \b
     Example:
       finetune evaluate runs/photos more-photos/
     """
-    from finetune import predict as home
+    from finetune import judge as home
 
     on_bad = on_bad_image or "stop"
-    how: dict[str, Any] = {"engine_name": engine, "precision": precision, "on_bad": on_bad, "layout": _layout(given, on_bad)}
+    how: dict[str, Any] = {"engine_name": engine, "precision": precision, "on_bad": on_bad, "seen": seen}
+    how["layout"] = _layout(given, on_bad)
     result = home.evaluate(run, data, **how, say=_say, bar=console.progress)
     if json_:
         _print_json(result)

@@ -309,7 +309,7 @@ def contents(images: ImageSet) -> list[str]:
         except UserError:
             return ""
 
-    return list(_in_threads(one, range(len(images))))
+    return list(in_threads(one, range(len(images))))
 
 
 def digests(images: ImageSet, known: Sequence[str | None] | None = None) -> list[str]:

@@ -23,6 +23,7 @@ from finetune import (
     files,
     folders,
     images,
+    judge,
     judgement,
     look,
     metrics,
@@ -30,6 +31,7 @@ from finetune import (
     omissions,
     options,
     page,
+    predictions,
     report,
     run,
     splits,
@@ -396,6 +398,7 @@ def _finish(
         model = Classifier(trained.backbone.network, trained.head, lambda: trained.backbone, used, bits)
         backbone.save(trained.backbone, folder.path / "model.safetensors", (trained.head.weight, trained.head.bias))
     classifier.save(folder.path, model)
+    judge.record(folder.path, seen.digests.take(seen.part("train", "val")))
     if text := weights.notice(seen.named.network.name, weights.find(seen.named.network.name, seen.recipe.backbone.weights)):
         folder.write_text("LICENSE-weights.txt", text)
     with clock(seen.seconds, "judge"), bar("judge") as progress:
@@ -408,7 +411,7 @@ def _finish(
     if found is not None:
         name = "predictions.csv" if judged.part == "test" else f"predictions-{judged.part}.csv"
         labels = [seen.images.classes[label] for label in found.images.labels]
-        run.write_predictions(folder.path / name, found.images.paths, labels, found.classes, found.probabilities)
+        predictions.write_predictions(folder.path / name, found.images.paths, labels, found.classes, found.probabilities)
     folder.write_json("metrics.json", written)
     folder.write_json("plan.json", _plan_json(seen, baseline, pair))
     if left := (*omissions.account(seen.images), *seen.features.faults):

@@ -8,7 +8,6 @@ at work.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import json
 import os
@@ -23,15 +22,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, Any
 
 from finetune import files, lock
 from finetune.errors import UserError
 from finetune.lock import NO_WAIT, Wait
-from finetune.names import meant, shown
+from finetune.names import shown
+from finetune.predictions import write_csv
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
@@ -42,7 +39,6 @@ STARTED = "started.json"
 LOCK = "lock.sqlite"
 PACKAGES = ("regraft", "torch", "timm", "torchvision", "openvino", "scikit-learn", "numpy", "pillow", "safetensors", "faiss-cpu")
 UNTESTED = ("cv/top1", "choice/top1")  # the accuracy of a run without test images
-PROBABILITY = "p:"  # begins the name of a probability's column, so that a class called `path` collides with nothing
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -289,60 +285,6 @@ def git_commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
     return None
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a UTF-8 table, whole or not at all; a float is written so that `float()` gives back the same bits."""
-    text = "".join(",".join(map(_csv, row)) + "\n" for row in (header, *rows))
-    files.write_bytes(path, text.encode(errors="surrogateescape"))  # file names are bytes, and need not be UTF-8
-
-
-def _csv(cell: object) -> str:
-    text = repr(float(cell)) if isinstance(cell, float | np.floating) else str(cell)
-    # Not csv.writer: with lines that end in \n it leaves a \r unquoted, which csv.reader takes for the end of the line.
-    return f'"{text.replace(chr(34), chr(34) * 2)}"' if re.search(r'[",\r\n]', text) else text
-
-
-# --- predictions ----------------------------------------------------------------------------------------------------
-
-
-class Predictions(NamedTuple):
-    """A table of predictions: `probabilities` is `(n, C)` float64; `labels` are empty texts where the truth is not known."""
-
-    paths: list[str]
-    labels: list[str]
-    classes: list[str]
-    probabilities: NDArray[np.float64]
-
-
-def write_predictions(
-    path: Path, paths: Sequence[str], labels: Sequence[str], classes: Sequence[str], probabilities: NDArray[Any]
-) -> None:
-    """Write `path,label,prediction,score,p:<class>,…`, a row an image; paths are written as `names.shown` shows them.
-
-    The prediction is the first class of the largest probability, the score that probability.
-    """
-    best = [classes[i] for i in probabilities.argmax(axis=1)]
-    rows = ([*told, row.max(), *row] for *told, row in zip(map(shown, paths), labels, best, probabilities, strict=True))
-    write_csv(path, ["path", "label", "prediction", "score", *(f"{PROBABILITY}{name}" for name in classes)], rows)
-
-
-def read_predictions(path: Path) -> Predictions:
-    """Read back what `write_predictions` wrote: the paths are those of the files, the probabilities equal to the last bit."""
-    try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            header, *rows = csv.reader(file)
-        if header[:4] != ["path", "label", "prediction", "score"] or not all(name.startswith(PROBABILITY) for name in header[4:]):
-            raise ValueError(f"its columns are {', '.join(header[:5])}")
-        values = np.array([[float(cell) for cell in row[4:]] for row in rows], dtype=np.float64).reshape(
-            len(rows), len(header) - 4
-        )
-    except FileNotFoundError as error:
-        raise UserError("no such file", where=path) from error
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"not a table of predictions ({error})", where=path, fix="give the predictions.csv of a run") from error
-    classes = [name.removeprefix(PROBABILITY) for name in header[4:]]
-    return Predictions([meant(row[0]) for row in rows], [row[1] for row in rows], classes, values)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ MOMENTS = {
     "fine-tuning, before the third checkpoint": {"target": "finetune.checkpoints:save", "at": 3},
     "the refit, after its first checkpoint": {"target": "finetune.checkpoints:save", "at": 4, "after": True},
     "the model being written": {"target": "finetune.classifier:save", "at": 1},
-    "the judgement": {"target": "finetune.run:write_predictions", "at": 1, "after": True},
+    "the judgement": {"target": "finetune.predictions:write_predictions", "at": 1, "after": True},
     "before run.json": {"target": "finetune.run:RunDir.finish", "at": 1},
     "after run.json": {"target": "finetune.run:_remove_checkpoints", "at": 1},
 }

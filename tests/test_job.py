@@ -14,7 +14,7 @@ import odd
 import pytest
 
 import finetune
-from finetune import choice, classifier, files, images, job, look, names, run
+from finetune import choice, classifier, files, images, job, look, names, predictions, run
 from finetune.errors import UserError
 from finetune.network import Tap
 
@@ -46,7 +46,7 @@ def test_a_run_holds_everything_that_the_design_names(done: job.Outcome) -> None
 
 def test_predict_reproduces_the_runs_predictions_bit_for_bit(done: job.Outcome, shapes: Path) -> None:
     """The probabilities in predictions.csv are those that `load(run).predict` gives for the same files."""
-    written = run.read_predictions(done.path / "predictions.csv")
+    written = predictions.read_predictions(done.path / "predictions.csv")
     again = finetune.load(done.path).predict([shapes / path for path in written.paths])
 
     assert np.array_equal(written.probabilities, again.probabilities.astype(np.float64))
@@ -55,7 +55,7 @@ def test_predict_reproduces_the_runs_predictions_bit_for_bit(done: job.Outcome, 
 def test_the_other_engine_agrees_within_a_tolerance(done: job.Outcome, shapes: Path) -> None:
     """A run made by torch in float32 predicts the same with OpenVINO in float32, to 1e-3 in probability."""
     pytest.importorskip("openvino")
-    written = run.read_predictions(done.path / "predictions.csv")
+    written = predictions.read_predictions(done.path / "predictions.csv")
     again = finetune.load(done.path, engine_name="openvino").predict([shapes / path for path in written.paths])
 
     assert float(np.abs(written.probabilities - again.probabilities).max()) < 1e-3
@@ -63,7 +63,7 @@ def test_the_other_engine_agrees_within_a_tolerance(done: job.Outcome, shapes: P
 
 def test_anyone_can_recompute_the_accuracy(done: job.Outcome) -> None:
     """predictions.csv holds what metrics.json says."""
-    told = run.read_predictions(done.path / "predictions.csv")
+    told = predictions.read_predictions(done.path / "predictions.csv")
     best = [told.classes[i] for i in told.probabilities.argmax(1)]
 
     assert done.metrics["test/top1"]["value"] == pytest.approx(np.mean([a == b for a, b in zip(best, told.labels, strict=True)]))
@@ -196,7 +196,7 @@ def test_the_test_part_is_judged_once_and_chooses_nothing(shapes: Path, tmp_path
         outcomes.append(job.fit(tmp_path / f"{name}.csv", out=tmp_path / name, strategy="svm", **TINY))
         assert sorted(seen) == sorted(os.path.relpath(path, tmp_path) for path, _, part in rows if part == "test")
         seen.clear()
-    one, other = (run.read_predictions(outcome.path / "predictions.csv") for outcome in outcomes)
+    one, other = (predictions.read_predictions(outcome.path / "predictions.csv") for outcome in outcomes)
 
     assert outcomes[0].metrics["test/top1"] != outcomes[1].metrics["test/top1"]
     assert one.labels != other.labels

@@ -124,9 +124,11 @@ def test_predict_skips_bad_images_and_names_them(fitted: Fitted, photos: Path) -
         rows = list(csv.DictReader(file))
 
     assert 0 == ended.code
-    assert sorted(faults.BAD) == sorted(line.split(": ")[1] for line in ended.err.splitlines() if line.startswith("left out: "))
+    left_out = [line.split(": ")[1] for line in ended.err.splitlines() if line.startswith("left out: ")]
+    assert sorted(f"{photos}/{path}" for path in faults.BAD) == sorted(left_out)
+    assert "left alone: 1 file" in ended.err
     assert len(rows) == len(images.load_unlabelled(photos)) - len(faults.BAD)
-    assert {*faults.ODD, f"train/{UNICODE}/only.png"} <= {row["path"] for row in rows}
+    assert {f"{photos}/{path}" for path in (*faults.ODD, f"train/{UNICODE}/only.png")} <= {row["path"] for row in rows}
     assert f"p:{UNICODE}" in rows[0]
 
 

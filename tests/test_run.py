@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import odd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import finetune
 from finetune import files, lock, run
@@ -529,60 +527,6 @@ def test_a_paired_result_is_printed_as_its_difference() -> None:
     difference = {"value": 0.02, "low": -0.01, "high": 0.05, "n": 100, "method": "bonett-price"}
 
     assert "0.020 (-0.010–0.050)" in run.rows_text([{"run": "a", "test/paired": {"difference": difference, "p_value": 0.3}}])
-
-
-# --- predictions ----------------------------------------------------------------------------------------------------
-
-NAMES = st.text(st.characters(exclude_categories=()), min_size=1, max_size=6).filter(
-    lambda text: not any(0xD800 <= ord(c) <= 0xDC7F or 0xDCFF < ord(c) <= 0xDFFF for c in text)
-)
-
-
-@given(
-    st.lists(st.tuples(NAMES, NAMES, st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3)), max_size=6),
-    st.lists(NAMES, min_size=3, max_size=3, unique=True),
-)
-@settings(max_examples=60, deadline=None)
-def test_a_table_of_predictions_is_an_exact_round_trip(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], classes: list[str]
-) -> None:
-    """Any names and any float32 probabilities come back equal to the last bit."""
-    path = tmp_path_factory.mktemp("p") / "predictions.csv"
-    values = np.array([row[2] for row in rows], dtype=np.float32).reshape(len(rows), 3)
-
-    run.write_predictions(path, [row[0] for row in rows], [row[1] for row in rows], classes, values)
-    back = run.read_predictions(path)
-
-    assert ([row[0] for row in rows], [row[1] for row in rows], classes) == (back.paths, back.labels, back.classes)
-    assert values.tobytes() == back.probabilities.astype(np.float32).tobytes()
-
-
-def test_the_table_of_predictions_by_hand(tmp_path: Path) -> None:
-    """The columns, the first of equal probabilities as the prediction, and classes that are called like columns."""
-    path = tmp_path / "p.csv"
-    run.write_predictions(path, ["a,b.jpg", "é.jpg"], ["path", ""], ["path", 'a "b"'], np.array([[0.5, 0.5], [0.1, 0.9]]))
-
-    assert [
-        'path,label,prediction,score,p:path,"p:a ""b"""',
-        '"a,b.jpg",path,path,0.5,0.5,0.5',
-        'é.jpg,,"a ""b""",0.9,0.1,0.9',
-    ] == path.read_text(encoding="utf-8").splitlines()
-    assert ["path", 'a "b"'] == run.read_predictions(path).classes
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "a,b\n1,2\n", "path,label,prediction,score,p:a\nx,y,z,0.5,nonsense\n", "path,label,prediction,score,p:a\nx,y,z,0.5\n"],
-)
-def test_what_is_no_table_of_predictions_is_named(tmp_path: Path, text: str) -> None:
-    """An empty file, other columns, text for a number and a short row are refused."""
-    path = tmp_path / "p.csv"
-    path.write_text(text, encoding="utf-8")
-
-    with pytest.raises(UserError, match="not a table of predictions"):
-        run.read_predictions(path)
-    with pytest.raises(UserError, match="no such file"):
-        run.read_predictions(tmp_path / "absent.csv")
 
 
 def test_a_table_of_a_run_keeps_floats_exactly(tmp_path: Path) -> None:
