@@ -300,8 +300,7 @@ def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -
         say(f"fine-tune  left out: {reason}")
         _say_all(options.of_training(seen.recipe, "nothing is fine-tuned"), say)
         return None
-    if baseline.balanced and seen.recipe.train.class_weight == "auto":
-        say("           classes are weighed for the SVM, not for fine-tuning; --set train.class_weight=balanced is for both")
+    _say_all(options.of_weights(seen.recipe, baseline.balanced), say)
     choosing = choice.choosing(seen)
     rest = np.setdiff1d(seen.part("train"), choosing)
     with clock(seen.seconds, "fine-tune"), bar("fine-tune") as progress:

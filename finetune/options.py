@@ -168,6 +168,13 @@ def of_advice(settings: Recipe) -> list[str]:
     return [_line(f"{', '.join(keys)}: advice fits no SVM and writes no run")] if keys else []
 
 
+def of_weights(settings: Recipe, balanced: bool) -> list[str]:
+    """A line where the classes are weighed for the SVM (`balanced`) and not for the fine-tuning beside it."""
+    if not balanced or settings.train.class_weight != "auto":
+        return []
+    return ["           classes are weighed for the SVM, not for fine-tuning; --set train.class_weight=balanced is for both"]
+
+
 def of_machine(settings: Recipe) -> list[str]:
     """A line where the machine cannot do what was asked as it was meant."""
     about = settings.backbone

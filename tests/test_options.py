@@ -166,6 +166,14 @@ def test_advice_says_what_it_does_not_read() -> None:
     assert line == "not used   backbone.taps, svm.folds, out: advice fits no SVM and writes no run"
 
 
+def test_weights_of_classes_for_the_svm_alone_are_told() -> None:
+    """Where auto weighs the classes of an imbalanced set, a line says that fine-tuning does not, and how it would."""
+    (line,) = options.of_weights(Recipe(), balanced=True)
+    assert "not for fine-tuning; --set train.class_weight=balanced" in line
+    assert [] == options.of_weights(Recipe(), balanced=False)
+    assert [] == options.of_weights(settings("train.class_weight=balanced"), balanced=True)
+
+
 def test_bf16_without_hardware_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where bf16 is emulated, a line says so; where it is not, none does."""
     about = settings("backbone.precision=bf16", "backbone.engine=torch")
