@@ -59,11 +59,26 @@ FILES = (
     ".hidden.png",
     "y.ico",
 )
-RESULTS = ("runs/r/run.json", "runs/r/recipe.yaml", "a/g/gallery.sqlite")
+RESULTS = {"run": ("runs/r/run.json", "runs/r/recipe.yaml"), "gallery": ("a/g/gallery.sqlite",), "note": ("runs/note.txt",)}
 
 a_file = st.tuples(st.sampled_from(FOLDERS), st.sampled_from(FILES), st.sampled_from(list(CONTENTS)))
 a_folder = st.lists(a_file, min_size=1, max_size=40, unique_by=lambda entry: entry[:2])
-some_results = st.sets(st.sampled_from(RESULTS), max_size=2)
+
+
+def a_set_of(places: tuple[str, ...], base: tuple[str, ...]) -> st.SearchStrategy[list[tuple[str, str, str]]]:
+    """A folder that can be fitted: twelve good images in two classes, and anything else in folders of the same layout."""
+    good = [(base[i % len(base)], f"{i}.png", f"{kind} {i}") for i in range(6) for kind in ("cat", "dog")]
+    good = [(place if kind[:3] == "cat" else place[:-1] + "b", f"{kind[:3]}{name}", kind) for place, name, kind in good]
+    more = st.lists(
+        st.tuples(st.sampled_from(places), st.sampled_from(FILES), st.sampled_from(list(CONTENTS))),
+        max_size=12,
+        unique_by=lambda e: e[:2],
+    )
+    return more.map(lambda entries: good + entries)
+
+
+a_set = st.one_of(a_set_of(FOLDERS[1:7], ("a",)), a_set_of(FOLDERS[7:], ("train/a", "train/a", "test/a")))
+some_results = st.sets(st.sampled_from(sorted(RESULTS)), max_size=2)
 rules = st.fixed_dictionaries(
     {},
     optional={
@@ -84,7 +99,7 @@ def make(root: Path, files: list[tuple[str, str, str]], results: set[str]) -> se
         path = root / place / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(CONTENTS[kind])
-    for name in results:
+    for name in (name for kind in results for name in RESULTS[kind]):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("{}", encoding="utf-8")
     return {os.path.relpath(Path(here) / name, root) for here, _, inside in os.walk(root) for name in inside}
@@ -165,7 +180,7 @@ def test_any_folder_is_read_or_refused_with_a_way_on(files: Any, results: Any, r
 
 
 @settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
-@given(a_folder, some_results, rules)
+@given(a_set, some_results, rules)
 def test_any_folder_is_fitted_or_refused_with_a_way_on(files: Any, results: Any, rule: Any) -> None:
     """A whole job makes a run and a list of what it left out, or says what to do."""
     fit(files, results, rule)
