@@ -147,7 +147,7 @@ def disguised(root: Path, others: Sequence[str]) -> dict[str, str]:
     found = {}
     for path in [path for path in others if not path.endswith("/")][:SNIFFED]:
         try:
-            found[path] = decode.format_of(_first_bytes(f"{root}/{path}"))
+            found[path] = decode.format_of(_first_bytes(str(root / path)))
         except decode.DecodeError:
             continue
     return found

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from finetune import files, images, metrics
+from finetune import files, images, metrics, omissions
 from finetune.columns import Layout
 from finetune.errors import UserError
 from finetune.files import Digests
 from finetune.images import ImageSet
 from finetune.look import Bar, Say, no_bar, quiet
 from finetune.names import shown
-from finetune.predict import open_run, say_faults, say_ignored
+from finetune.predict import open_run, say_faults
 
 TRAINED = "trained.safetensors"
 SEEN = ("leave-out", "keep")
@@ -68,13 +68,12 @@ def evaluate(
         raise UserError(f"images that were trained on cannot {seen!r}", where="seen", fix=f"choose {' or '.join(SEEN)}")
     with open_run(path, engine_name=engine_name, precision=precision) as model:
         source = images.with_classes(images.load(data, layout=layout), model.classes)
-        for note in source.notes:
-            say(note)
         if source.split is not None and "test" in source.split:
             source = source.subset(source.split == "test")
         if not len(source):
             raise UserError("holds no images to judge on", where=data)
-        say_ignored(source, say)
+        for line in omissions.told(source):
+            say(line)
         source, known = _unseen(source, trained_on(Path(path)), seen, say)
         with bar("evaluate") as progress:
             found = model.predict(source, on_bad=on_bad, progress=progress)

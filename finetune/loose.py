@@ -37,7 +37,7 @@ def load(given: Picture | Iterable[Picture], *, on_bad: str = "stop") -> ImageSe
     `UserError` for what is no picture, by position and type; for missing files, unless `on_bad` is skip: reading them will
     name them; and where folders are given and no image is there.
     """
-    items = _several(given)
+    items, root = _several(given), Path.cwd()
     paths: list[str] = []
     ignored: list[str] = []
     missing: list[str] = []
@@ -53,7 +53,7 @@ def load(given: Picture | Iterable[Picture], *, on_bad: str = "stop") -> ImageSe
         if text and os.path.isdir(text):  # noqa: PTH112
             found = folders.walk(Path(text))
             paths += [_below(text, path) for path in found.images]
-            ignored += [_below(text, path) for path in found.others]
+            ignored += [_below(text, path) for path in (*found.others, *found.results)]
             continue
         if not text or not os.path.exists(text):  # noqa: PTH110
             missing.append(text or "an empty text")
@@ -63,8 +63,8 @@ def load(given: Picture | Iterable[Picture], *, on_bad: str = "stop") -> ImageSe
         raise UserError(what, where=some([shown(path) for path in missing]), fix=f"check the spelling, or {SKIP}")
     name = str(items[0]) if len(items) == 1 and not memory else f"{len(items)} inputs"
     if items and not paths:
-        raise UserError("holds no images", where=name, fix=f"known extensions: {' '.join(sorted(folders.EXTENSIONS))}")
-    root = Path.cwd()
+        why = "".join(f"; {line}" for line in folders.told(root, ignored))
+        raise UserError(f"holds no images{why}", where=name, fix=f"known extensions: {' '.join(sorted(folders.EXTENSIONS))}")
     source = functools.partial(_read, root, memory) if memory else None
     labels = np.full(len(paths), -1, dtype=np.int64)
     return ImageSet(name, root, tuple(paths), labels, (), ignored=tuple(dict.fromkeys(ignored)), source=source)

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import classifier, loose, predictions, run
+from finetune import classifier, folders, loose, predictions, run
 from finetune.classifier import Classifier, Predictions
-from finetune.faults import Fault, some
-from finetune.images import ImageSet
+from finetune.faults import Fault
 from finetune.look import Bar, Say, no_bar, quiet
 from finetune.loose import Picture
 from finetune.names import shown
@@ -34,24 +33,18 @@ def predict(
 ) -> Predictions:
     """What the run in `path` says about files and folders, a row an image, in the order given; `say` tells what is left out."""
     source = loose.load(pictures, on_bad=on_bad)
-    say_ignored(source, say)
+    for line in folders.told(source.root, source.ignored):
+        say(line)
     with open_run(path, engine_name=engine_name, precision=precision) as model, bar("predict") as progress:
         found = model.predict(source, on_bad=on_bad, progress=progress)
     say_faults(found.faults, say)
     return found
 
 
-def say_ignored(source: ImageSet, say: Say) -> None:
-    """One line that counts the files in folders that are no images by their names, and names the first."""
-    if count := len(source.ignored):
-        words = f"{count} file{'s' * (count > 1)}, as no image extension announces {'them' if count > 1 else 'it'}"
-        say(f"left alone: {words}: {some([shown(path) for path in source.ignored])}")
-
-
 def say_faults(faults: Sequence[Fault], say: Say) -> None:
     """A line for each image that could not be read."""
     for fault in faults:
-        say(f"left out: {shown(fault.path)}: {fault.kind} ({fault.detail})")
+        say(f"left out: {fault.to_text()}")
 
 
 def rows(found: Predictions, unsure: float | None = None) -> list[Row]:

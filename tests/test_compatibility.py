@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import finetune
-from finetune import catalog, choice, engine, features, files, images, job, recipe, run, similarity, store
+from finetune import catalog, choice, engine, features, files, images, job, predictions, recipe, similarity, store
 from finetune.cli import cli
 from finetune.network import Network, Tap
 from retrieval.cli import cli as retrieve
@@ -73,7 +73,7 @@ def test_a_run_predicts_as_it_did(name: str) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_table_of_a_run_is_what_it_says_today(name: str) -> None:
     """predictions.csv is read, and a run opened in Python gives the same for these images."""
-    table = run.read_predictions(Path(name, "predictions.csv"))
+    table = predictions.read_predictions(Path(name, "predictions.csv"))
     found = finetune.load(name).predict([Path("photos", path) for path in table.paths])
 
     assert list(found.classes) == table.classes

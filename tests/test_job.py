@@ -236,7 +236,7 @@ def test_names_of_any_kind_go_through_a_job(shapes: Path, tmp_path: Path) -> Non
     quick = ("backbone.frame=whole", "svm.kernels=[linear]", "svm.C=[1]")
     done = job.fit(folder, out=out, strategy="svm", taps=["pooled"], assignments=quick, **TINY)
 
-    told = run.read_predictions(out / "predictions.csv")
+    told = predictions.read_predictions(out / "predictions.csv")
     assert [r"\x1b[31m\x0a", r"\xe9", "triangle"] == sorted(told.classes)
     assert all((folder / path).is_file() for path in told.paths)
     again = finetune.load(done.path).predict([folder / path for path in told.paths])
@@ -263,7 +263,7 @@ def test_features_are_saved_under_the_names_that_are_shown(shapes: Path, tmp_pat
 def test_without_a_test_part_the_images_that_chose_judge(shapes: Path, tmp_path: Path) -> None:
     """--test none trains on all images; the accuracy out of fold is given under its own name, and anyone can recompute it."""
     outcome = job.fit(shapes, out=tmp_path / "run", strategy="svm", test="none", **TINY)
-    told = run.read_predictions(outcome.path / "predictions-cv.csv")
+    told = predictions.read_predictions(outcome.path / "predictions-cv.csv")
     best = [told.classes[i] for i in told.probabilities.argmax(1)]
     page = (outcome.path / "report.html").read_text(encoding="utf-8")
     assert not [key for key in outcome.metrics if key.startswith("test/")]

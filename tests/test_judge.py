@@ -73,7 +73,7 @@ def test_new_images_are_judged_without_a_word(fitted: Path, shapes: Path, tmp_pa
     result, said = told(fitted, tmp_path, on_bad="skip")
     assert (12, 1, 1) == (result["n"], result["left_out"], result["ignored"])
     assert "left out: circle/bad.png: empty (0 bytes)" in said
-    assert "left alone: 1 file, as no image extension announces it: circle/movie.xyz" in said
+    assert "1 file is left out, as no image extension announces them: 1 .xyz" in said
 
 
 def test_a_run_without_the_record_says_that_it_cannot_be_known(fitted: Path, shapes: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune import loose
+from finetune import folders, loose
 from finetune.errors import UserError
 
 
@@ -47,6 +47,20 @@ def test_the_name_of_a_file_is_the_text_that_was_given(here: Path, text: str) ->
         assert text == found.paths[-1 if given[-1] == text else 0]
     assert (str(here / "a.png"),) == loose.load(here / "a.png").paths
     assert ("./a.png", "./b.png", "./in/2.png", "./in/sub/1.png") == loose.load(".").paths
+
+
+def test_folders_of_results_are_no_images_and_are_told(here: Path) -> None:
+    """A run in a folder is left out as it is everywhere, and an image with a wrong name is known by its first bytes."""
+    (here / "in" / "run").mkdir()
+    for name in ("run.json", "metrics.json", "p.png"):
+        (here / "in" / "run" / name).touch()
+    Image.new("RGB", (2, 2)).save(here / "in" / "photo.dat", "PNG")
+    found = loose.load([here / "in"])
+
+    assert (f"{here}/in/2.png", f"{here}/in/sub/1.png") == found.paths
+    lines = "\n".join(folders.told(found.root, found.ignored))
+    assert f"results of Regraft are no data: {here}/in/run/" in lines
+    assert f"1 of them is an image by the first bytes: {here}/in/photo.dat (PNG)" in lines
 
 
 def test_a_later_change_of_folder_changes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +123,8 @@ def test_a_folder_without_images_is_refused_and_no_inputs_are_none(here: Path) -
     (here / "empty").mkdir()
 
     assert "empty: holds no images" in refusal("empty")
+    (here / "empty" / "notes.txt").touch()
+    assert "holds no images; 1 file is left out" in refusal(here / "empty")
     assert 0 == len(loose.load([]))
 
 

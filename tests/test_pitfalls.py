@@ -126,7 +126,7 @@ def test_predict_skips_bad_images_and_names_them(fitted: Fitted, photos: Path) -
     assert 0 == ended.code
     left_out = [line.split(": ")[1] for line in ended.err.splitlines() if line.startswith("left out: ")]
     assert sorted(f"{photos}/{path}" for path in faults.BAD) == sorted(left_out)
-    assert "left alone: 1 file" in ended.err
+    assert "1 file is left out, as no image extension announces them" in ended.err
     assert len(rows) == len(images.load_unlabelled(photos)) - len(faults.BAD)
     assert {f"{photos}/{path}" for path in (*faults.ODD, f"train/{UNICODE}/only.png")} <= {row["path"] for row in rows}
     assert f"p:{UNICODE}" in rows[0]

@@ -46,7 +46,7 @@ def test_a_row_an_input_under_the_name_that_was_typed(fitted: Path, here: Path) 
     done = run(fitted, "a.png", "./a.png", "in/", "a.png", "--json")
 
     assert ["a.png", "./a.png", "in/c.png", "a.png"] == [row["path"] for row in json.loads(done.stdout)]
-    assert "left alone: 1 file, as no image extension announces it: in/notes.txt" in done.stderr
+    assert "1 file is left out, as no image extension announces them: 1 .txt" in done.stderr
     text = [line.split()[0] for line in run(fitted, "in", "a.png", "b.png").stdout.splitlines()]
     assert ["in/c.png", "a.png", "b.png"] == text
 

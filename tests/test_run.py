@@ -15,7 +15,7 @@ import odd
 import pytest
 
 import finetune
-from finetune import files, lock, run
+from finetune import files, lock, predictions, run
 from finetune.errors import UserError
 from finetune.run import RunDir, open_run
 
@@ -541,7 +541,7 @@ def test_a_table_of_a_run_keeps_floats_exactly(tmp_path: Path) -> None:
 def test_any_name_of_a_file_can_be_read_back_from_predictions(tmp_path: Path) -> None:
     """Paths are written in printable UTF-8, a line an image, and read back as the files are called."""
     path, count = tmp_path / "predictions.csv", len(odd.NAMES)
-    run.write_predictions(path, odd.NAMES, ["cat"] * count, ["cat", "dog"], np.full((count, 2), 0.5))
+    predictions.write_predictions(path, odd.NAMES, ["cat"] * count, ["cat", "dog"], np.full((count, 2), 0.5))
 
-    assert list(odd.NAMES) == run.read_predictions(path).paths
+    assert list(odd.NAMES) == predictions.read_predictions(path).paths
     assert count + 1 == len(path.read_text(encoding="utf-8").splitlines())
