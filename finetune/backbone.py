@@ -493,6 +493,35 @@ def _still_modules(backbone: Backbone, trainable: set[str], norm_moves: bool) ->
     return still
 
 
+def group_of(backbone: Backbone) -> Callable[[str], str]:
+    """The stage of a parameter or buffer, by its key; one that was added after loading belongs where its module stands."""
+    known = {key: stage.name for stage in backbone.stages for key in stage.keys}
+    _, stage_of = _by_position(backbone.module)
+
+    def group(key: str) -> str:
+        return known.get(key) or stage_of(key.rpartition(".")[0])
+
+    return group
+
+
+def trainable_stages(backbone: Backbone) -> tuple[str, ...]:
+    """Names of the stages that hold a parameter with gradients, from stem to end."""
+    group = group_of(backbone)
+    moving = {group(key) for key, parameter in backbone.module.named_parameters() if parameter.requires_grad}
+    return tuple(stage.name for stage in backbone.stages if stage.name in moving)
+
+
+def trainable_tensors(backbone: Backbone) -> dict[str, Tensor]:
+    """The live tensors that training may change: parameters with gradients, and the buffers of their stages.
+
+    The one answer to what is trainable: optimizer, averages, checkpoints and the activation cache ask this, so that
+    whatever sets `requires_grad` (`freeze`) decides alone.
+    """
+    group, stages = group_of(backbone), set(trainable_stages(backbone))
+    parameters = {key: parameter for key, parameter in backbone.module.named_parameters() if parameter.requires_grad}
+    return parameters | {key: buffer for key, buffer in backbone.module.named_buffers() if group(key) in stages}
+
+
 def last_stages(backbone: Backbone, count: int) -> tuple[str, ...]:
     """Names of the last `count` numbered stages, and of the neck behind them."""
     numbered = [stage.name for stage in backbone.stages if stage.name.startswith("stage")]

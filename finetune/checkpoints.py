@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune import files, optim
+from finetune.backbone import trainable_tensors
 from finetune.errors import UserError
 from finetune.feed import Job
 from finetune.weights import tensor_digest
@@ -52,6 +53,41 @@ class State:
         return [row["val/loss"] for row in (self.start, *self.history)]
 
 
+@dataclass(frozen=True)
+class Trainable:
+    """What a step changes: the live tensors by name (`trunk.` and `head.`), a copy of them at the start, and the optimizer."""
+
+    live: optim.Tensors
+    initial: optim.Tensors
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def of(cls, job: Job) -> Trainable:
+        """All that `freeze` left with gradients, and the head."""
+        live = {f"trunk.{key}": tensor for key, tensor in trainable_tensors(job.backbone).items()}
+        live |= {f"head.{key}": parameter for key, parameter in job.head.named_parameters()}
+        groups = optim.param_groups(job.backbone, job.head, job.training)
+        return cls(live, copied(live), optim.optimizer(groups, job.training))
+
+    @property
+    def groups(self) -> list[optim.Group]:
+        return self.optimizer.param_groups
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+    def moved(self) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of a trunk parameter and its start, for L2-SP."""
+        pairs = ((key, self.live[key], start) for key, start in self.initial.items())
+        return [(live, start) for key, live, start in pairs if key.startswith("trunk.") and live.requires_grad]
+
+
+def copied(tensors: Mapping[str, Tensor]) -> optim.Tensors:
+    """A copy of tensors by name, without their graph."""
+    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
+
+
 @torch.no_grad()
 def put(target: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Write tensors over those of the same name."""
@@ -78,16 +114,16 @@ def mark_of(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> s
     return files.digest_json(about)
 
 
-def save(job: Job, mark: str, state: State, optimizer: torch.optim.Optimizer) -> None:
+def save(job: Job, mark: str, state: State, trainable: Trainable) -> None:
     """One safetensors file, its JSON in the header, so that tensors and state are replaced together or not at all."""
     if job.folder is None:
         return
     tensors = {f"{part}/{key}": t for part in ("good", "average", "best") for key, t in getattr(state, part).items()}
     if state.scores is not None:
         tensors["scores"] = state.scores
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for k, parameter in enumerate(parameters):
-        tensors |= {f"optimizer/{k}/{name}": value for name, value in optimizer.state[parameter].items() if value is not None}
+    for k, parameter in enumerate(trainable.parameters):
+        moments = trainable.optimizer.state[parameter]
+        tensors |= {f"optimizer/{k}/{name}": value for name, value in moments.items() if value is not None}
     plain = {name: getattr(state, name) for name in PLAIN}
     header = {"mark": mark, "state": json.dumps(plain, allow_nan=False)}
     with files.atomic(job.folder / FILE) as temporary:
@@ -100,7 +136,7 @@ def save(job: Job, mark: str, state: State, optimizer: torch.optim.Optimizer) ->
             raise UserError(f"the checkpoint cannot be written ({error})", where=job.folder, fix=fix) from error
 
 
-def load(job: Job, mark: str, moving: optim.Tensors, optimizer: torch.optim.Optimizer) -> State:
+def load(job: Job, mark: str, trainable: Trainable) -> State:
     """The state to go on from: that of the checkpoint, put into the model and the optimizer, or a new one."""
     path = None if job.folder is None else job.folder / FILE
     if path is None or not path.exists():
@@ -114,7 +150,7 @@ def load(job: Job, mark: str, moving: optim.Tensors, optimizer: torch.optim.Opti
     if not header or header.get("mark") != mark:
         raise UserError("belongs to another training", where=path, fix="remove it, or choose another folder with --out")
     state = State(**json.loads(header["state"]), scores=tensors.pop("scores", None))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = trainable.parameters
     for key, value in tensors.items():
         part, _, name = key.partition("/")
         if part == "optimizer":
@@ -122,8 +158,8 @@ def load(job: Job, mark: str, moving: optim.Tensors, optimizer: torch.optim.Opti
             parameter = parameters[int(k)]
             # In the layout of the parameter, which the fused kernel walks along.
             own = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
-            optimizer.state[parameter][name] = own.detach().copy_(value)
+            trainable.optimizer.state[parameter][name] = own.detach().copy_(value)
         else:
-            getattr(state, part)[name] = torch.empty_like(moving[name]).detach().copy_(value)
-    put(moving, state.good)
+            getattr(state, part)[name] = torch.empty_like(trainable.live[name]).detach().copy_(value)
+    put(trainable.live, state.good)
     return state

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finetune import augment, files
-from finetune.backbone import Backbone, Reader
+from finetune.backbone import Backbone, Reader, trainable_stages
 from finetune.tail import CannotStoreError, tail, tail_works, until
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ FREE_SHARE = 0.8  # of the free disk, the same
 VERIFIED = 4  # images on which the tail is compared with the whole network, in float32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What stays the same during one call of `train.fit`: on what it works, how and where."""
 
@@ -59,13 +59,6 @@ class Job:
 
     def labels(self, items: Items) -> Tensor:
         return torch.from_numpy(self.images.labels[[i for i, _ in items]].astype(np.int64)).to(self.device)
-
-    def moving(self) -> dict[str, Tensor]:
-        """The live tensors that training may change: head, trainable stages, and the buffers of these stages."""
-        keys = {key for stage in self.backbone.stages if stage.name in self.training.trainable for key in stage.keys}
-        module = self.backbone.module
-        trunk = {f"trunk.{key}": t for key, t in (*module.named_parameters(), *module.named_buffers()) if key in keys}
-        return trunk | {f"head.{key}": parameter for key, parameter in self.head.named_parameters()}
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ def open_feed(job: Job, warnings: list[str]) -> Iterator[Feed]:
             yield reader.normalise(torch.from_numpy(array).to(job.device))
 
     plain = Feed(0, pixels, lambda x: module(x).flatten(1), _ticker(job.progress, count))
-    end = boundary(job.backbone, training.trainable)
+    end = boundary(job.backbone)
     if end is None:
         yield plain
         return
@@ -115,13 +108,13 @@ def open_feed(job: Job, warnings: list[str]) -> Iterator[Feed]:
         yield feed
 
 
-def boundary(backbone: Backbone, trainable: Sequence[str]) -> str | None:
+def boundary(backbone: Backbone) -> str | None:
     """The submodule behind which something moves; "" where nothing does, None where no stage before it can be read."""
     names = [stage.name for stage in backbone.stages]
-    first = min((names.index(name) for name in trainable), default=None)
-    if first is None:
+    moving = trainable_stages(backbone)
+    if not moving:
         return ""
-    return next((stage.end for stage in reversed(backbone.stages[:first]) if stage.end), None)
+    return next((stage.end for stage in reversed(backbone.stages[: names.index(moving[0])]) if stage.end), None)
 
 
 @torch.no_grad()

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from finetune.backbone import Backbone, group_of
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
-    from finetune.backbone import Backbone
     from finetune.policy import Training
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -33,14 +33,14 @@ def param_groups(backbone: Backbone, head: nn.Module, training: Training) -> lis
     as well, so that the trunk has none.
     """
     between = {stage.name: i for i, stage in enumerate(reversed(backbone.stages))}
-    stage_of = {key: stage.name for stage in backbone.stages for key in stage.keys}
+    stage_of = group_of(backbone)
     named = getattr(backbone.module, "no_weight_decay", None)
     spared: set[str] = set(named()) if callable(named) else set()
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for key, parameter in backbone.module.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and key not in spared
-            members.setdefault((stage_of[key], decays), []).append(parameter)
+            members.setdefault((stage_of(key), decays), []).append(parameter)
     for parameter in head.parameters():
         members.setdefault(("head", parameter.ndim > 1), []).append(parameter)
     groups: list[Group] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from finetune import augment, checkpoints, engine, machine, optim
 from finetune.backbone import Backbone, freeze
-from finetune.checkpoints import State
+from finetune.checkpoints import State, Trainable, copied
 from finetune.errors import UserError
-from finetune.feed import STORE_BATCH, Feed, Job, Log, Progress, even_batches, open_feed
+from finetune.feed import STORE_BATCH, Feed, Items, Job, Log, Progress, even_batches, open_feed
 from finetune.tail import replaced, slow_in_bf16
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ PROBE_FLOAT64 = 20_000_000  # numbers: features up to this many are fitted in fl
 LOWER = "lower --set train.lr, or use --precision float32"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """What `fit` made; the backbone's module holds the weights that go with it.
 
@@ -106,60 +106,57 @@ def fit(
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), _prepared(backbone, training, where, half):
         head = nn.Linear(backbone.network.widths["pooled"], classes, device=where)
         job = Job(
-            backbone,
-            images,
-            train,
-            val,
-            training,
-            seed,
-            weights,
-            head,
-            where,
-            half,
-            checkpoint,
-            log,
-            progress,
+            backbone=backbone,
+            images=images,
+            train=train,
+            val=val,
+            training=training,
+            seed=seed,
+            class_weights=weights,
+            head=head,
+            device=where,
+            half=half,
+            folder=checkpoint,
+            log=log,
+            progress=progress,
         )
         return _run(job, head_start)
 
 
 def _run(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> TrainResult:
     """Start or go on, train, and leave the chosen weights in the module."""
-    moving = job.moving()
-    start = _copy(moving)
-    optimizer = optim.optimizer(optim.param_groups(job.backbone, job.head, job.training), job.training)
+    trainable = Trainable.of(job)
     mark = checkpoints.mark_of(job, head_start)
-    state = checkpoints.load(job, mark, moving, optimizer)
+    state = checkpoints.load(job, mark, trainable)
     try:
         if not state.stopped:
             with open_feed(job, state.warnings) as feed:
                 if not state.good:
-                    _begin(job, feed, state, moving, head_start)
-                _loop(job, feed, state, moving, start, optimizer, mark)
+                    _begin(job, feed, state, trainable, head_start)
+                _loop(job, feed, state, trainable, mark)
     except DivergedError:
-        checkpoints.put(moving, state.good or start)
+        checkpoints.put(trainable.live, state.good or trainable.initial)
         raise
     except BaseException:
-        checkpoints.put(moving, start)
+        checkpoints.put(trainable.live, trainable.initial)
         raise
     best, _ = optim.early_stop(state.val_losses(), 0) if len(job.val) else (state.epoch, False)
-    checkpoints.put(moving, state.best or state.average or moving)
-    scores = None if state.scores is None else state.scores.cpu().numpy()
+    checkpoints.put(trainable.live, state.best or state.average or trainable.live)
     return TrainResult(
-        job.head.weight.detach().cpu().numpy().copy(),
-        job.head.bias.detach().cpu().numpy().copy(),
-        tuple(state.history),
-        state.start,
-        best,
-        state.step,
-        state.stopped,
-        scores,
-        (*state.warnings, *_doubts(state, best, len(job.val))),
+        head_weight=job.head.weight.detach().cpu().numpy().copy(),
+        head_bias=job.head.bias.detach().cpu().numpy().copy(),
+        history=tuple(state.history),
+        start=state.start,
+        best_epoch=best,
+        steps=state.step,
+        stopped=state.stopped,
+        val_scores=None if state.scores is None else state.scores.cpu().numpy(),
+        warnings=(*state.warnings, *_doubts(state, best, len(job.val))),
     )
 
 
 def _begin(
-    job: Job, feed: Feed, state: State, moving: optim.Tensors, head_start: tuple[NDArray[Any], NDArray[Any]] | None
+    job: Job, feed: Feed, state: State, trainable: Trainable, head_start: tuple[NDArray[Any], NDArray[Any]] | None
 ) -> None:
     """Give the head its first weights, and judge the model before the first step."""
     nn.init.zeros_(job.head.weight)
@@ -176,29 +173,19 @@ def _begin(
         with torch.no_grad():
             job.head.weight.copy_(torch.as_tensor(head_start[0]))
             job.head.bias.copy_(torch.as_tensor(head_start[1]))
-    state.good = _copy(moving)
-    state.average = _copy(moving) if job.training.ema else {}
+    state.good = copied(trainable.live)
+    state.average = copied(trainable.live) if job.training.ema else {}
     if len(job.val):
         loss, top1, state.scores = _evaluate(job, feed)
         if not math.isfinite(loss):
             raise DivergedError(f"the validation loss is {loss} before the first step", where="training", fix="check the weights")
         state.start = {"val/loss": loss, "val/top1": top1}
-        state.best = _copy(moving)
+        state.best = copied(trainable.live)
 
 
-def _loop(
-    job: Job,
-    feed: Feed,
-    state: State,
-    moving: optim.Tensors,
-    start: optim.Tensors,
-    optimizer: torch.optim.Optimizer,
-    mark: str,
-) -> None:
-    """Every epoch from `state` on."""
-    training, groups, module = job.training, optimizer.param_groups, job.backbone.module
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    pairs = [(moving[key], start[key]) for key in start if key.startswith("trunk.") and moving[key].requires_grad]
+def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -> None:
+    """Every epoch from `state` on: its steps, the validation, what is kept, the checkpoint."""
+    training, groups = job.training, trainable.groups
     steps = math.ceil(len(job.train) / training.batch_size) * training.epochs
     factor, decay = optim.schedule(training, steps), optim.ema_decay(steps)
     job.log({"groups": optim.group_table(groups), "device": str(job.device), "bf16": job.half, "stored_views": feed.views})
@@ -207,62 +194,101 @@ def _loop(
         began = time.perf_counter()
         torch.manual_seed(int(np.random.default_rng([job.seed, epoch, 1]).integers(2**62)))  # dropout, drop-path
         rng = np.random.default_rng([job.seed, epoch])
-        order = rng.permutation(len(job.train)).tolist()
-        plan = even_batches([(int(job.train[k]), _view(job, feed, epoch, k)) for k in order], training.batch_size)
-        module.train()
+        plan = _order(job, feed, epoch, rng)
+        job.backbone.module.train()
         total, ratios = 0.0, dict[str, float | str]()
         for number, (items, x) in enumerate(zip(plan, feed.batches(plan), strict=True), 1):
             targets = nn.functional.one_hot(job.labels(items), len(job.class_weights)).float()
             if training.mixup:
                 x, targets = augment.mixup(x, targets, training.mixup, rng)
             optim.set_rates(groups, factor(state.step))
-            with job.autocast():
-                features = feed.trunk(x)
-            logits = job.head(features.float())
-            loss = optim.soft_cross_entropy(logits, targets, job.class_weights, training.label_smoothing)
-            value = loss.item()
-            if training.l2_sp:
-                loss = loss + optim.l2_sp(pairs, training.l2_sp)
-            optimizer.zero_grad()
-            loss.backward()
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            if not math.isfinite(loss.item() + norm.item()):
-                what = f"the loss is {loss.item():.3g} and the norm of its gradient {norm.item():.3g}"
-                raise _diverged(what, state.step, epoch, groups)
-            if training.clip:
-                nn.utils.clip_grads_with_norm_(parameters, training.clip, norm)
-            if state.step == 0:
-                _first_loss(job, state, value)
             before = optim.copies(groups) if number == len(plan) else None
-            optimizer.step()
+            stats = step(job, feed, trainable, x, targets)
+            if not stats.finite:
+                raise _diverged(str(stats), state.step, epoch, groups)
+            if state.step == 0:
+                _check_first_loss(job, state, stats)
             if before is not None:
                 ratios = optim.update_ratios(groups, before)
             if training.ema:
-                optim.blend(state.average, moving, decay)
+                optim.blend(state.average, trainable.live, decay)
             state.step += 1
-            total += value * len(items)
+            total += stats.loss * len(items)
             feed.tick(len(items))
         if optim.broken_groups(groups, gradients=False):
             raise _diverged("a step gave weights that are not finite", state.step - 1, epoch, groups)
         row: dict[str, Any] = {"epoch": epoch, "step": state.step, "train/loss": total / len(job.train)}
         row |= {f"lr/{group['name']}": group["lr"] for group in groups}
         row |= {f"update_ratio/{name}": ratio for name, ratio in ratios.items()}
-        live = _copy(moving)
+        live = copied(trainable.live)
         if len(job.val):
-            row |= _judge(job, feed, state, moving, live)
+            row |= _judge(job, feed, state, trainable, live)
             if not math.isfinite(row["val/loss"]):
                 raise _diverged(f"the validation loss is {row['val/loss']}", state.step - 1, epoch, groups)
         state.epoch, state.good = epoch, live
         row["seconds"] = time.perf_counter() - began
         state.history.append(row)
-        if len(job.val) and training.patience and optim.early_stop(state.val_losses(), training.patience)[1]:
-            state.stopped = f"validation loss has not gained {optim.MIN_DELTA:g} in {training.patience} epochs"
-        elif epoch == training.epochs:
-            state.stopped = f"all {epoch} epochs"
+        state.stopped = _reason_to_stop(job, state)
         job.log(row)  # before the checkpoint: an epoch that is done again is told once, one that is not would be missing
-        checkpoints.save(job, mark, state, optimizer)
+        checkpoints.save(job, mark, state, trainable)
         if state.stopped:
             break
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step met: the loss that learns, the same with the pull of L2-SP, whether the head was all zeros before it,
+    and the norm of the whole gradient before clipping. A step that is not `finite` has changed nothing."""
+
+    loss: float
+    penalised: float
+    zero_head: bool
+    norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.penalised + self.norm)
+
+    def __str__(self) -> str:
+        return f"the loss is {self.penalised:.3g} and the norm of its gradient {self.norm:.3g}"
+
+
+def step(job: Job, feed: Feed, trainable: Trainable, x: Tensor, targets: Tensor) -> StepStats:
+    """One step on one batch: forward, loss, gradients, clipping, update, at the learning rates that the groups hold.
+
+    `x` is what `feed.batches` gives, `targets` (n, C) are probabilities. A loss or gradient that is not finite updates
+    nothing: the caller decides what that means.
+    """
+    training = job.training
+    with job.autocast():
+        features = feed.trunk(x)
+    logits = job.head(features.float())
+    loss = optim.soft_cross_entropy(logits, targets, job.class_weights, training.label_smoothing)
+    penalised = loss + optim.l2_sp(trainable.moved(), training.l2_sp) if training.l2_sp else loss
+    trainable.optimizer.zero_grad()
+    penalised.backward()
+    parameters = trainable.parameters
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    stats = StepStats(loss.item(), penalised.item(), not job.head.weight.any(), norm.item())
+    if stats.finite:
+        if training.clip:
+            nn.utils.clip_grads_with_norm_(parameters, training.clip, norm)
+        trainable.optimizer.step()
+    return stats
+
+
+def _order(job: Job, feed: Feed, epoch: int, rng: np.random.Generator) -> list[Items]:
+    """The batches of an epoch: every training image once, in random order, each in the view that is its turn."""
+    order = rng.permutation(len(job.train)).tolist()
+    return even_batches([(int(job.train[k]), _view(job, feed, epoch, k)) for k in order], job.training.batch_size)
+
+
+def _reason_to_stop(job: Job, state: State) -> str:
+    """Why this epoch was the last, or no text."""
+    patience, epochs = job.training.patience, job.training.epochs
+    if len(job.val) and patience and optim.early_stop(state.val_losses(), patience)[1]:
+        return f"validation loss has not gained {optim.MIN_DELTA:g} in {patience} epochs"
+    return f"all {epochs} epochs" if state.epoch == epochs else ""
 
 
 def _view(job: Job, feed: Feed, epoch: int, k: int) -> int:
@@ -272,14 +298,14 @@ def _view(job: Job, feed: Feed, epoch: int, k: int) -> int:
     return (epoch - 1 + k) % feed.views if feed.views else epoch
 
 
-def _judge(job: Job, feed: Feed, state: State, moving: optim.Tensors, live: optim.Tensors) -> dict[str, float]:
+def _judge(job: Job, feed: Feed, state: State, trainable: Trainable, live: optim.Tensors) -> dict[str, float]:
     """Validate the live weights, or their average, and keep the best so far."""
     current = state.average or live
-    checkpoints.put(moving, current)
+    checkpoints.put(trainable.live, current)
     loss, top1, scores = _evaluate(job, feed)
     if loss < min(state.val_losses()):
         state.best, state.scores = {key: value.clone() for key, value in current.items()}, scores
-    checkpoints.put(moving, live)
+    checkpoints.put(trainable.live, live)
     return {"val/loss": loss, "val/top1": top1}
 
 
@@ -388,16 +414,12 @@ def _prepared(backbone: Backbone, training: Training, device: torch.device, half
         backbone.module.zero_grad()
 
 
-def _copy(tensors: Mapping[str, Tensor]) -> optim.Tensors:
-    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
-
-
-def _first_loss(job: Job, state: State, value: float) -> None:
+def _check_first_loss(job: Job, state: State, first: StepStats) -> None:
     """Keep the loss of the first batch; a head of zeros must give ln C, whatever the features are."""
-    state.start["train/loss"] = value
+    state.start["train/loss"] = first.loss
     expected = math.log(len(job.class_weights))
-    if not job.head.weight.any() and abs(value - expected) > 1e-3:
-        raise UserError(f"the first loss of a zero head is {value:.4f}, not ln C = {expected:.4f}", where="training")
+    if first.zero_head and abs(first.loss - expected) > 1e-3:
+        raise UserError(f"the first loss of a zero head is {first.loss:.4f}, not ln C = {expected:.4f}", where="training")
 
 
 def _diverged(what: str, step: int, epoch: int, groups: Sequence[optim.Group]) -> DivergedError:

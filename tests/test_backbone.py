@@ -545,3 +545,31 @@ def test_an_unknown_stage_is_refused_with_those_that_exist() -> None:
 def test_the_time_of_a_forward_pass_is_measured() -> None:
     """Seconds an image: a positive number that a plan can be priced with."""
     assert 0 < backbone.forward_seconds(shared("test_resnet"), batch=2) < math.inf
+
+
+def test_whatever_asks_for_gradients_is_trainable() -> None:
+    """A parameter that was added after loading counts as one of its module's stage: nothing else keeps a list of its own."""
+    found = fresh("test_resnet")
+    backbone.freeze(found, ())
+    assert () == backbone.trainable_stages(found)
+    assert {} == backbone.trainable_tensors(found)
+
+    part = found.module.get_submodule(found.stages[2].end)
+    part.register_parameter("scale", torch.nn.Parameter(torch.ones(())))
+    key = f"{found.stages[2].end}.scale"
+
+    assert found.stages[2].name == backbone.group_of(found)(key)
+    assert (found.stages[2].name,) == backbone.trainable_stages(found)
+    assert key in backbone.trainable_tensors(found)
+    assert {key} == {name for name, tensor in backbone.trainable_tensors(found).items() if tensor.requires_grad}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_freezing_leaves_trainable_is_its_stages_with_their_statistics(count: int) -> None:
+    """Parameters and running statistics of the trainable stages, in the network's own order, and nothing else."""
+    found = fresh("test_resnet")
+    names = backbone.last_stages(found, count)
+    backbone.freeze(found, names)
+
+    keys = {key for stage in found.stages if stage.name in names for key in stage.keys}
+    assert keys == set(backbone.trainable_tensors(found))

@@ -37,7 +37,7 @@ def test_the_tail_gives_what_the_whole_network_gives(family: str, moving: int) -
     backbone = make(family)
     trainable = home.last_stages(backbone, moving)
     home.freeze(backbone, trainable)
-    end, x = feeding.boundary(backbone, trainable), sample_of(backbone)
+    end, x = feeding.boundary(backbone), sample_of(backbone)
     assert end
     with torch.no_grad():
         activation = tails.until(backbone.module, end, x)
