@@ -82,7 +82,7 @@ def test_batches_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, tiny: Backbone
 
 def test_little_memory_runs_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch, tiny: Backbone) -> None:
     """Where all streams of OpenVINO do not fit, it runs one; where one does not, a converted network is refused, too."""
-    model = engine._converted(tiny.network, (Tap("pooled"),), lambda: tiny)
+    model, _ = engine._converted(tiny.network, (Tap("pooled"),), lambda: tiny)
     need = engine.HELD["float32"] * engine.OPENVINO_BATCH * memory.largest(tiny.module, 160) / machine.SHARE
     monkeypatch.setattr(machine, "cores", lambda: 4)
     for share, streams in ((10, ""), (1.5, "1")):
