@@ -63,7 +63,8 @@ def cache_dir(*parts: str) -> Path:
             if base.is_dir():
                 raise UserError(why, where=folder, fix=CLEAR_FIX) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = "the disk is full"
+            fix = f"free some space, or {CACHE_FIX}"
+            raise UserError("the disk is full", where=f"{origin}: {folder}", fix=fix) from error
         raise UserError(why, where=f"{origin}: {folder}", fix=CACHE_FIX) from error
     return folder
 
