@@ -251,9 +251,8 @@ def test_any_table_is_read_or_refused_with_a_way_on(header: Any, rows: Any, mark
 @pytest.mark.slow
 def test_two_thousand_folders() -> None:
     """The same for 2,000 random folders in one process."""
-    settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))(
-        given(a_folder, some_results, rules)(scan_and_check)
-    )()
+    many = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+    many(given(a_folder, some_results, rules)(scan_and_check))()
 
 
 @pytest.mark.slow

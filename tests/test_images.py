@@ -17,7 +17,7 @@ from faults import SOLO, make_fault_folder
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from finetune import images
+from finetune import check, images
 from finetune.errors import UserError
 from finetune.images import ImageSet
 
@@ -358,7 +358,7 @@ def test_a_check_prints_no_name_raw(tmp_path: Path) -> None:
     make(tmp_path, *(f"{folder}/{name}=same" for folder in ("a", "b\x1b[31m") for name in odd.NAMES))
     (tmp_path / "a" / "link\n.png").symlink_to("nowhere")
 
-    report = images.check(images.load(tmp_path))
+    report = check.check(images.load(tmp_path))
 
     assert all(line.isprintable() for line in report.to_text().splitlines())
     assert r"a/link\x0a.png: unreadable" in report.to_text()
