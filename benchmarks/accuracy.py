@@ -54,16 +54,18 @@ def baseline(data: Path, seed: int, test: float) -> float:
     from sklearn.preprocessing import normalize
     from sklearn.svm import LinearSVC
 
-    from finetune import catalog, features, images
+    from finetune.backbones import catalog
+    from finetune.data import images
+    from finetune.features import extraction
+    from finetune.features.store import Store
     from finetune.network import Tap
-    from finetune.store import Store
 
     store, named = Store(), catalog.open_named()
     source = images.load(str(data))
-    ids = features.digests(source, store)
+    ids = extraction.digests(source, store)
     split = images.make_splits(source, ids, seed=seed, test=test, val=0.15).split
     assert split is not None
-    found = features.extract(
+    found = extraction.extract(
         source, catalog.framed(named.network, "crop"), [Tap("pooled")], named.load, known=ids, store=store, precision="float32"
     )
     X, y, held = normalize(np.asarray(found.blocks[Tap("pooled")])), source.labels, split == "test"

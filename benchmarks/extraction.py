@@ -51,10 +51,12 @@ def ours(folder: str, name: str, engine: str, precision: str) -> None:
     """One extraction into a cold store; the converted network is in the cache already (its making is not timed)."""
     import numpy as np
 
-    from finetune import catalog, features, images
-    from finetune import engine as engines
+    from finetune.backbones import catalog
+    from finetune.data import images
+    from finetune.features import engine as engines
+    from finetune.features import extraction
+    from finetune.features.store import Store
     from finetune.network import Tap
-    from finetune.store import Store
 
     named = catalog.open_named(name, "auto" if "lite" in name else "random")
     source = images.load_unlabelled(folder)
@@ -65,13 +67,13 @@ def ours(folder: str, name: str, engine: str, precision: str) -> None:
     runner(np.concatenate([warm] * 4))
     model_only = (time.perf_counter() - start) / 256
     start = time.perf_counter()
-    with features.decoding(source, range(len(source)), named.network) as pictures:
+    with extraction.decoding(source, range(len(source)), named.network) as pictures:
         for _ in pictures:
             pass
     decode_only = (time.perf_counter() - start) / len(source)
     with tempfile.TemporaryDirectory() as scratch:
         start = time.perf_counter()
-        found = features.extract(
+        found = extraction.extract(
             source,
             named.network,
             [Tap("pooled")],

@@ -61,7 +61,7 @@ def ours(folder: Path, flip: bool, networks_from: Path | None) -> harness.Measur
 
 def split_file(folder: Path, target: Path) -> Path:
     """The parts that `finetune fit` makes of these images, for the peer."""
-    from finetune import images
+    from finetune.data import images
 
     found = images.load(str(folder))
     found = images.make_splits(found, images.digests(found), seed=0)

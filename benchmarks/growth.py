@@ -44,7 +44,7 @@ def prepare(folder: Path, n: int) -> Path:
 
 def machine_of(folder: Path) -> None:
     """One choice of the SVM."""
-    from finetune import svm
+    from finetune.heads import svm
     from finetune.network import Tap
 
     X, y = np.load(folder / "X.npy", mmap_mode="r"), np.load(folder / "y.npy")

@@ -23,7 +23,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from finetune.machine import cores
+from finetune.hardware import cores
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.md"

@@ -32,10 +32,12 @@ import torchvision.datasets
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from finetune import feed, images, optim, train
-from finetune.backbone import freeze, last_stages, load
-from finetune.images import ImageSet
-from finetune.policy import Training
+from finetune.backbones.create import load
+from finetune.backbones.stages import freeze, last_stages
+from finetune.data import images
+from finetune.data.images import ImageSet
+from finetune.training import inputs, loop, optim
+from finetune.training.config import Training
 
 NAME = "tf_efficientnet_lite0"
 
@@ -87,11 +89,11 @@ def plain(folder: Path, chosen: list[int], training: Training, classes: int) -> 
 def ours(data: ImageSet, chosen: list[int], training: Training, *, store: bool) -> dict[str, float]:
     """Our loop: the median epoch (of one, where nothing is stored), and what comes before the first."""
     if not store:
-        feed.STORE_LIMIT = 0
+        inputs.STORE_LIMIT = 0
         training = dataclasses.replace(training, epochs=1)
     backbone = load(NAME)
     began = time.perf_counter()
-    result = train.fit(backbone, data, chosen, None, training, classes=len(data.classes), seed=0)
+    result = loop.fit(backbone, data, chosen, None, training, classes=len(data.classes), seed=0)
     total = time.perf_counter() - began
     assert store != any("every epoch" in warning for warning in result.warnings), result.warnings
     seconds = [row["seconds"] for row in result.history]

@@ -19,7 +19,11 @@ import numpy as np
 
 
 def compare(name: str, draws: int, quick: bool) -> None:
-    from finetune import catalog, crossval, features, images, look, svm
+    from finetune import analysis
+    from finetune.backbones import catalog
+    from finetune.data import images
+    from finetune.features import extraction
+    from finetune.heads import crossval, svm
     from finetune.network import Tap
 
     named = catalog.open_named()
@@ -27,10 +31,10 @@ def compare(name: str, draws: int, quick: bool) -> None:
     source = images.load(str(harness.dataset(name)))
     rows = crossval.subset(source.labels, np.arange(len(source)), 300 if quick else svm.ROWS, 0)
     source = source.subset(rows)
-    taps = look.policy_taps(network)
+    taps = analysis.policy_taps(network)
     blocks = {}
     for bits in ("float32", "bf16"):
-        found = features.extract(source, network, taps, named.load, precision=bits)
+        found = extraction.extract(source, network, taps, named.load, precision=bits)
         blocks[bits] = {tap: np.asarray(block) for tap, block in found.blocks.items()}
     kernels = ("linear", "rbf", "lssvm")
     chosen = svm.choose(blocks["float32"], source.labels, source.classes, default_taps=(Tap("pooled"),), kernels=kernels)

@@ -36,16 +36,16 @@ import harness
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import machine
+from finetune import hardware
 from retrieval import index
-from retrieval.kinds import inverted
+from retrieval.spec import inverted
 from retrieval.vectors import Rows, prepare
 
 D, K, BATCH = 256, 10, 256
 TOPICS, PER_THING, SHARES = 100, 50, (0.4, 0.3, 0.3)
 FALL, FALL_WITHIN, MEAN = 0.86, 1.2, 0.5
 JUDGED = 2000  # fresh queries for the recall
-THREADS = machine.cores()
+THREADS = hardware.cores()
 
 CHILD = """
 import sys

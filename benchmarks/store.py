@@ -29,7 +29,7 @@ from pathlib import Path
 
 import harness
 
-from finetune import machine
+from finetune import hardware
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -41,21 +41,23 @@ def seconds(call: Callable[[], object]) -> float:
 def hashing(folder: Path) -> None:
     """The peer: all bytes read and hashed."""
     paths = sorted(path for path in folder.rglob("*.jpg"))
-    with concurrent.futures.ThreadPoolExecutor(machine.cores()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(hardware.cores()) as pool:
         took = seconds(lambda: list(pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths)))
     print(json.dumps({"seconds": took, "n": len(paths)}))
 
 
 def known(folder: Path, where: Path) -> None:
     """Features of known images: the first call of a process, and the second."""
-    from finetune import catalog, features, images
+    from finetune.backbones import catalog
+    from finetune.data import images
+    from finetune.features import extraction
+    from finetune.features.store import Store
     from finetune.network import Tap
-    from finetune.store import Store
 
     named, source, store = catalog.open_named(), images.load_unlabelled(folder), Store(where)
 
     def call() -> None:
-        found = features.extract(source, named.network, [Tap("pooled")], named.load, store=store)
+        found = extraction.extract(source, named.network, [Tap("pooled")], named.load, store=store)
         assert len(found) == len(source)
 
     first = seconds(call)
@@ -64,23 +66,26 @@ def known(folder: Path, where: Path) -> None:
 
 def look(folder: Path, where: Path) -> None:
     """Digests of known files."""
-    from finetune import features, images
-    from finetune.store import Store
+    from finetune.data import images
+    from finetune.features import extraction
+    from finetune.features.store import Store
 
     source, store = images.load_unlabelled(folder), Store(where)
-    print(json.dumps({"seconds": seconds(lambda: features.digests(source, store)), "n": len(source)}))
+    print(json.dumps({"seconds": seconds(lambda: extraction.digests(source, store)), "n": len(source)}))
 
 
 def extraction(folder: Path) -> None:
     """One extraction into an empty store, and this process's peak memory."""
-    from finetune import catalog, features, images
+    from finetune.backbones import catalog
+    from finetune.data import images
+    from finetune.features import extraction
+    from finetune.features.store import Store
     from finetune.network import Tap
-    from finetune.store import Store
 
     named, source = catalog.open_named(), images.load_unlabelled(folder)
     with tempfile.TemporaryDirectory(dir=harness.SCRATCH) as scratch:
         took = seconds(
-            lambda: features.extract(source, named.network, [Tap("pooled")], named.load, store=Store(Path(scratch) / "store"))
+            lambda: extraction.extract(source, named.network, [Tap("pooled")], named.load, store=Store(Path(scratch) / "store"))
         )
     print(json.dumps({"seconds": took, "n": len(source), "peak": harness.peak()}))
 

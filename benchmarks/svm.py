@@ -35,7 +35,7 @@ FOLDS = 5
 
 def prepare(folder: Path, n: int, d: int, classes: int, tests: int) -> None:
     """Write features, labels and folds; with `tests` fresh rows of the same classes."""
-    from finetune import crossval
+    from finetune.heads import crossval
 
     folder.mkdir(parents=True, exist_ok=True)
     things = max(1, round(n / classes / synthetic.PER_THING))
@@ -59,7 +59,7 @@ def load(folder: Path, mmap: bool = False) -> list[np.ndarray]:
 
 def grid(folder: Path) -> None:
     """Ours, the same work as the peer's."""
-    from finetune import crossval, svm
+    from finetune.heads import crossval, svm
     from finetune.network import Tap
 
     X, y, fold, test_X, test_y = load(folder)
@@ -78,7 +78,7 @@ def grid(folder: Path) -> None:
 
 def choose(folder: Path, given: bool) -> None:
     """Ours as `finetune fit` calls it; with the grid where it is `given`."""
-    from finetune import svm
+    from finetune.heads import svm
     from finetune.network import Tap
 
     X, y, _, test_X, test_y = load(folder, mmap=True)
@@ -109,10 +109,10 @@ def small(rounds: int, quick: bool) -> None:
     n, d, tests = (600, 512, 600) if quick else (5000, 4096, 5000)
     folder = harness.SCRATCH / f"svm-{n}"
     child("--prepare", folder, str(n), str(d), "10", str(tests))
-    from finetune import machine
+    from finetune import hardware
 
     ours = harness.side([sys.executable, __file__, "--grid", folder])
-    peer = harness.side([sys.executable, harness.HERE / "peers" / "sklearn_grid.py", folder, str(machine.cores())])
+    peer = harness.side([sys.executable, harness.HERE / "peers" / "sklearn_grid.py", folder, str(hardware.cores())])
     mine, theirs = harness.rounds(ours, peer, rounds)
     usual = child("--choose", folder, "grid")
     seconds = [statistics.median(m["seconds"] for m in side) for side in (mine, theirs)]
@@ -125,7 +125,7 @@ def small(rounds: int, quick: bool) -> None:
     )
     result = harness.words(harness.ratio([t["seconds"] for t in theirs], [m["seconds"] for m in mine]))
     work = f"{n:,} × {d:,}, 10 classes, {len(GRID)} values of C, {FOLDS} folds, drawn by synthetic.py"
-    peer_words = f"scikit-learn GridSearchCV(LinearSVC), {machine.cores()} processes"
+    peer_words = f"scikit-learn GridSearchCV(LinearSVC), {hardware.cores()} processes"
     harness.record("svm, grid", work, peer_words, "≥ 5×, accuracy ± 0.3 points", result, detail, quick=quick)
 
 

@@ -18,106 +18,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import engine, features, files, loose
-from finetune.engine import Runner
+from finetune import device, files
+from finetune.data import loose
+from finetune.data.images import Fault, ImageSet, check_on_bad
+from finetune.data.loose import Picture
 from finetune.errors import UserError
-from finetune.images import Fault, ImageSet, check_on_bad
-from finetune.loose import Picture
+from finetune.features import engine, extraction
+from finetune.features.engine import Runner
+from finetune.heads.head import AnyHead, Array, Head, KernelHead, softmax
 from finetune.network import Network, Tap
+from finetune.progress import Progress
 
 if TYPE_CHECKING:
-    from finetune.backbone import Backbone
+    from finetune.backbones.stages import Backbone
 
-Array = NDArray[np.float32]
 SCORED = 16  # rows that a prediction scores at once: few, so that one image alone is fast
-ROWS = 4096  # rows that a head scores at once, at most: keeps the kernel block of an RBF head small
-
-
-def side_by_side(blocks: Sequence[NDArray[Any]], normalize: bool) -> Array:
-    """Join the features of several taps, each row of each tap L2-normalised first where `normalize`.
-
-    `blocks` are `(n, d_i)`; the result is `(n, sum d_i)`, float32 and C-contiguous. With k taps a normalised row has
-    length √k. A row of zeros stays zero.
-    """
-    parts = []
-    for block in blocks:
-        part = np.asarray(block, dtype=np.float32)
-        if normalize:
-            norm = np.sqrt(np.einsum("ij,ij->i", part, part, dtype=np.float64)).astype(np.float32)[:, None]
-            part = part / np.maximum(norm, 1e-12)
-        parts.append(part)
-    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
-
-
-def softmax(scores: NDArray[Any], temperature: float = 1.0) -> Array:
-    """Row-wise softmax of `scores / temperature`, `(n, C)`; one row sums to 1."""
-    z = np.asarray(scores, dtype=np.float64) / temperature
-    z = np.exp(z - z.max(axis=1, keepdims=True))
-    return (z / z.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear classifier: `scores = side_by_side(x) @ weight.T + bias`.
-
-    `weight` is `(C, D)`, `bias` `(C,)`, D the sum of the widths of `taps`. `kind` names how it was made:
-    `svm`, `logistic` or `fine-tuned`.
-    """
-
-    taps: tuple[Tap, ...]
-    classes: tuple[str, ...]
-    weight: Array
-    bias: Array
-    normalize: bool = True
-    temperature: float = 1.0
-    kind: str = "svm"
-
-    def scores(self, blocks: Sequence[NDArray[Any]]) -> Array:
-        """Decision values `(n, C)` of features given one array a tap, in the order of `taps`."""
-        x = side_by_side(blocks, self.normalize)
-        return np.concatenate([x[i : i + ROWS] @ self.weight.T + self.bias for i in range(0, max(len(x), 1), ROWS)])
-
-    def arrays(self) -> dict[str, Array]:
-        return {"weight": self.weight, "bias": self.bias}
-
-
-@dataclass(frozen=True)
-class KernelHead:
-    """An RBF machine, one against the rest: `scores = exp(-gamma ‖x − s‖²) @ coef.T + bias`. `kind` is `rbf-svm`
-    or, fitted with squared errors, `rbf-lssvm`.
-
-    `support` is `(m, D)` in the space of `side_by_side`, `coef` `(C, m)`, `bias` `(C,)`. It may ship; it cannot start
-    fine-tuning.
-    """
-
-    taps: tuple[Tap, ...]
-    classes: tuple[str, ...]
-    support: Array
-    coef: Array
-    bias: Array
-    gamma: float
-    normalize: bool = True
-    temperature: float = 1.0
-    kind: str = "rbf-svm"
-
-    def scores(self, blocks: Sequence[NDArray[Any]]) -> Array:
-        """Decision values `(n, C)` of features given one array a tap, in the order of `taps`."""
-        x = side_by_side(blocks, self.normalize)
-        return np.concatenate(
-            [rbf(x[i : i + ROWS], self.support, self.gamma) @ self.coef.T + self.bias for i in range(0, max(len(x), 1), ROWS)]
-        )
-
-    def arrays(self) -> dict[str, Array]:
-        return {"support": self.support, "coef": self.coef, "bias": self.bias}
-
-
-AnyHead = Head | KernelHead
-
-
-def rbf(x: Array, y: Array, gamma: float) -> Array:
-    """The Gaussian kernel `exp(-gamma ‖x_i − y_j‖²)`, `(len(x), len(y))`."""
-    squared = np.einsum("ij,ij->i", x, x)[:, None] + np.einsum("ij,ij->i", y, y)[None] - 2 * (x @ y.T)
-    return np.exp(-gamma * np.maximum(squared, 0))
 
 
 @dataclass(frozen=True)
@@ -179,7 +94,7 @@ class Classifier:
         images: ImageSet | Picture | Iterable[Picture],
         *,
         on_bad: str = "stop",
-        progress: features.Progress | None = None,
+        progress: Progress | None = None,
     ) -> Predictions:
         """Probabilities of every image, past the feature store: the one path of `predict`, `evaluate` and predictions.csv.
 
@@ -200,12 +115,12 @@ class Classifier:
         total = np.zeros((len(images), len(self.classes)), dtype=np.float32)
         with self._lock:
             for view in self.views:
-                stream = features.stream(images, todo, self.network, self._opened, faults, view=view, progress=progress)
+                stream = extraction.stream(images, todo, self.network, self._opened, faults, view=view, progress=progress)
                 with contextlib.closing(stream):  # an error below ends the decoding, too
                     for positions, blocks in _gathered(stream, SCORED):
                         total[positions] += self._scores(blocks)
         if faults and on_bad == "stop":
-            features.refuse(list(faults.values()), images.name)
+            extraction.refuse(list(faults.values()), images.name)
         keep = np.array([i for i, at in enumerate(same) if int(at) not in faults], dtype=np.int64)
         kept = images if len(keep) == len(images) else images.subset(keep)
         probabilities = softmax(total[same[keep]] / len(self.views), self.head.temperature)
@@ -227,16 +142,16 @@ class Classifier:
         return np.concatenate(parts)[:count]
 
 
-def _gathered(stream: Iterable[features.Batch], rows: int) -> Iterator[features.Batch]:
+def _gathered(stream: Iterable[extraction.Batch], rows: int) -> Iterator[extraction.Batch]:
     """The batches of `stream` joined to at least `rows` images; the last may have fewer."""
-    waiting: list[features.Batch] = []
+    waiting: list[extraction.Batch] = []
     for batch in stream:
         waiting.append(batch)
         if sum(len(positions) for positions, _ in waiting) >= rows:
-            yield features.joined(waiting)
+            yield extraction.joined(waiting)
             waiting.clear()
     if waiting:
-        yield features.joined(waiting)
+        yield extraction.joined(waiting)
 
 
 # ------------------------------------------------------------------------------------------------------ on the disk
@@ -310,13 +225,13 @@ def load(folder: Path, *, engine_name: str | None = None, precision: str | None 
         raise UserError(f"damaged: {error} is missing", where=folder / "config.json", fix="fit again with --force") from error
     head = _read_head(folder / "head.safetensors")
     _check(head, sum(network.width(tap) for tap in head.taps), folder / "head.safetensors")
-    if engine_name is None and used == "openvino" and not engine.has_openvino():
+    if engine_name is None and used == "openvino" and not device.has_openvino():
         used = "torch"
 
     def load_backbone() -> Backbone:
-        from finetune import backbone
+        from finetune.backbones import create
 
-        own = backbone.load(network.name, str(folder / "model.safetensors"), network.preprocess.size)
+        own = create.load(network.name, str(folder / "model.safetensors"), network.preprocess.size)
         if own.network.digest != network.digest:
             raise UserError(
                 "the weights are not those of this run", where=folder / "model.safetensors", fix="fit again with --force"

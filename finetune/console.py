@@ -12,19 +12,18 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import click
 
 from finetune.errors import UserError, printable
+from finetune.progress import Progress
 
 MENDABLE, BUG, INTERRUPTED = 1, 3, 130
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # what the system says of a name that cannot be
-
-Progress = Callable[[int, int], None]
 
 
 def guarded(group: click.Group, prog_name: str) -> NoReturn:

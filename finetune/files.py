@@ -12,15 +12,17 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from finetune import files
 from finetune.errors import UserError, as_bytes
 
 CACHE_README = """This folder belongs to Regraft (the `finetune` and `retrieve` commands).
@@ -262,3 +264,15 @@ class Digests(Sequence[str]):
         """Of the positions `at`, the first of each content, in order."""
         contents = np.ascontiguousarray(self.rows[at]).view("S32")[:, 0]  # of one length: a zero at the end makes no two alike
         return at[np.sort(np.unique(contents, return_index=True)[1])]
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a UTF-8 table, whole or not at all; a float is written so that `float()` gives back the same bits."""
+    text = "".join(",".join(map(_csv, row)) + "\n" for row in (header, *rows))
+    files.write_bytes(path, text.encode(errors="surrogateescape"))
+
+
+def _csv(cell: object) -> str:
+    text = repr(float(cell)) if isinstance(cell, float | np.floating) else str(cell)
+    # Not csv.writer: with lines that end in \n it leaves a \r unquoted, which csv.reader takes for the end of the line.
+    return f'"{text.replace(chr(34), chr(34) * 2)}"' if re.search(r'[",\r\n]', text) else text

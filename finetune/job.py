@@ -15,48 +15,34 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune import (
-    catalog,
-    choice,
-    classifier,
-    features,
-    files,
-    folders,
-    images,
-    judge,
-    judgement,
-    look,
-    metrics,
-    names,
-    omissions,
-    options,
-    page,
-    predictions,
-    report,
-    run,
-    splits,
-    svm,
-    weights,
-)
+from finetune import analysis, classifier, files, metrics, names, options, recipe, run
 from finetune import recipe as recipes
-from finetune.classifier import AnyHead, Classifier, Head
-from finetune.crossval import Kernel
+from finetune.analysis import Floats, Ints, Look
+from finetune.backbones import catalog, weights
+from finetune.classifier import Classifier
+from finetune.data import folders, images, omissions, splits
 from finetune.errors import UserError
+from finetune.evaluation import evaluate, judgement, model_selection, predictions
+from finetune.evaluation.judgement import Judgement
+from finetune.features import extraction
+from finetune.features.store import Store
 from finetune.files import Digests
-from finetune.judgement import Judgement
+from finetune.heads import svm
+from finetune.heads.crossval import Kernel
+from finetune.heads.head import AnyHead, Head
+from finetune.heads.svm import SvmResult
 from finetune.lock import Wait
-from finetune.look import Bar, Floats, Ints, Look, Say, clock, no_bar, quiet
 from finetune.metrics import Paired
 from finetune.names import shown
 from finetune.network import Tap
+from finetune.progress import Bar, Say, clock, no_bar, quiet
 from finetune.recipe import Recipe
+from finetune.report import collect, render
 from finetune.run import RunDir
-from finetune.store import Store
-from finetune.svm import SvmResult
 
 if TYPE_CHECKING:
-    from finetune.backbone import Backbone
-    from finetune.train import TrainResult
+    from finetune.backbones.stages import Backbone
+    from finetune.training.loop import TrainResult
 
 _UNHEARD = ("seed", "shots", "test")  # options that `extract` of version 0.1.0 took and did not heed
 STOP_SHARE = 0.1  # of the images that it is fitted on: they decide when fine-tuning stops
@@ -123,8 +109,8 @@ def advise(
     _say_all(notes, say)
     store = Store()
     try:
-        pictures, ids = look.scan(settings, store, say)
-        seen = look.take(settings, pictures, ids, store, say, bar, pooled_only=True)
+        pictures, ids = analysis.scan(settings, store, say)
+        seen = analysis.take(settings, pictures, ids, store, say, bar, pooled_only=True)
     finally:
         store.close()
     _say_all((*options.unused(settings, seen.plan), *options.of_advice(settings)), say)
@@ -169,19 +155,19 @@ def extract(
         if _is_flat(Path(data)):
             source = images.load_unlabelled(data)
         else:
-            layout = options.layout(settings.data)
+            layout = recipe.layout(settings.data)
             source = images.load(str(data), layout=layout, on_empty_class=settings.data.on_empty_class)
-        source, ids = look.digests(source, store, settings.data.on_bad_image)
+        source, ids = analysis.digests(source, store, settings.data.on_bad_image)
         _say_all((f"           {line}" for line in omissions.told(source)), say)
-        named = look.open_backbone(settings, say)
-        found = look.extract(settings, source, ids, named, [Tap.parse(text) for text in texts], store, say, bar, choose=False)
+        named = analysis.open_backbone(settings, say)
+        found = analysis.extract(settings, source, ids, named, [Tap.parse(text) for text in texts], store, say, bar, choose=False)
         X = np.concatenate([np.asarray(block) for block in found.blocks.values()], axis=1)
         manifest = {
             "network": named.network.to_json(),
             "taps": [str(tap) for tap in found.blocks],
             "spaces": list(found.spaces.values()),
         }
-        features.save(output, X, found.images, manifest | {"digests": list(found.digests)})
+        extraction.save(output, X, found.images, manifest | {"digests": list(found.digests)})
     finally:
         store.close()
     return f"{X.shape[0]} × {X.shape[1]} features written to {names.shown(output)}"
@@ -212,7 +198,7 @@ class Tuned:
 
 def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar: Bar) -> Outcome:
     began = time.monotonic()
-    pictures, ids = look.scan(settings, store, say)
+    pictures, ids = analysis.scan(settings, store, say)
     digest = _job_digest(settings, pictures, ids)
     out = Path(names.written(settings.out)) if settings.out else None
     folder = run.open_run(out, _name(settings), digest, force=force, wait=wait)
@@ -221,12 +207,12 @@ def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar:
         return outcome(folder.path)
     with folder:
         folder.write_text("recipe.yaml", recipes.dump(settings))
-        seen = look.take(settings, pictures, ids, store, say, bar)
+        seen = analysis.take(settings, pictures, ids, store, say, bar)
         _say_all(options.unused(settings, seen.plan), say)
         baseline = _baseline(seen, say)
         tuned = _tune(seen, baseline, folder, say, bar)
-        pair = choice.compare(seen, baseline, tuned.scores, tuned.result.best_epoch, say) if tuned else None
-        ships = tuned is not None and pair is not None and choice.ships(pair, tuned.result.best_epoch)
+        pair = model_selection.compare(seen, baseline, tuned.scores, tuned.result.best_epoch, say) if tuned else None
+        ships = tuned is not None and pair is not None and model_selection.ships(pair, tuned.result.best_epoch)
         head, trained = _refit(seen, baseline, tuned if ships else None, folder, say, bar)
         return _finish(seen, baseline, tuned, pair, head, trained, folder, began, say, bar)
 
@@ -296,12 +282,12 @@ def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -
     """Fine-tune on the training part, as the plan says, away from the images that will choose."""
     if seen.plan.training is None:
         return None
-    if reason := choice.decided(seen, baseline):
+    if reason := model_selection.decided(seen, baseline):
         say(f"fine-tune  left out: {reason}")
         _say_all(options.of_training(seen.recipe, "nothing is fine-tuned"), say)
         return None
     _say_all(options.of_weights(seen.recipe, baseline.balanced), say)
-    choosing = choice.choosing(seen)
+    choosing = model_selection.choosing(seen)
     rest = np.setdiff1d(seen.part("train"), choosing)
     with clock(seen.seconds, "fine-tune"), bar("fine-tune") as progress:
         stop = splits.hold_out(seen.images.labels, seen.groups, rest, STOP_SHARE, seen.recipe.data.seed)
@@ -320,20 +306,21 @@ def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -
 def _train(
     seen: Look, fit_on: Ints, stop_on: Ints | None, folder: RunDir, phase: str, epochs: int | None, progress: Any
 ) -> Tuned:
-    from finetune import backbone, memory, train
+    from finetune.backbones import create, memory
+    from finetune.training import loop
 
     about, training = seen.recipe.backbone, seen.plan.training
     assert training is not None
     if epochs is not None:
         training = dataclasses.replace(training, epochs=epochs)
     weights = "random" if seen.plan.strategy == "scratch" else about.weights
-    own = backbone.load(seen.named.network.name, weights, training.input_size)
+    own = create.load(seen.named.network.name, weights, training.input_size)
     own = dataclasses.replace(
         own, network=catalog.framed(own.network, "whole" if seen.named.network.preprocess.squash else "crop")
     )
     size, count = own.network.preprocess.size, min(training.batch_size, len(fit_on))
     memory.check(own.module, own.network.name, size, memory.RUN * count, f"a batch of {count} and an input")
-    result = train.fit(
+    result = loop.fit(
         own,
         seen.images,
         fit_on,
@@ -347,7 +334,7 @@ def _train(
         precision=about.precision,
     )
     words = f"{seen.named.network.source}; then fine-tuned ({seen.plan.strategy})"
-    own = backbone.described(own, words)
+    own = create.described(own, words)
     head = Head((Tap("pooled"),), seen.images.classes, result.head_weight, result.head_bias, normalize=False, kind="fine-tuned")
     return Tuned(own, head, result, np.zeros((0, len(seen.images.classes)), np.float32))
 
@@ -370,7 +357,7 @@ def _refit(
         say(f"refit      on {len(both)} training and validation images, {winner.result.best_epoch} epochs")
         with bar("refit") as progress:
             again = _train(seen, both, None, folder, "refit", winner.result.best_epoch, progress)
-        temperature = metrics.fit_temperature(winner.scores, seen.images.labels[choice.choosing(seen)])
+        temperature = metrics.fit_temperature(winner.scores, seen.images.labels[model_selection.choosing(seen)])
         return head, dataclasses.replace(again, head=dataclasses.replace(again.head, temperature=temperature))
 
 
@@ -387,17 +374,17 @@ def _finish(
     bar: Bar,
 ) -> Outcome:
     """Write the model, judge it once on the test part (if there is one) through the path of `predict`, and write the report."""
-    from finetune import backbone
+    from finetune.backbones import create
 
     used, bits = seen.how
     if trained is None:
         model = Classifier(seen.named.network, svm_head, seen.named.load, used, bits)
-        backbone.save(seen.named.load(), folder.path / "model.safetensors")
+        create.save(seen.named.load(), folder.path / "model.safetensors")
     else:
         model = Classifier(trained.backbone.network, trained.head, lambda: trained.backbone, used, bits)
-        backbone.save(trained.backbone, folder.path / "model.safetensors", (trained.head.weight, trained.head.bias))
+        create.save(trained.backbone, folder.path / "model.safetensors", (trained.head.weight, trained.head.bias))
     classifier.save(folder.path, model)
-    judge.record(folder.path, seen.digests.take(seen.part("train", "val")))
+    evaluate.record(folder.path, seen.digests.take(seen.part("train", "val")))
     if text := weights.notice(seen.named.network.name, weights.find(seen.named.network.name, seen.recipe.backbone.weights)):
         folder.write_text("LICENSE-weights.txt", text)
     with clock(seen.seconds, "judge"), bar("judge") as progress:
@@ -416,11 +403,11 @@ def _finish(
     if left := (*omissions.account(seen.images), *seen.features.faults):
         folder.write_csv("left_out.csv", ("path", "kind", "detail"), [(shown(f.path), f.kind, f.detail) for f in left])
     seen.seconds["all"] = time.monotonic() - began
-    verdict = choice.verdict(seen, written, baseline, pair, trained is not None)
-    data = page.collect(
+    verdict = model_selection.verdict(seen, written, baseline, pair, trained is not None)
+    data = collect.collect(
         seen, baseline, tuned.result if tuned else None, pair, model.head, judged, svm_beside, verdict, folder.path
     )
-    folder.write_text("report.html", report.render(data))
+    folder.write_text("report.html", render.render(data))
     shipped = f"fine-tuned ({seen.plan.strategy})" if trained else svm_head.kind
     folder.finish(
         {
@@ -432,7 +419,7 @@ def _finish(
             "test_evaluations": int(judged.part == "test"),
         }
     )
-    say(f"judge      {choice.short(written)}; {seen.seconds['all']:.1f} s in all")
+    say(f"judge      {model_selection.short(written)}; {seen.seconds['all']:.1f} s in all")
     return outcome(folder.path)
 
 
@@ -441,7 +428,7 @@ def _judged(seen: Look, baseline: SvmResult, winner: Tuned | None, model: Classi
     if len(test := seen.part("test")):
         return judgement.on_test(model.predict(seen.images.subset(test), progress=progress))
     if winner is not None:
-        return judgement.when_chosen(seen, winner.scores, choice.choosing(seen))
+        return judgement.when_chosen(seen, winner.scores, model_selection.choosing(seen))
     return judgement.out_of_fold(seen, baseline)
 
 

@@ -7,12 +7,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import engine, names, recipe
-from finetune.columns import Layout
+from finetune import device, names, recipe
 from finetune.errors import UserError
 from finetune.policy import Plan
-from finetune.recipe import Data, Recipe
-from finetune.splits import MIN_VAL
+from finetune.recipe import Recipe
 
 OPTIONS = {  # options of the commands and of `fit`, and the recipe's keys behind them
     "seed": "data.seed",
@@ -124,13 +122,6 @@ def _refuse_two(key: str, option: str, first: object, second: object) -> None:
     raise UserError(what, where=key, fix=f"leave one of them out{hint}")
 
 
-def layout(about: Data) -> Layout:
-    """What a recipe says of tables."""
-    return Layout(
-        about.path_column, about.label_column, about.split_column, about.group_column, about.image_root, about.on_bad_image
-    )
-
-
 # ---------------------------------------------------------------------------------------- what has no effect on a job
 
 
@@ -178,36 +169,9 @@ def of_weights(settings: Recipe, balanced: bool) -> list[str]:
 def of_machine(settings: Recipe) -> list[str]:
     """A line where the machine cannot do what was asked as it was meant."""
     about = settings.backbone
-    if about.precision == "bf16" and engine.resolve(about.engine, "auto")[1] != "bf16":
+    if about.precision == "bf16" and device.resolve(about.engine, "auto")[1] != "bf16":
         return ["           bf16 is not in this machine's hardware: it is emulated, slower than --precision float32"]
     return []
-
-
-def of_parts(settings: Recipe, given: Collection[str], made: Mapping[str, int]) -> list[str]:
-    """Lines about shares that made no part. `given` are the parts that the data came with, `made` the sizes of all parts."""
-    about, keys = settings.data, recipe.changed(settings)
-    lines = []
-    if "data.test_share" in keys and "test" in given:
-        lines.append("data.test_share: the test images are given")
-    if "data.validation_share" in keys:
-        if about.shots is not None:
-            lines.append("data.validation_share: with data.shots there is no validation part")
-        elif "val" in given:
-            lines.append("data.validation_share: the validation images are given")
-        elif not made.get("val"):
-            lines.append(
-                f"data.validation_share: it gives fewer than {MIN_VAL} images, so that all train and cross-validation selects"
-            )
-    return list(map(_line, lines))
-
-
-def short_classes(shots: int, counts: Mapping[str, int]) -> list[str]:
-    """A line about classes with fewer training images than were asked for."""
-    few = [f"{name} ({count})" for name, count in counts.items() if count < shots]
-    if not few:
-        return []
-    words = f"{len(few)} class{'es have' if len(few) > 1 else ' has'} fewer than {shots} training images"
-    return [f"           {words}, and all of them are used: {', '.join(few[:5])}{f' and {len(few) - 5} more' * (len(few) > 5)}"]
 
 
 def _line(text: str) -> str:

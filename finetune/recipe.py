@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from finetune.data.columns import Layout
 from finetune.errors import UserError
 from finetune.files import digest_json
 
@@ -461,3 +462,10 @@ def _folder() -> Traversable:
         return importlib.resources.files(PACKAGE)
     except ModuleNotFoundError:  # a checkout that is not installed: the folder stands beside the package
         return Path(__file__).resolve().parent.parent / "recipes"
+
+
+def layout(about: Data) -> Layout:
+    """What a recipe says of tables."""
+    return Layout(
+        about.path_column, about.label_column, about.split_column, about.group_column, about.image_root, about.on_bad_image
+    )

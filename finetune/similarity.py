@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import catalog, features
-from finetune.images import ImageSet
+from finetune.backbones import catalog
+from finetune.data.images import ImageSet
+from finetune.features import extraction, knn
+from finetune.features.store import Store
 from finetune.network import Tap
-from finetune.store import Store
 
 if TYPE_CHECKING:
-    from finetune.backbone import Backbone
+    from finetune.backbones.stages import Backbone
 
 RULER = "tf_efficientnet_lite0"
 SAMPLE = 128  # images looked at
@@ -56,7 +57,7 @@ def measure(images: ImageSet, pretraining: str, *, store: Store, seed: int = 0) 
     """Distance of (a seeded sample of) `images`; `pretraining` is that of the backbone which will be used."""
     sample = _sample(len(images), seed)
     ruler = catalog.open_named(RULER)
-    found = features.extract(
+    found = extraction.extract(
         images.subset(sample),
         ruler.network,
         [Tap("moments")],
@@ -91,7 +92,7 @@ def second_opinion(first: Similarity, pooled: NDArray[np.float32], y: NDArray[np
     counts = np.bincount(y)
     if len(y) <= KNN or counts.max() < 2:
         return replace(first, notes=(*first.notes, "too few images for the k-NN opinion"))
-    _, positions = features.neighbours(pooled, KNN)
+    _, positions = knn.neighbours(pooled, KNN)
     votes = np.zeros((len(y), counts.size))
     weight = 1 + 1e-3 * np.arange(KNN, 0, -1)[: positions.shape[1]]  # the nearest decides a tie
     for j in range(positions.shape[1]):
@@ -126,7 +127,7 @@ def distance(moments: NDArray[np.float64], layers: Layers) -> float:
 
 
 def _running_statistics(backbone: Backbone) -> Layers:
-    from finetune.backbone import BATCH_NORMS
+    from finetune.backbones.stages import BATCH_NORMS
 
     norms = [part for part in backbone.module.modules() if isinstance(part, BATCH_NORMS)]
     layers = []

@@ -18,9 +18,9 @@ from finetune import console
 from finetune.names import shown, typed
 
 if TYPE_CHECKING:
-    from finetune.images import Fault
+    from finetune.data.images import Fault
     from finetune.lock import Wait
-    from retrieval.changes import Change
+    from retrieval.diff import Change
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -96,11 +96,11 @@ def build(
       retrieve build photos/ -o photos.index
       retrieve build photos/ -o photos.index --run runs/photos --flip
     """
-    from retrieval import upkeep
+    from retrieval import maintenance
 
-    upkeep.check_build(images, out, force)
+    maintenance.check_build(images, out, force)
     encoder = _encoder(**network)
-    change = upkeep.build(
+    change = maintenance.build(
         images, out, encoder, whiten=whiten, factory=factory, recall=recall, memory_mb=memory_mb, frame=frame or "auto",
         on_bad=on_bad, force=force, wait=wait, bar=console.progress, say=lambda text: click.echo(text, err=True),
     )  # fmt: skip
@@ -168,7 +168,7 @@ def query(
       retrieve query photos.index cat.jpg -k 10
       retrieve query photos.index front.jpg back.jpg --average --html found.html
     """
-    from finetune.images import load_unlabelled
+    from finetune.data.images import load_unlabelled
     from retrieval import hits
     from retrieval.gallery import Gallery
 
@@ -183,10 +183,10 @@ def query(
     _warn(hits.advice((p for hit in found for p in hit.missing), (p for hit in found for p in hit.changed), index))
     if html is not None:
         from finetune import files
-        from retrieval import sheet
+        from retrieval import contact_sheet
 
         title = f"{shown(index.name)}: {shown(answers[0].query) if len(answers) == 1 else f'{len(answers)} queries'}"
-        files.write_text(html, sheet.page(answers, root, title))
+        files.write_text(html, contact_sheet.page(answers, root, title))
     if json_:
         _print_json([answer.to_json() for answer in answers])
     elif html is not None:
@@ -220,9 +220,9 @@ def add(index: Path, images: tuple[Path, ...], on_bad: str, wait: Wait, json_: b
     Example:
       retrieve add photos.index more/
     """
-    from retrieval import upkeep
+    from retrieval import maintenance
 
-    _print_change(upkeep.add(index, images, on_bad=on_bad, wait=wait, bar=console.progress), index, json_)
+    _print_change(maintenance.add(index, images, on_bad=on_bad, wait=wait, bar=console.progress), index, json_)
 
 
 @cli.command()
@@ -239,9 +239,9 @@ def remove(index: Path, images: tuple[Path, ...], wait: Wait, json_: bool) -> No
     Example:
       retrieve remove photos.index holiday/blurred.jpg
     """
-    from retrieval import upkeep
+    from retrieval import maintenance
 
-    _print_change(upkeep.remove(index, images, wait=wait), index, json_)
+    _print_change(maintenance.remove(index, images, wait=wait), index, json_)
 
 
 @cli.command()
@@ -258,9 +258,9 @@ def sync(index: Path, root: Path | None, allow_empty: bool, on_bad: str, wait: W
     Example:
       retrieve sync photos.index
     """
-    from retrieval import upkeep
+    from retrieval import maintenance
 
-    change = upkeep.sync(index, root=root, on_bad=on_bad, allow_empty=allow_empty, wait=wait, bar=console.progress)
+    change = maintenance.sync(index, root=root, on_bad=on_bad, allow_empty=allow_empty, wait=wait, bar=console.progress)
     _print_change(change, index, json_)
 
 
@@ -382,9 +382,9 @@ def compact(index: Path, wait: Wait, json_: bool) -> None:
     Example:
       retrieve compact photos.index
     """
-    from retrieval import upkeep
+    from retrieval import maintenance
 
-    _print_change(upkeep.compact(index, wait=wait, bar=console.progress), index, json_)
+    _print_change(maintenance.compact(index, wait=wait, bar=console.progress), index, json_)
 
 
 @cli.command()
@@ -399,7 +399,7 @@ def serve(index: Path, host: str, port: int, token: str | None) -> None:
     Example:
       retrieve serve photos.index --port 8000
     """
-    from retrieval import app
+    from retrieval.web import app
 
     app.serve(index, host=host, port=port, token=token)
 

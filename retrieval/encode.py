@@ -19,17 +19,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import decode, engine, features, files
-from finetune.classifier import side_by_side
+from finetune import device, files
+from finetune.data import decode
+from finetune.data.images import Fault, ImageSet
 from finetune.errors import UserError
-from finetune.features import Features, Progress
-from finetune.images import Fault, ImageSet
+from finetune.features import engine, extraction
+from finetune.features.extraction import Features
+from finetune.features.store import Store
+from finetune.heads.head import side_by_side
 from finetune.network import Network, Tap
-from finetune.store import Store
+from finetune.progress import Progress
 from retrieval.vectors import Rows, Whitening
 
 if TYPE_CHECKING:
-    from finetune.backbone import Backbone
+    from finetune.backbones.stages import Backbone
 
 ROWS = 4096  # vectors made at once
 SIDE = 32  # input sizes of other scales are rounded to a multiple of it, the stride of most networks
@@ -80,8 +83,8 @@ def open_named(
     precision: str = "auto",
 ) -> Encoder:
     """The encoder of a network by name. Raises `UserError` for what does not exist or cannot be had."""
-    from finetune import catalog
-    from finetune import weights as home
+    from finetune.backbones import catalog
+    from finetune.backbones import weights as home
 
     name = name or catalog.DEFAULT
     base = catalog.open_named(name, weights, size)
@@ -90,12 +93,12 @@ def open_named(
         raise UserError("random weights cannot be loaded a second time", where="--scales", fix="save them, and give the file")
     others = {s: catalog.open_named(name, weights, _side(base.network, s)) for s in scales if s != 1.0}
     opened = [others.get(s, base) for s in scales]
-    used, bits = engine.resolve(engine_name, precision)
+    used, bits = device.resolve(engine_name, precision)
 
     def save(path: Path) -> None:
-        from finetune import backbone
+        from finetune.backbones import create
 
-        backbone.save(base.load(), path)
+        create.save(base.load(), path)
 
     return _checked(
         Encoder(
@@ -121,7 +124,8 @@ def open_run(
     precision: str | None = None,
 ) -> Encoder:
     """The encoder of a finished run's network, read where its head reads it unless `taps` are given."""
-    from finetune import catalog, classifier, run
+    from finetune import classifier, run
+    from finetune.backbones import catalog
 
     folder = run.finished(path)
     model = classifier.load(folder, engine_name=engine_name, precision=precision)
@@ -134,7 +138,7 @@ def open_run(
             network = catalog.framed(load().network, "whole" if model.network.preprocess.squash else "crop")
         networks.append(network)
         loads.append(load)
-    used, bits = engine.resolve(model.engine, model.precision)
+    used, bits = device.resolve(model.engine, model.precision)
     return _checked(
         Encoder(
             networks=tuple(networks),
@@ -162,9 +166,9 @@ def _side(network: Network, scale: float) -> int:
 
 
 def _load_sized(network: Network, weights: Path, size: int) -> Backbone:
-    from finetune import backbone
+    from finetune.backbones import create
 
-    own = backbone.load(network.name, str(weights), size)
+    own = create.load(network.name, str(weights), size)
     about = dataclasses.replace(own.network, source=network.source, pretraining=network.pretraining)
     return dataclasses.replace(own, network=about)
 
@@ -227,7 +231,7 @@ def from_manifest(folder: Path, manifest: dict[str, Any]) -> Encoder:
     networks = tuple(Network.from_json(value) for value in manifest["networks"])
     carried = manifest.get("weights file")
     source = str(folder / carried) if carried else "auto"
-    used = about["engine"] if about["engine"] != "openvino" or engine.has_openvino() else "torch"
+    used = about["engine"] if about["engine"] != "openvino" or device.has_openvino() else "torch"
     encoder = Encoder(
         networks=networks,
         loads=tuple(functools.cache(functools.partial(_load_again, network, source)) for network in networks),
@@ -250,9 +254,9 @@ def frame_words(manifest: dict[str, Any]) -> str:
 
 
 def _load_again(network: Network, source: str) -> Backbone:
-    from finetune import backbone
+    from finetune.backbones import create
 
-    own = backbone.load(network.name, source, network.preprocess.size)
+    own = create.load(network.name, source, network.preprocess.size)
     if own.network.digest != network.digest:
         what = f"weights differ: the index has {network.digest[:12]} ({network.source}), here are {own.network.digest[:12]}"
         raise UserError(what, where=network.name, fix="install the weights that the index was made with, or build it again")
@@ -288,7 +292,7 @@ def from_store(
     An image whose features are all zero has no direction: it is a fault, too.
     """
     parts = [
-        features.extract(
+        extraction.extract(
             source, network, encoder.taps, load, store=store, engine_name=encoder.engine, precision=encoder.precision,
             view=view, on_bad="skip", known=digests, progress=progress,
         )
@@ -355,7 +359,7 @@ def _read(
     """A block of features a tap, `(n, width)`; new faults join the others, the rows of all of them are zero."""
     blocks = [np.zeros((len(source), network.width(tap)), np.float32) for tap in taps]
     todo = [i for i in range(len(source)) if i not in faults]
-    for batch, outputs in features.stream(source, todo, network, lambda: runner, faults, view=view, progress=progress):
+    for batch, outputs in extraction.stream(source, todo, network, lambda: runner, faults, view=view, progress=progress):
         for block, output in zip(blocks, outputs, strict=True):
             block[batch] = output
     return blocks

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import images
+from finetune.data import images
+from finetune.data.images import ImageSet
 from finetune.errors import UserError
-from finetune.images import ImageSet
 from finetune.names import from_database, meant, written
 from retrieval import hits, metrics
 from retrieval.frame import first_folder

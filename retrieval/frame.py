@@ -21,11 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from finetune import catalog, decode, machine
+from finetune import hardware
+from finetune.backbones import catalog
+from finetune.data import decode
+from finetune.data.images import ImageSet
 from finetune.errors import UserError
-from finetune.images import ImageSet
+from finetune.features.store import Store
 from finetune.network import Preprocess
-from finetune.store import Store
 from retrieval import encode, metrics
 from retrieval.encode import Encoder
 from retrieval.vectors import Ints, Rows
@@ -188,7 +190,7 @@ def _by_class(tables: dict[str, Rows], labels: Ints) -> tuple[bool, str]:
 def _by_copies(encoder: Encoder, sample: ImageSet, tables: dict[str, Rows], seed: int) -> tuple[bool, str]:
     """An altered copy of every picture is a query for it: by log loss, after one fitted temperature a frame."""
     pre = encoder.networks[0].preprocess
-    with ThreadPoolExecutor(machine.cores()) as pool:
+    with ThreadPoolExecutor(hardware.cores()) as pool:
         made = pool.map(lambda i: _altered(sample.read(i), pre, np.random.default_rng([seed, i])), range(len(sample)))
         copies = dict(zip(sample.paths, made, strict=True))
     queries = dataclasses.replace(sample, source=copies.__getitem__)

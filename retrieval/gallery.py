@@ -1,7 +1,7 @@
 """A gallery as its readers see it: from images to ranked images, as of the moment when it was opened.
 
 Ids name contents: a file that is renamed keeps its id, and the same bytes at two paths are one image with two paths. Hits
-are ranked by exact cosine, also where a search index proposed them. `retrieval.upkeep` makes and changes galleries.
+are ranked by exact cosine, also where a search index proposed them. `retrieval.maintenance` makes and changes galleries.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import features, images
-from finetune.engine import Runner
+from finetune.data import images
+from finetune.data.images import Fault, ImageSet
 from finetune.errors import UserError
-from finetune.features import Progress
-from finetune.images import Fault, ImageSet
+from finetune.features import extraction
+from finetune.features.engine import Runner
 from finetune.names import from_database, shown
+from finetune.progress import Progress
 from retrieval import encode, hits, segments
 from retrieval.encode import Encoder, unit
 from retrieval.hits import Answer, Hit
@@ -156,7 +157,7 @@ class Gallery:
         known = self.positions(digests)
         vectors, faults = self._query_vectors(source, digests, known, progress)
         if faults and on_bad == "stop":
-            features.refuse(list(faults.values()), source.name)
+            extraction.refuse(list(faults.values()), source.name)
         good = [i for i in range(len(source)) if i not in faults]
         own = [self.own(known.get(digests[i]), None if keep_self or source.in_memory else _file(source, i)) for i in good]
         vectors, names = vectors[good], [names[i] for i in good]
@@ -182,7 +183,7 @@ class Gallery:
         """Vectors of images with these digests, `(n, width)`: the stored ones where the gallery has them."""
         vectors, faults = self._query_vectors(source, digests, self.positions(digests), None)
         if faults:
-            features.refuse(list(faults.values()), source.name)
+            extraction.refuse(list(faults.values()), source.name)
         return vectors
 
     def positions(self, digests: Sequence[str]) -> dict[str, int]:

@@ -38,7 +38,7 @@ from finetune import files
 from finetune.errors import UserError
 from finetune.metrics import Estimate, wilson
 from retrieval import indexfile
-from retrieval.kinds import WHERE, Effort, Spec, choose, cosines, doubled, refuse, shares_found, threads, tune, widened
+from retrieval.spec import WHERE, Effort, Spec, choose, cosines, doubled, refuse, shares_found, threads, tune, widened
 from retrieval.vectors import (
     Ints,
     Mask,

@@ -19,12 +19,14 @@ import pytest
 from PIL import Image, ImageDraw
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is imported
+# Processes that tests start import the modules beside this file, too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 
 if TYPE_CHECKING:
     import webs
 
-    from finetune.backbone import Backbone
-    from finetune.images import ImageSet
+    from finetune.backbones.stages import Backbone
+    from finetune.data.images import ImageSet
 
 SHAPES = ("circle", "square", "triangle")
 
@@ -165,18 +167,18 @@ def tiny() -> Backbone:
     """A small network with seeded random weights, for the tests that need none. Do not train it: `load` another."""
     import torch
 
-    from finetune import backbone
+    from finetune.backbones import create
 
     torch.manual_seed(0)
-    return backbone.load("test_efficientnet", "random")
+    return create.load("test_efficientnet", "random")
 
 
 @pytest.fixture(scope="session")
 def lite0() -> Backbone:
     """EfficientNet-Lite0 with its real weights. Do not train it: `load` another."""
-    from finetune import backbone
+    from finetune.backbones import create
 
-    return backbone.load("tf_efficientnet_lite0")
+    return create.load("tf_efficientnet_lite0")
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune import engine, features
-from finetune.features import Features
+from finetune.data.images import Fault, ImageSet
+from finetune.features import engine, extraction
+from finetune.features.extraction import Features
 from finetune.files import Digests
-from finetune.images import Fault, ImageSet
 from finetune.network import Network, Preprocess, Tap
 from retrieval.encode import Encoder
 
@@ -97,8 +97,8 @@ def install(patch: Callable[[Any, str, Any], None]) -> Asked:
     def open_runner(_network: Network, taps: Sequence[Tap], _load: Any, **_how: Any) -> engine.Runner:
         return engine.Runner(tuple(taps), "torch", "float32", 16, lambda batches: iter(()))
 
-    patch(features, "extract", extract)
-    patch(features, "stream", stream)
+    patch(extraction, "extract", extract)
+    patch(extraction, "stream", stream)
     patch(engine, "open_runner", open_runner)
     return asked
 

@@ -17,10 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune import check, images, job, look, omissions, options
+from finetune import analysis, job, options, recipe
+from finetune.data import checks, images, omissions
 from finetune.errors import UserError
+from finetune.features.store import Store
 from finetune.names import meant
-from finetune.store import Store
 
 CONTENTS: dict[str, bytes] = {
     **{f"cat {i}": faults.encode(faults.draw("cat", seed=i), "PNG") for i in range(6)},
@@ -130,7 +131,7 @@ def scan_and_check(files: list[tuple[str, str, str]], results: set[str], rule: d
         told: list[str] = []
         try:
             settings_, _ = options.build(root, None, (), rule)
-            found, ids = look.scan(settings_, opened, told.append)
+            found, ids = analysis.scan(settings_, opened, told.append)
             assert_account(there, set(found.paths), [fault.path for fault in omissions.account(found)])
             assert len(ids) == len(found)
         except UserError as error:
@@ -138,7 +139,7 @@ def scan_and_check(files: list[tuple[str, str, str]], results: set[str], rule: d
         finally:
             opened.close()
         try:
-            report = check.check_data(root)
+            report = checks.check_data(root)
         except UserError as error:
             assert_way_on(error)
             return
@@ -241,7 +242,7 @@ def test_any_table_is_read_or_refused_with_a_way_on(header: Any, rows: Any, mark
         (root / "table.csv").write_bytes(text.getvalue().encode(encoding))
         try:
             settings_, _ = options.build(root / "table.csv", None, (), {"on_bad_image": on_bad})
-            found = images.load(root / "table.csv", layout=options.layout(settings_.data))
+            found = images.load(root / "table.csv", layout=recipe.layout(settings_.data))
             assert len(found) == len(set(found.paths))
             assert found.notes or len(found) == sum(any(cell.strip() for cell in row) for row in rows)
         except UserError as error:

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
-from finetune import classifier, decode
-from finetune.classifier import AnyHead, Classifier, Head, KernelHead, rbf, side_by_side, softmax
+from finetune import classifier
+from finetune.classifier import Classifier
+from finetune.data import decode
+from finetune.data.images import ImageSet, load, load_unlabelled
 from finetune.errors import UserError
-from finetune.images import ImageSet, load, load_unlabelled
+from finetune.heads.head import AnyHead, Head, KernelHead, rbf, side_by_side, softmax
 from finetune.network import Tap
 
 if TYPE_CHECKING:
-    from finetune.backbone import Backbone
+    from finetune.backbones.stages import Backbone
 
 POOLED, STAGE = Tap("pooled"), Tap("stage2")
 CLASSES = ("Grüße", "猫 'один'", "c")
@@ -346,9 +348,9 @@ def folder(tmp_path: Path) -> Path:
 
 def write(folder: Path, tiny: Backbone, own: Classifier) -> Path:
     """A run's model files."""
-    from finetune import backbone
+    from finetune.backbones import create
 
-    backbone.save(tiny, folder / "model.safetensors")
+    create.save(tiny, folder / "model.safetensors")
     classifier.save(folder, own)
     return folder
 
@@ -382,13 +384,13 @@ def test_weights_of_another_network_are_refused(tiny: Backbone, pictures: ImageS
     """A trunk that was exchanged is noticed by its digest before it says anything."""
     import torch
 
-    from finetune import backbone
+    from finetune.backbones import create
 
     write(folder, tiny, model(tiny, linear(tiny)))
-    other = backbone.load(tiny.network.name, "random")
+    other = create.load(tiny.network.name, "random")
     with torch.no_grad():
         next(other.module.parameters()).mul_(2)
-    backbone.save(other, folder / "model.safetensors")
+    create.save(other, folder / "model.safetensors")
     message = refusal(lambda: classifier.load(folder).predict(pictures))
 
     assert "not those of this run" in message
@@ -475,11 +477,11 @@ def test_timm_opens_a_run_whose_head_is_one_pooled_layer(tiny: Backbone, picture
     import timm.data
     import torch
 
-    from finetune import backbone
+    from finetune.backbones import create
 
     head = linear(tiny, (POOLED,), normalize=False, temperature=1.0, kind="fine-tuned")
     own = model(tiny, head)
-    backbone.save(tiny, folder / "model.safetensors", (head.weight, head.bias))
+    create.save(tiny, folder / "model.safetensors", (head.weight, head.bias))
     classifier.save(folder, own)
     shutil.move(folder, folder.with_name("elsewhere"))
     opened: Any = timm.create_model(f"local-dir:{folder.with_name('elsewhere')}", pretrained=True).eval()

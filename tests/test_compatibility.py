@@ -13,8 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 import finetune
-from finetune import catalog, choice, engine, features, files, images, job, predictions, recipe, similarity, store
+from finetune import files, job, recipe, similarity
+from finetune.backbones import catalog
 from finetune.cli import cli
+from finetune.data import images
+from finetune.evaluation import model_selection, predictions
+from finetune.features import engine, extraction, store
 from finetune.network import Network, Tap
 from retrieval.cli import cli as retrieve
 
@@ -124,7 +128,7 @@ def test_runs_are_listed_and_compared() -> None:
 
 def test_a_killed_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """After two of four epochs, the same command does the other two and ends as the undisturbed run of version 0.1.0."""
-    monkeypatch.setattr(choice, "clearly_better", lambda pair: True)  # as when it was made
+    monkeypatch.setattr(model_selection, "clearly_better", lambda pair: True)  # as when it was made
     monkeypatch.setattr(similarity, "measure", lambda *_, **__: similarity.unknown("not measured"))
 
     job.fit(source="run-half/recipe.yaml", out="run-half")
@@ -151,7 +155,7 @@ def test_the_store_has_its_rows() -> None:
     named = catalog.open_named(NETWORK, WEIGHTS)
     opened = store.Store(Path("features"))
 
-    found = features.extract(source, named.network, taps, named.load, store=opened, engine_name="torch", precision="float32")
+    found = extraction.extract(source, named.network, taps, named.load, store=opened, engine_name="torch", precision="float32")
     opened.close()
 
     assert manifest["network"] == json.loads(json.dumps(named.network.to_json()))
@@ -166,7 +170,7 @@ def test_the_features_are_what_they_were() -> None:
     named = catalog.open_named(NETWORK, WEIGHTS)
     taps = [Tap.parse(text) for text in json.loads(str(written["manifest"]))["taps"]]
 
-    found = features.extract(source, named.network, taps, named.load, engine_name="torch", precision="float32")
+    found = extraction.extract(source, named.network, taps, named.load, engine_name="torch", precision="float32")
 
     assert written["X"] == pytest.approx(np.concatenate([found.blocks[tap] for tap in taps], axis=1), rel=1e-4, abs=1e-5)
 
@@ -181,7 +185,7 @@ def test_the_keys_of_spaces_stay(name: str) -> None:
     opened = store.Store()
     for words, key in old["keys"].items():
         tap, engine_name, precision, *view = words.split()
-        about = features.about(now, Tap.parse(tap), engine_name, precision, "".join(view))
+        about = extraction.about(now, Tap.parse(tap), engine_name, precision, "".join(view))
         assert key == opened.space(about, now.width(Tap.parse(tap))).key, words
     opened.close()
 

@@ -23,7 +23,7 @@ import pytest
 from children import HEARS_CTRL_C
 from safetensors import safe_open
 
-from finetune import store
+from finetune.features import store
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks, and kills by POSIX signals")
 
@@ -53,7 +53,8 @@ def live(order: dict[str, Any]) -> None:
     """A child's whole life: its own streams, cache and trap, then one command."""
     import resource  # not on Windows
 
-    from finetune import choice, cli, similarity
+    from finetune import cli, similarity
+    from finetune.evaluation import model_selection
 
     with open(order["text"], "wb", buffering=0) as text:  # noqa: PTH123
         os.dup2(text.fileno(), 1)
@@ -62,7 +63,7 @@ def live(order: dict[str, Any]) -> None:
     os.chdir(order["where"])
     sys.argv = ["finetune", *order["words"]]
     # The moved model ships, however good it is: only then is it fitted a second time.
-    choice.clearly_better = lambda pair: True  # type: ignore[assignment]
+    model_selection.clearly_better = lambda pair: True  # type: ignore[assignment]
     # The distance to photographs costs more than all the rest, and nothing follows from it here.
     similarity.measure = lambda *images, **how: similarity.unknown("not measured")  # type: ignore[assignment]
     if order["limit"]:
@@ -198,13 +199,13 @@ def leftovers(folder: Path) -> list[str]:
 
 
 MOMENTS = {
-    "features, rows written and not committed": {"target": "finetune.store:Store._write_rows", "at": 3, "after": True},
-    "the SVM": {"target": "finetune.svm:choose", "at": 1},
-    "fine-tuning, after the first checkpoint": {"target": "finetune.checkpoints:save", "at": 1, "after": True},
-    "fine-tuning, before the third checkpoint": {"target": "finetune.checkpoints:save", "at": 3},
-    "the refit, after its first checkpoint": {"target": "finetune.checkpoints:save", "at": 4, "after": True},
+    "features, rows written and not committed": {"target": "finetune.features.store:Store._write_rows", "at": 3, "after": True},
+    "the SVM": {"target": "finetune.heads.svm:choose", "at": 1},
+    "fine-tuning, after the first checkpoint": {"target": "finetune.training.checkpoints:save", "at": 1, "after": True},
+    "fine-tuning, before the third checkpoint": {"target": "finetune.training.checkpoints:save", "at": 3},
+    "the refit, after its first checkpoint": {"target": "finetune.training.checkpoints:save", "at": 4, "after": True},
     "the model being written": {"target": "finetune.classifier:save", "at": 1},
-    "the judgement": {"target": "finetune.predictions:write_predictions", "at": 1, "after": True},
+    "the judgement": {"target": "finetune.evaluation.predictions:write_predictions", "at": 1, "after": True},
     "before run.json": {"target": "finetune.run:RunDir.finish", "at": 1},
     "after run.json": {"target": "finetune.run:_remove_checkpoints", "at": 1},
 }

@@ -14,8 +14,11 @@ import odd
 import pytest
 
 import finetune
-from finetune import choice, classifier, files, images, job, look, names, predictions, run
+from finetune import analysis, classifier, files, job, names, run, runs
+from finetune.data import images
 from finetune.errors import UserError
+from finetune.evaluation import model_selection, predictions
+from finetune.heads import head
 from finetune.network import Tap
 
 TINY: dict[str, Any] = {"backbone": ["test_efficientnet"], "weights": "random", "engine": "torch", "precision": "float32"}
@@ -139,9 +142,9 @@ def test_a_fine_tuned_model_that_ships_opens_in_timm(shades: Path, tmp_path: Pat
     import timm
     import torch
 
-    from finetune import decode
+    from finetune.data import decode
 
-    monkeypatch.setattr(choice, "clearly_better", lambda pair: True)
+    monkeypatch.setattr(model_selection, "clearly_better", lambda pair: True)
     quick = ("train.patience=0", "train.batch_size=8", "train.input_size=64")
     outcome = job.fit(shades, out=tmp_path / "tuned", strategy="scratch", epochs=3, assignments=quick, **TINY)
     assert "fine-tuned (scratch)" == outcome.shipped
@@ -154,7 +157,7 @@ def test_a_fine_tuned_model_that_ships_opens_in_timm(shades: Path, tmp_path: Pat
         scores = model((pixels - torch.tensor(pre.mean).view(3, 1, 1)) / torch.tensor(pre.std).view(3, 1, 1))
     ours = opened.predict(images.load_unlabelled([picture])).probabilities
 
-    assert np.allclose(classifier.softmax(scores.numpy(), opened.head.temperature), ours, atol=1e-4)
+    assert np.allclose(head.softmax(scores.numpy(), opened.head.temperature), ours, atol=1e-4)
 
 
 def test_an_unfinished_run_is_refused_by_predict(done: job.Outcome) -> None:
@@ -208,7 +211,7 @@ def test_a_default_that_was_not_read_gives_way(
     options: dict[str, Any], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the policy's default tap is not among those read (a probe, or --taps), the pooled end is taken."""
-    monkeypatch.setattr(look, "default_taps", lambda network, word: (Tap("stage3", 3),))
+    monkeypatch.setattr(analysis, "default_taps", lambda network, word: (Tap("stage3", 3),))
     outcome = job.fit(shapes, out=tmp_path / "run", shots=2, **options, **TINY)
 
     assert (Tap("pooled"),) == classifier.load(outcome.path).head.taps
@@ -272,7 +275,7 @@ def test_without_a_test_part_the_images_that_chose_judge(shapes: Path, tmp_path:
     assert "out of fold on 60 training images" in outcome.verdict
     assert "there are no test images" in page
     assert 0 == run.load_run(outcome.path)["test_evaluations"]
-    assert outcome.metrics["cv/top1"] == run.list_runs(tmp_path)[0]["cv/top1"]
+    assert outcome.metrics["cv/top1"] == runs.list_runs(tmp_path)[0]["cv/top1"]
 
 
 def test_one_image_a_class_can_be_trained(shapes: Path, tmp_path: Path) -> None:
@@ -286,7 +289,7 @@ def test_one_image_a_class_can_be_trained(shapes: Path, tmp_path: Path) -> None:
     assert {} == outcome.metrics
     assert "no accuracy is known" in outcome.verdict
     assert 1 == len(finetune.load(outcome.path).predict([shapes / "circle/01.png"]).probabilities)
-    assert run.list_runs(tmp_path)[0]["test/top1"] is None
+    assert runs.list_runs(tmp_path)[0]["test/top1"] is None
 
 
 def test_fine_tuning_needs_an_image_that_chooses(shapes: Path, tmp_path: Path) -> None:
@@ -299,7 +302,7 @@ def test_fine_tuning_needs_an_image_that_chooses(shapes: Path, tmp_path: Path) -
 
 def test_a_fine_tuned_model_without_a_test_part(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the fine-tuned model ships, the images that chose it judge it, and the name says so."""
-    monkeypatch.setattr(choice, "ships", lambda pair, best_epoch: True)
+    monkeypatch.setattr(model_selection, "ships", lambda pair, best_epoch: True)
     outcome = job.fit(shapes, out=tmp_path / "run", strategy="stages:1", epochs=1, test="none", **TINY)
     assert 12 == outcome.metrics["choice/top1"]["n"]
     assert "when they chose it" in outcome.verdict

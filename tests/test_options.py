@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 
 import finetune
-from finetune import cli, job, look, options, policy, recipe
+from finetune import analysis, cli, job, options, policy, recipe
 from finetune.errors import UserError
+from finetune.features.store import Store
 from finetune.recipe import Recipe
-from finetune.store import Store
 
 
 def settings(*assignments: str) -> Recipe:
@@ -185,11 +185,11 @@ def test_bf16_without_hardware_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_shots_that_a_class_does_not_have_and_shares_without_effect_are_told(shapes: Path) -> None:
     """--shots 1000 of 16 training images names the classes; a share that makes no part is named with the reason."""
     said: list[str] = []
-    look.scan(settings(f"data.data={shapes}", "data.shots=1000", "data.validation_share=0.3"), Store(), said.append)
+    analysis.scan(settings(f"data.data={shapes}", "data.shots=1000", "data.validation_share=0.3"), Store(), said.append)
     assert "3 classes have fewer than 1000 training images, and all of them are used: circle (16)," in said[1]
     assert "data.validation_share: with data.shots there is no validation part" in said[2]
     said.clear()
-    look.scan(settings(f"data.data={shapes}", "data.validation_share=0.3"), Store(), said.append)
+    analysis.scan(settings(f"data.data={shapes}", "data.validation_share=0.3"), Store(), said.append)
     assert "data.validation_share: it gives fewer than 100 images" in said[1]
     assert 2 == len(said)
 
@@ -197,16 +197,16 @@ def test_shots_that_a_class_does_not_have_and_shares_without_effect_are_told(sha
 def test_a_given_test_part_leaves_its_share_without_effect() -> None:
     """test_share is told where test images are given, validation_share where validation images are."""
     about = settings("data.test_share=0.3", "data.validation_share=0.3")
-    lines = options.of_parts(about, {"train", "val", "test"}, {"train": 5, "val": 5, "test": 5})
+    lines = analysis.of_parts(about, {"train", "val", "test"}, {"train": 5, "val": 5, "test": 5})
     assert ["not used   data.test_share: the test images are given"] == lines[:1]
     assert "the validation images are given" in lines[1]
-    assert [] == options.of_parts(about, set(), {"train": 500, "val": 150, "test": 100})
+    assert [] == analysis.of_parts(about, set(), {"train": 500, "val": 150, "test": 100})
 
 
 def test_columns_of_what_is_no_table_are_told(shapes: Path) -> None:
     """--path-column with a folder is no table's: a line says that it is not used."""
     said: list[str] = []
-    look.scan(settings(f"data.data={shapes}", "data.path_column=x"), Store(), said.append)
+    analysis.scan(settings(f"data.data={shapes}", "data.path_column=x"), Store(), said.append)
     assert "--path-column is for CSV tables, and not used here" in said[1]
 
 

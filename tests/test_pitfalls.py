@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune import cli, features, images, job
+from finetune import cli, job
+from finetune.data import images
 from finetune.errors import UserError
+from finetune.features import extraction
 
 TINY = ("--backbone", "test_efficientnet", "--weights", "random", "--engine", "torch", "--precision", "float32")
 UNICODE = "Öl 木"  # the class of one image
@@ -227,6 +229,6 @@ def test_unknown_words_for_bad_images_are_refused(word: str, shapes: Path, tmp_p
     """From Python, too, another word than stop and skip is an error and leaves no image out."""
     source = images.load_unlabelled(shapes)
     with pytest.raises(UserError, match="stop"):
-        features.extract(source, None, (), lambda: pytest.fail("loaded"), on_bad=word)  # type: ignore[arg-type]
+        extraction.extract(source, None, (), lambda: pytest.fail("loaded"), on_bad=word)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="stop"):
         job.extract(shapes, tmp_path / "x.npz", on_bad_image=word, backbone=["test_efficientnet"], weights="random")

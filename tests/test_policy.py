@@ -9,6 +9,7 @@ import pytest
 from finetune import policy
 from finetune.errors import UserError
 from finetune.policy import Facts
+from finetune.training import config
 
 LITE0 = ("stem", *(f"stage{i}" for i in range(1, 8)), "neck")
 
@@ -65,17 +66,17 @@ def test_a_strategy_that_was_asked_for_overrides_the_matrix() -> None:
 
 def test_trainable_stages_are_the_last_ones_and_the_neck() -> None:
     """stages:2 moves the last two stages and what follows them; half moves the upper half."""
-    assert ("stage6", "stage7", "neck") == policy.trainable("stages:2", LITE0)
-    assert ("stage4", "stage5", "stage6", "stage7", "neck") == policy.trainable("half", LITE0)
-    assert () == policy.trainable("svm", LITE0)
-    assert LITE0 == policy.trainable("full", LITE0)
+    assert ("stage6", "stage7", "neck") == config.trainable("stages:2", LITE0)
+    assert ("stage4", "stage5", "stage6", "stage7", "neck") == config.trainable("half", LITE0)
+    assert () == config.trainable("svm", LITE0)
+    assert LITE0 == config.trainable("full", LITE0)
 
 
 @pytest.mark.parametrize("word", ["stages", "stages:0", "all", "stages:x", ""])
 def test_a_strategy_that_does_not_exist_is_refused_with_those_that_do(word: str) -> None:
     """The message lists the strategies."""
     with pytest.raises(UserError, match="stages:K"):
-        policy.check_strategy(word)
+        config.check_strategy(word)
 
 
 def test_more_stages_than_the_backbone_has_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import graphlib
 import re
 import subprocess
 import sys
@@ -46,7 +47,7 @@ HEAVY = (
     "matplotlib",
     "pandas",
 )
-MALICIOUS = "tests/test_weights.py"  # makes a pickle that would run code, to see it refused
+MALICIOUS = "tests/backbones/test_weights.py"  # makes a pickle that would run code, to see it refused
 
 
 # ----------------------------------------------------------------------------------------------------- import direction
@@ -54,7 +55,7 @@ MALICIOUS = "tests/test_weights.py"  # makes a pickle that would run code, to se
 
 @dataclass(frozen=True)
 class Line:
-    """A module's line in the tables of docs/design.md."""
+    """A line of the tables of docs/design.md: a module, or a package (`name/`)."""
 
     package: str
     name: str
@@ -70,19 +71,34 @@ def lines() -> tuple[Line, ...]:
     package = ""
     for text in (ROOT / "docs" / "design.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in text.strip().strip("|").split("|")]
-        if heading := re.match(r"\| row \| module of `(\w+)/`", text):
+        if heading := re.match(r"\| row \| of `(\w+)/`", text):
             package = heading.group(1)
         elif not text.startswith("|"):
             package = ""
         elif package and cells[0].isdigit():
             libraries = [name.strip() for name in cells[3].split(",")] if len(cells) > 3 else []
             named = frozenset(IMPORTED_AS.get(name, name) for name in libraries if name)
-            found += [Line(package, name, int(cells[0]), cells[2], named) for name in re.findall(r"`(\w+)`", cells[1])]
+            found += [Line(package, name, int(cells[0]), cells[2], named) for name in re.findall(r"`(\w+/?)`", cells[1])]
     return tuple(found)
 
 
-def modules(package: str) -> list[str]:
-    return sorted(path.stem for path in (ROOT / package).glob("*.py") if path.stem != "__init__")
+@functools.cache
+def modules() -> dict[str, Path]:
+    """The modules of both packages, by dotted name; the `__init__` of a package goes by the package's name."""
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {name: path for name, path in found.items() if not name.endswith("__main__")}
+
+
+def box(module: str) -> tuple[str, str]:
+    """The line of the design's tables that a module belongs to: `finetune.data.images` is of `finetune`, `data/`."""
+    package, _, rest = module.partition(".")
+    first, _, inside = rest.partition(".")
+    is_folder = inside or (ROOT / package / first).is_dir()
+    return package, f"{first}/" if is_folder else first
 
 
 @functools.cache
@@ -97,21 +113,21 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name}:{node.lineno} imports by dots"
-            if node.module in PACKAGES:
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            else:
-                yield str(node.module)
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in modules() else str(node.module)
 
 
-MODULES = [(package, name) for package in PACKAGES for name in modules(package)]
-each_module = pytest.mark.parametrize(("package", "name"), MODULES, ids=[".".join(module) for module in MODULES])
+BOXES = sorted({box(name) for name in modules() if "." in name})
+MODULES = sorted(name for name in modules() if "." in name)
+each_module = pytest.mark.parametrize("name", MODULES)
 
 
 def test_the_tables_of_the_design_were_read() -> None:
     """Both tables are there, with their rows in order, a job in every line, and libraries where they are known to be."""
     home = {(line.package, line.name): line for line in lines()}
 
-    assert {"torch", "timm", "torchvision"} == home["finetune", "backbone"].libraries
+    assert {"torch", "timm", "torchvision", "huggingface_hub"} == home["finetune", "backbones/"].libraries
     assert {"faiss"} == home["retrieval", "index"].libraries
     for package in PACKAGES:
         rows = [line.row for line in lines() if line.package == package]
@@ -119,39 +135,54 @@ def test_the_tables_of_the_design_were_read() -> None:
     assert all(line.job for line in lines())
 
 
-@each_module
-def test_every_module_has_one_line_in_the_design(package: str, name: str) -> None:
-    """A new module is put into its row, with its one job, in the commit that brings it."""
+def test_every_package_and_module_has_one_line_in_the_design() -> None:
+    """A new one is put into its row, with its one job, in the commit that brings it; a line goes with its module."""
     counts = Counter((line.package, line.name) for line in lines())
 
-    assert 1 == counts[package, name], f"docs/design.md lists {package}.{name} {counts[package, name]} times"
+    assert dict.fromkeys(BOXES, 1) == dict(counts)
+
+
+@each_module
+def test_imports_go_upwards(name: str) -> None:
+    """A module imports from smaller rows alone, wherever in the file; `finetune` knows nothing of `retrieval`."""
+    rows = {(line.package, line.name): line.row for line in lines()}
+    for imported in imports(modules()[name]):
+        if imported in PACKAGES or imported not in modules():
+            continue
+        assert (name.split(".")[0], imported.split(".")[0]) != ("finetune", "retrieval"), f"{name} imports {imported}"
+        if imported.split(".")[0] == name.split(".")[0] and box(imported) != box(name):
+            assert rows[box(imported)] < rows[box(name)], f"{name} imports {imported}, which is not above it"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_the_design_lists_no_module_that_has_gone(package: str) -> None:
-    """A line goes with its module."""
-    assert set() == {line.name for line in lines() if line.package == package} - set(modules(package))
+def test_no_circle_of_imports(package: str) -> None:
+    """Modules of one package, too, can be put in an order in which each imports only earlier ones."""
+    wanted = {name: {i for i in imports(path) if i in modules() and i != name} for name, path in modules().items()}
+    wanted = {name: {i for i in found if "." in i} for name, found in wanted.items() if name.startswith(f"{package}.")}
+
+    tuple(graphlib.TopologicalSorter(wanted).static_order())  # raises CycleError, which names the circle
+
+
+def test_no_folder_is_full() -> None:
+    """At most 20 modules stand side by side: what is more becomes a package."""
+    counts = Counter(path.parent for path in modules().values() if path.name != "__init__.py")
+
+    assert {} == {short(folder): count for folder, count in counts.items() if count > 20}
+
+
+def test_packages_hold_words_alone() -> None:
+    """The `__init__` of a sub-package imports nothing, so that one of its modules brings no other (but for the commands)."""
+    inits = [path for name, path in modules().items() if path.name == "__init__.py" and "." in name and name != "finetune.cli"]
+
+    assert [] == [short(path) for path in inits if len(parsed(path).body) > 1]
+    assert all(ast.get_docstring(parsed(path)) for path in inits)
 
 
 @each_module
-def test_imports_go_upwards(package: str, name: str) -> None:
-    """A module imports from smaller rows alone, wherever in the file; `finetune` knows nothing of `retrieval`."""
-    rows = {(line.package, line.name): line.row for line in lines()}
-    for imported in imports(ROOT / package / f"{name}.py"):
-        home, _, rest = imported.partition(".")
-        if home not in PACKAGES:
-            continue
-        other = rest.split(".")[0]
-        assert (package, home) != ("finetune", "retrieval"), f"{package}.{name} imports {imported}"
-        if home == package and other in modules(package):
-            assert rows[home, other] < rows[package, name], f"{package}.{name} imports {imported}, which is not above it"
-
-
-@each_module
-def test_heavy_libraries_stay_in_their_homes(package: str, name: str) -> None:
+def test_heavy_libraries_stay_in_their_homes(name: str) -> None:
     """What is neither of Python nor small is imported only where the design says."""
-    allowed = {library for line in lines() if (line.package, line.name) == (package, name) for library in line.libraries}
-    found = {imported.split(".")[0] for imported in imports(ROOT / package / f"{name}.py")}
+    allowed = {library for line in lines() if (line.package, line.name) == box(name) for library in line.libraries}
+    found = {imported.split(".")[0] for imported in imports(modules()[name])}
 
     assert set() == found - set(sys.stdlib_module_names) - set(PACKAGES) - ANYWHERE - allowed
 
@@ -184,7 +215,9 @@ def test_help_answers_without_any_heavy_library(package: str) -> None:
 
 def test_what_serves_predictions_is_imported_without_torch() -> None:
     """`predict` and `query` through a converted network never pay for torch, timm or scikit-learn."""
-    script = "import finetune.predict, finetune.classifier, finetune.engine, retrieval.gallery, retrieval.encode"
+    script = (
+        "import finetune.evaluation.predict, finetune.classifier, finetune.features.engine, retrieval.gallery, retrieval.encode"
+    )
 
     assert set() == loaded_by(script) & {"torch", "timm", "torchvision", "sklearn", "scipy"}
 

@@ -15,8 +15,9 @@ import odd
 import pytest
 
 import finetune
-from finetune import files, lock, predictions, run
+from finetune import files, lock, run, runs
 from finetune.errors import UserError
+from finetune.evaluation import predictions
 from finetune.run import RunDir, open_run
 
 DIGEST, OTHER = "a" * 64, "b" * 64
@@ -474,22 +475,22 @@ def test_runs_are_listed_with_their_state(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "file.txt").write_text("", encoding="utf-8")
 
-    rows = run.list_runs(tmp_path)
+    rows = runs.list_runs(tmp_path)
 
     assert ["a", "b", "c"] == [row["run"] for row in rows]
     assert ["complete", "unfinished"] == [row["status"] for row in rows[:2]]
     assert "missing" in rows[2]["status"]
     assert ("svm", 0.9) == (rows[0]["shipped"], rows[0]["test/top1"]["value"])
-    assert "0.900 (0.800–0.950)" in run.rows_text(rows)
+    assert "0.900 (0.800–0.950)" in runs.rows_text(rows)
     json.dumps(rows, allow_nan=False)
 
 
 def test_a_folder_without_runs_is_said_to_be_empty(tmp_path: Path) -> None:
     """An empty folder is an empty list and a sentence; a missing one is an error."""
-    assert [] == run.list_runs(tmp_path)
-    assert "no runs are here" == run.rows_text([])
+    assert [] == runs.list_runs(tmp_path)
+    assert "no runs are here" == runs.rows_text([])
     with pytest.raises(UserError, match="no such folder"):
-        run.list_runs(tmp_path / "absent")
+        runs.list_runs(tmp_path / "absent")
 
 
 def test_a_comparison_shows_metrics_and_what_differs(tmp_path: Path) -> None:
@@ -498,7 +499,7 @@ def test_a_comparison_shows_metrics_and_what_differs(tmp_path: Path) -> None:
     a = complete(tmp_path / "a", recipe={**shared, "train": {"lr": 0.1}})
     b = complete(tmp_path / "b", recipe={**shared, "train": {"lr": 0.2}})
 
-    rows = run.compare([a, b])
+    rows = runs.compare([a, b])
 
     assert ["run", "shipped", "test/top1", "test/ece", "seconds", "train.lr"] == list(rows[0])
     assert [(str(a), 0.1), (str(b), 0.2)] == [(row["run"], row["train.lr"]) for row in rows]
@@ -510,13 +511,13 @@ def test_a_comparison_refuses_an_unfinished_run(tmp_path: Path) -> None:
     begin(tmp_path / "b").close()
 
     with pytest.raises(UserError, match="not finished"):
-        run.compare([complete(tmp_path / "a"), tmp_path / "b"])
+        runs.compare([complete(tmp_path / "a"), tmp_path / "b"])
 
 
 def test_rows_with_many_columns_are_printed_the_long_way() -> None:
     """Up to six columns a run is a line; more, and it is a column."""
-    short = run.rows_text([{"run": "a", "n": 1}, {"run": "b", "n": None, "x": 0.123456}])
-    long = run.rows_text([{"run": "a", **dict.fromkeys("tuvwxyz", 1)}])
+    short = runs.rows_text([{"run": "a", "n": 1}, {"run": "b", "n": None, "x": 0.123456}])
+    long = runs.rows_text([{"run": "a", **dict.fromkeys("tuvwxyz", 1)}])
 
     assert ["run  n  x", "a    1  –", "b    –  0.1235"] == short.splitlines()
     assert ["run  a", "t    1"] == long.splitlines()[:2]
@@ -526,7 +527,7 @@ def test_a_paired_result_is_printed_as_its_difference() -> None:
     """A nested result in metrics.json takes one cell: the difference with its interval."""
     difference = {"value": 0.02, "low": -0.01, "high": 0.05, "n": 100, "method": "bonett-price"}
 
-    assert "0.020 (-0.010–0.050)" in run.rows_text([{"run": "a", "test/paired": {"difference": difference, "p_value": 0.3}}])
+    assert "0.020 (-0.010–0.050)" in runs.rows_text([{"run": "a", "test/paired": {"difference": difference, "p_value": 0.3}}])
 
 
 def test_a_table_of_a_run_keeps_floats_exactly(tmp_path: Path) -> None:

@@ -59,14 +59,14 @@ def test_a_wheel_holds_every_module_page_and_recipe(wheel: Path) -> None:
         about = {name.rpartition("/")[2] for name in opened.namelist() if ".dist-info/" in name}
     kinds = (".py", ".html", ".css", ".js", ".yaml")
     expected = {
-        f"{target}/{path.name}"
+        f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, target in (("finetune", "finetune"), ("retrieval", "retrieval"), ("recipes", "finetune/recipes"))
-        for path in (ROOT / folder).iterdir()
+        for path in (ROOT / folder).rglob("*")
         if path.suffix in kinds
     }
 
     assert expected == inside
-    assert {"finetune/report.html", "retrieval/page.html", "retrieval/page.css", "retrieval/page.js"} <= inside
+    assert {"finetune/report/report.html", "retrieval/web/page.html", "retrieval/web/page.css", "retrieval/web/page.js"} <= inside
     assert {"LICENSE", "entry_points.txt", "METADATA"} <= about
 
 

@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from finetune import backbone as home
-from finetune import feed as feeding
-from finetune import train
-from finetune.backbone import Backbone
-from finetune.images import ImageSet
+from finetune.backbones import create as home
+from finetune.backbones import stages
+from finetune.backbones.stages import Backbone
+from finetune.data.images import ImageSet
 from finetune.network import Network, Preprocess
-from finetune.policy import Training
-from finetune.train import TrainResult
+from finetune.training import inputs as feeding
+from finetune.training import loop
+from finetune.training.config import Training
+from finetune.training.loop import TrainResult
 
 SIDE = 64
 FAMILIES = ("resnet", "efficientnet", "convnext", "vit", "vgg")
@@ -49,7 +50,7 @@ def build(module: nn.Module, name: str = "own", size: int = SIDE) -> Backbone:
         width = int(module(torch.zeros(1, 3, size, size)).flatten(1).shape[1])
     pre = Preprocess(size, size, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     network = Network(name, "0", "random", "random", pre, {"pooled": width})
-    return Backbone(module, network, home.split(module), "")
+    return Backbone(module, network, stages.split(module), "")
 
 
 def make(family: str = "efficientnet") -> Backbone:
@@ -63,13 +64,13 @@ def make(family: str = "efficientnet") -> Backbone:
 
 def plan(backbone: Backbone, **changes: Any) -> Training:
     """The last stage moves, for two quick epochs."""
-    values: dict[str, Any] = {"trainable": home.last_stages(backbone, 1), "epochs": 2, "batch_size": 16, "views": 2, "lr": 0.01}
+    values: dict[str, Any] = {"trainable": stages.last_stages(backbone, 1), "epochs": 2, "batch_size": 16, "views": 2, "lr": 0.01}
     return Training(**{**values, **changes})
 
 
 def fit(backbone: Backbone, data: ImageSet, training: Training | None = None, **changes: Any) -> TrainResult:
     values = {"train_index": TRAIN, "val_index": VAL, "classes": 3, "seed": 0}
-    return train.fit(backbone, data, training=training or plan(backbone), **{**values, **changes})
+    return loop.fit(backbone, data, training=training or plan(backbone), **{**values, **changes})
 
 
 def tensors(backbone: Backbone) -> dict[str, torch.Tensor]:

@@ -16,12 +16,14 @@ import httpx
 from galleries import ENCODER
 from PIL import Image
 
-from finetune import decode, features
-from finetune.images import Fault
-from retrieval import api, upkeep
-from retrieval.app import LOOPBACK
-from retrieval.batching import Desk
+from finetune.data import decode
+from finetune.data.images import Fault
+from finetune.features import extraction
+from retrieval import maintenance
 from retrieval.gallery import Gallery
+from retrieval.web import api
+from retrieval.web.app import LOOPBACK
+from retrieval.web.batching import Desk
 
 BASE = "http://127.0.0.1:8000"
 EVIL = "<script>alert(1)</script>.png".replace("/", "∕")  # a slash cannot be in a name, its lookalike can
@@ -31,7 +33,7 @@ HANDLER = '"><img src=x onerror=alert(1)>.png'
 def install(patch: Callable[[Any, str, Any], None]) -> galleries.Asked:
     """The network of `galleries`, for files that are decoded first, as by the real one."""
     asked = galleries.install(patch)
-    plain = features.stream
+    plain = extraction.stream
 
     def stream(source: Any, positions: Any, network: Any, opened: Any, faults: dict[int, Fault], **how: Any) -> Any:
         good = []
@@ -43,7 +45,7 @@ def install(patch: Callable[[Any, str, Any], None]) -> galleries.Asked:
                 faults[i] = Fault(source.paths[i], error.kind, error.detail)
         return plain(source, good, network, opened, faults, **how)
 
-    patch(features, "stream", stream)
+    patch(extraction, "stream", stream)
     return asked
 
 
@@ -54,7 +56,7 @@ def make(folder: Path, count: int = 12) -> Path:
     (folder / "photos" / "more" / "copy.png").write_bytes(made[0].read_bytes())
     made[1].rename(folder / "photos" / EVIL)
     made[2].rename(folder / "photos" / "more" / HANDLER)
-    upkeep.build([folder / "photos"], folder / "photos.index", ENCODER)
+    maintenance.build([folder / "photos"], folder / "photos.index", ENCODER)
     return folder / "photos.index"
 
 
@@ -74,7 +76,7 @@ def running(app: Any) -> Iterator[str]:
     """The address of a real server of `app`, on a free port of this machine."""
     import uvicorn
 
-    from retrieval.app import listen
+    from retrieval.web.app import listen
 
     with listen("127.0.0.1", 0) as server:
         config = uvicorn.Config(

@@ -1,0 +1,1 @@
+"""Pretrained networks: weights, stages, freezing, and the features read from them."""

@@ -1,0 +1,35 @@
+"""The `finetune` command: declare options, import inside, call one function, print.
+
+Results go to stdout (`--json` for machines), progress and warnings to stderr. Nothing heavy is imported at the top, so
+that every `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import click
+
+from finetune import console
+from finetune.cli import data, fit, runs
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="regraft", prog_name="finetune")
+def cli() -> None:
+    """Turn a folder of images into a judged classifier.
+
+    \b
+    Example:
+      finetune fit photos/
+    """
+
+
+for command in (
+    fit.fit, fit.advise, fit.svm, data.check, data.extract, data.backbones, data.cache,
+    runs.predict, runs.evaluate, runs.recipes, runs.runs,
+):  # fmt: skip
+    cli.add_command(command)
+
+
+def main() -> None:
+    """The console script."""
+    console.guarded(cli, "finetune")

@@ -1,0 +1,108 @@
+"""Commands on images and networks before a run: check, extract, backbones, cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from finetune import console, names
+from finetune.cli.options import (
+    as_json,
+    columns,
+    layout,
+    network,
+    print_json,
+    say,
+    unheard,
+)
+
+
+@click.command()
+@click.argument("data")
+@unheard
+@network
+@click.option("--taps", default="pooled", show_default=True, metavar="TAP[,TAP]", help="as in pooled,stage6/3x3,fc7")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="an .npz with X, y, paths and classes; or .parquet"
+)
+def extract(data: str, output: Path, **given: Any) -> None:
+    """Features of images, with a manifest of what made them.
+
+    \b
+    Example:
+      finetune extract photos/ --taps pooled -o features.npz
+    """
+    from finetune import job
+
+    click.echo(job.extract(data, output, say=say, bar=console.progress, **given))
+
+
+@click.command()
+@click.argument("data")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="of the split that is checked [0]")
+@columns
+@as_json
+def check(data: str, seed: int, json_: bool, **given: Any) -> None:
+    """The images: unreadable files, class counts, exact duplicates, duplicates across splits, two labels for one file.
+
+    \b
+    Example:
+      finetune check photos/
+    """
+    from finetune.data import checks as home
+
+    with console.progress("check") as progress:
+        found = home.check_data(data, seed=seed, layout=layout(given), progress=progress)
+    if json_:
+        print_json(found.to_json())
+    else:
+        click.echo(found.to_text())
+    if found.faults:
+        raise SystemExit(1)
+
+
+@click.command()
+@as_json
+def backbones(json_: bool) -> None:
+    """Backbones that load on this machine, with or without the network.
+
+    \b
+    Example:
+      finetune backbones
+    """
+    from finetune.backbones import catalog
+
+    rows = catalog.here()
+    if json_:
+        print_json(rows)
+        return
+    for row in rows:
+        click.echo(f"{'✓' if row['here'] else '·'} {row['name']:<28} {row['weights']}")
+    click.echo(f"\n{catalog.others()}")
+
+
+@click.command()
+@click.option("--prune", type=click.FloatRange(min=0), metavar="DAYS", help="delete features that were not used for DAYS days")
+@click.option("--clear", is_flag=True, help="delete all of it; everything here can be made again")
+@as_json
+def cache(prune: float | None, clear: bool, json_: bool) -> None:
+    """What the cache holds, and where; prune it.
+
+    \b
+    Example:
+      finetune cache --prune 30
+    """
+    from finetune.features import store
+
+    if clear and prune is not None:
+        raise click.UsageError("--clear deletes all of it, --prune a part: give one of them")
+    if clear or prune is not None:
+        freed = store.clear() if prune is None else store.prune(prune)
+        print_json({"freed": freed}) if json_ else click.echo(f"{freed / 1e6:.0f} MB freed")
+    elif json_:
+        found = store.overview()
+        print_json({**found, "folder": names.shown(found["folder"])})
+    else:
+        click.echo(store.overview_text())

@@ -1,0 +1,216 @@
+"""Commands on finished runs and recipes: predict, evaluate, runs, recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from finetune import console, names
+from finetune.cli.options import (
+    as_json,
+    bad_images,
+    columns,
+    layout,
+    print_json,
+    running,
+    say,
+)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path())
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="write a CSV table here")
+@click.option("--unsure", type=click.FloatRange(0, 1), metavar="BELOW", help="mark predictions whose probability is below")
+@running
+@bad_images
+@as_json
+def predict(
+    run: Path, images: tuple[str, ...], output: Path | None, unsure: float | None, engine: str | None, precision: str | None,
+    on_bad_image: str | None, json_: bool,
+) -> None:  # fmt: skip
+    """Classes and calibrated probabilities of images, or of all images in folders.
+
+    A row an image, in the order given, under the name given. The table has the columns path, label (empty), prediction,
+    score, second, second_score, unsure (with --unsure), and p:CLASS for each class, as predictions.csv of a run.
+
+    \b
+    Example:
+      finetune predict runs/photos cat.jpg
+      finetune predict runs/photos holiday/ -o holiday.csv --unsure 0.6
+    """
+    from finetune.evaluation import predict as home
+
+    found = home.predict(
+        run, images, engine_name=engine, precision=precision, on_bad=on_bad_image or "stop", say=say, bar=console.progress
+    )
+    if output:
+        home.write_csv(output, found, unsure)
+        click.echo(f"{len(found.images)} predictions written to {names.shown(output)}", err=json_)
+    if json_:
+        print_json(home.rows(found, unsure))
+    elif not output:
+        click.echo(home.table(home.rows(found, unsure)))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("data")
+@click.option(
+    "--seen", type=click.Choice(["leave-out", "keep"]), default="leave-out", help="images that the run was trained on [leave-out]"
+)
+@running
+@bad_images
+@columns
+@as_json
+def evaluate(
+    run: Path,
+    data: str,
+    seen: str,
+    engine: str | None,
+    precision: str | None,
+    on_bad_image: str | None,
+    json_: bool,
+    **given: Any,
+) -> None:
+    """Judge a finished run on labelled images.
+
+    All images of DATA are used, or its test part where it has one, but for those that the run was trained on: they are
+    known by their bytes. Classes are matched by name.
+
+    \b
+    Example:
+      finetune evaluate runs/photos more-photos/
+    """
+    from finetune.evaluation import evaluate as home
+
+    on_bad = on_bad_image or "stop"
+    how: dict[str, Any] = {"engine_name": engine, "precision": precision, "on_bad": on_bad, "seen": seen}
+    how["layout"] = layout(given, on_bad)
+    result = home.evaluate(run, data, **how, say=say, bar=console.progress)
+    if json_:
+        print_json(result)
+    else:
+        click.echo(home.metrics_text(result))
+
+
+@click.group()
+def recipes() -> None:
+    """Shipped recipes: list, show, copy, validate.
+
+    \b
+    Example:
+      finetune recipes ls
+    """
+
+
+@recipes.command("ls")
+def recipes_ls() -> None:
+    """The shipped recipes, a line each.
+
+    \b
+    Example:
+      finetune recipes ls
+    """
+    from finetune import recipe
+
+    for name in recipe.shipped():
+        click.echo(f"{name:<16} {recipe.describe(name).splitlines()[0]}")
+
+
+@recipes.command("show")
+@click.argument("name")
+def recipes_show(name: str) -> None:
+    """A recipe as it is shipped, its header included.
+
+    \b
+    Example:
+      finetune recipes show digits
+    """
+    from finetune import recipe
+
+    click.echo(recipe.source(name), nl=False)
+
+
+@recipes.command("cp")
+@click.argument("name")
+@click.argument("target", type=click.Path(path_type=Path))
+def recipes_cp(name: str, target: Path) -> None:
+    """Copy a shipped recipe, to change it.
+
+    \b
+    Example:
+      finetune recipes cp digits mine.yaml
+    """
+    from finetune import files, recipe
+    from finetune.errors import UserError
+
+    target = target / f"{name}.yaml" if target.is_dir() else target
+    if target.exists():
+        raise UserError("there is a file already", where=target, fix="choose another name")
+    files.write_text(target, recipe.source(name))
+    click.echo(f"copied to {names.shown(target)}")
+
+
+@recipes.command("validate")
+@click.argument("path")
+def recipes_validate(path: str) -> None:
+    """Read a recipe strictly, and print it with every default written out.
+
+    \b
+    Example:
+      finetune recipes validate mine.yaml
+    """
+    from finetune import recipe
+
+    click.echo(recipe.dump(recipe.load(path)), nl=False)
+
+
+@click.group()
+def runs() -> None:
+    """Finished runs: list, compare.
+
+    \b
+    Example:
+      finetune runs ls
+    """
+
+
+@runs.command("ls")
+@click.argument("folder", default="runs", type=click.Path(path_type=Path))
+@as_json
+def runs_ls(folder: Path, json_: bool) -> None:
+    """The runs in a folder, a line each, the unfinished ones too.
+
+    \b
+    Example:
+      finetune runs ls
+    """
+    from finetune import runs
+
+    rows = runs.list_runs(folder)
+    if json_:
+        print_json(rows)
+    else:
+        click.echo(runs.rows_text(rows))
+
+
+@runs.command("compare")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@as_json
+def runs_compare(paths: tuple[Path, ...], json_: bool) -> None:
+    """Runs side by side: what they ship, how good they are, and what differs in their recipes.
+
+    \b
+    Example:
+      finetune runs compare runs/a runs/b
+    """
+    from finetune import runs
+
+    rows = runs.compare(list(paths))
+    if json_:
+        print_json(rows)
+    else:
+        click.echo(runs.rows_text(rows))

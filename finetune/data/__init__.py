@@ -1,0 +1,1 @@
+"""Images: where they are, how they are divided, decoded, augmented and checked."""

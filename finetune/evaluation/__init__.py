@@ -1,0 +1,1 @@
+"""Predictions and judgements of finished models, and the choice between models."""

@@ -1,0 +1,1 @@
+"""Features of frozen networks: engines, extraction, the store, nearest neighbours."""

@@ -1,0 +1,1 @@
+"""Heads on features: the linear and the kernel head, their solvers and cross-validation."""

@@ -1,0 +1,236 @@
+"""From what a job knows to what its report shows: plain values, thumbnails, and what the curves say in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune import metrics, policy, similarity
+from finetune.analysis import Look
+from finetune.classifier import Predictions
+from finetune.data import decode, omissions
+from finetune.data.images import ImageSet
+from finetune.errors import UserError
+from finetune.evaluation.judgement import Judgement
+from finetune.heads.head import AnyHead
+from finetune.heads.svm import SvmResult
+from finetune.metrics import Estimate, Paired
+from finetune.names import shown, typed
+from finetune.report.render import Candidate, Contender, Curve, Distance, Matrix, Mistake, ReportData
+
+if TYPE_CHECKING:
+    from finetune.training.loop import TrainResult
+
+MISTAKES = 12  # pictures of the worst mistakes
+THUMBNAIL = 128  # pixels, the long side
+CANDIDATES = 12  # rows of the SVM's comparison
+
+
+def collect(
+    seen: Look,
+    baseline: SvmResult,
+    training: TrainResult | None,
+    pair: Paired | None,
+    shipped: AnyHead,
+    judged: Judgement,
+    svm_on_test: Estimate | None,
+    verdict: tuple[str, str],
+    path: Path,
+) -> ReportData:
+    """Everything that the page of a run shows; `verdict` are its two sentences, `judged` what it was judged on."""
+    found, classes = judged.found, seen.images.classes
+    nothing = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    train = seen.images.labels[seen.part("train")]
+    return ReportData(
+        title=shown(seen.images.name),
+        made=datetime.now(UTC).strftime("%Y-%m-%d"),
+        headline=verdict[0],
+        second=verdict[1],
+        shipped=shipped.kind,
+        classes=classes,
+        training=tuple(int(n) for n in np.bincount(train, minlength=len(classes))),
+        confusion=metrics.confusion(found.images.labels, found.best, len(classes)) if found else nothing,
+        metrics=judged.metrics,
+        matrix=_matrix(seen),
+        distance=_distance(seen),
+        seconds=tuple((name, value) for name, value in seen.seconds.items() if name != "all"),
+        commands=_commands(path),
+        warnings=_warnings(seen, baseline, training),
+        contenders=_contenders(seen, baseline, shipped, judged, svm_on_test),
+        pair=pair,
+        pair_on="images that neither was fitted on",
+        candidates=_candidates(baseline),
+        curves=_curves(training.history if training else ()),
+        best_epoch=training.best_epoch if training else None,
+        diagnosis=_diagnosis(training.history) if training else (),
+        mistakes=_mistakes(found) if found else (),
+        facts=_facts(seen, shipped),
+        test_evaluations=int(judged.part == "test"),
+        judged_on=judged.on,
+    )
+
+
+def _matrix(seen: Look) -> Matrix:
+    rows = tuple(policy.row_words().values())
+    names = tuple(name for name, _, _ in policy.ROWS)
+    cells = tuple(tuple(policy.MATRIX[row, column].strategy for column in policy.COLUMNS) for row in names)
+    plan = seen.plan
+    chosen = names.index(plan.row), policy.COLUMNS.index(plan.column)
+    return Matrix(rows, policy.COLUMNS, cells, chosen, plan.strategy, plan.because, plan.advice)
+
+
+def _distance(seen: Look) -> Distance:
+    near = seen.similarity
+    second = (
+        ""
+        if near.knn is None
+        else f"{similarity.KNN}-NN on the features, leave-one-out: {near.knn:.0%} right, which says {near.knn_word}"
+    )
+    return Distance(near.word, near.distance, near.low, near.high, near.n, similarity.NEAR, similarity.FAR, second, near.notes)
+
+
+def _commands(path: Path) -> tuple[tuple[str, str], ...]:
+    run = typed(path)
+    return (
+        ("classes of images", f"finetune predict {run} IMAGE…"),
+        ("a folder, to a table", f"finetune predict {run} FOLDER/ -o predictions.csv --unsure 0.6"),
+        ("from Python", f"import finetune\nfinetune.load({str(path)!r}).predict(['img.jpg'])"),
+        ("the same again", f"finetune fit --recipe {typed(path / 'recipe.yaml')} --out NEW"),
+    )
+
+
+def _warnings(seen: Look, baseline: SvmResult, training: TrainResult | None) -> tuple[str, ...]:
+    loud: tuple[str, ...] = ()
+    if seen.named.network.pretraining == "random":
+        loud = ("THE BACKBONE'S WEIGHTS ARE RANDOM: nothing here says anything about transfer.",)
+    bad = () if not seen.features.faults else (f"{len(seen.features.faults)} unreadable images were left out.",)
+    same = (text,) if (text := omissions.leaks(seen.images, seen.digests)) else ()
+    return (*loud, *bad, *same, *baseline.warnings, *(training.warnings if training else ()))
+
+
+def _contenders(
+    seen: Look, baseline: SvmResult, shipped: AnyHead, judged: Judgement, svm_on_test: Estimate | None
+) -> tuple[Contender, ...]:
+    """The models on the test images; where only one was refitted for them, the SVM's out-of-fold accuracy stands below."""
+    top1 = judged.metrics.get("top1")
+    if not isinstance(top1, Estimate):
+        return ()
+    name = f"SVM on {' + '.join(map(str, baseline.head.taps))}"
+    if svm_on_test is not None:
+        tuned = Contender(f"fine-tuned ({seen.plan.strategy})", top1, "test images", True)
+        return tuned, Contender(name, svm_on_test, "test images", False)
+    if judged.part != "test":
+        tuned_name = f"fine-tuned ({seen.plan.strategy})"
+        return (Contender(name if judged.part == "cv" else tuned_name, top1, judged.on, True),)
+    rows = [Contender(name, top1, "test images", True)]
+    if math.isfinite(baseline.cv_accuracy):
+        half = 1.96 * baseline.cv_error
+        low, high = max(0.0, baseline.cv_accuracy - half), min(1.0, baseline.cv_accuracy + half)
+        folds = Estimate(baseline.cv_accuracy, low, high, len(seen.part("train")), "normal, over folds")
+        rows.append(Contender(f"{name}, before it was refitted", folds, "training images, out of fold", False))
+    return tuple(rows)
+
+
+def _candidates(baseline: SvmResult) -> tuple[Candidate, ...]:
+    rows = []
+    for i, found in enumerate(baseline.candidates[:CANDIDATES]):
+        setting = f"C = {found.C:g}" if found.kernel != "knn" else f"{similarity.KNN} neighbours"
+        taps = " + ".join(map(str, found.taps))
+        rows.append(
+            Candidate(
+                f"{found.kernel} on {taps}",
+                found.accuracy,
+                found.error,
+                f"{setting}{'; ' if found.note else ''}{found.note}",
+                i == 0,
+            )
+        )
+    return tuple(rows)
+
+
+def _curves(history: Sequence[dict[str, Any]]) -> tuple[Curve, ...]:
+    """Loss, accuracy and learning rates over epochs."""
+    keys = list(dict.fromkeys(key for row in history for key in row))
+    panels = {"train/loss": "loss", "val/loss": "loss", "val/top1": "accuracy"}
+    curves = []
+    for key in keys:
+        panel = panels.get(key) or ("learning rate" if key.startswith("lr/") else None)
+        if panel is None:
+            continue
+        points = [(row["epoch"], row[key]) for row in history if isinstance(row.get(key), (int, float))]
+        curves.append(
+            Curve(
+                panel, key.partition("/")[2] if panel == "learning rate" else key, [x for x, _ in points], [v for _, v in points]
+            )
+        )
+    return tuple(curves)
+
+
+def _diagnosis(history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What the curves say, each line with the rule behind it."""
+    train = [row["train/loss"] for row in history if "train/loss" in row]
+    val = [row["val/loss"] for row in history if "val/loss" in row]
+    lines = []
+    if len(train) >= 2 and train[-1] > 0.9 * train[0]:
+        lines.append(
+            f"The training loss hardly fell ({train[0]:.2f} → {train[-1]:.2f}): the learning rate may be too low, "
+            "or nothing is left to learn."
+        )
+    if len(val) >= 3 and min(val) < 0.95 * val[-1]:
+        at = int(np.argmin(val)) + 1
+        lines.append(
+            f"The validation loss turned upwards after epoch {at} ({min(val):.2f} → {val[-1]:.2f}): overfitting; "
+            "the best epoch was kept."
+        )
+    if len(val) >= 2 and len(val) == int(np.argmin(val)) + 1:
+        lines.append("The validation loss was still falling at the end: more epochs may help (--epochs).")
+    return tuple(lines) or ("Nothing unusual: the losses fell and settled.",)
+
+
+def _mistakes(found: Predictions) -> tuple[Mistake, ...]:
+    """The wrong predictions that the model was surest of."""
+    y, best = found.images.labels, found.best
+    wrong = np.flatnonzero(best != y)
+    score = found.probabilities[np.arange(len(y)), best]
+    worst = wrong[np.argsort(-score[wrong], kind="stable")][:MISTAKES]
+    return tuple(
+        Mistake(shown(found.images.paths[i]), found.classes[y[i]], found.classes[best[i]], float(score[i]), picture)
+        for i in worst
+        if (picture := thumbnail(found.images, int(i)))
+    )
+
+
+def thumbnail(images: ImageSet, i: int, side: int = THUMBNAIL) -> bytes:
+    """A small JPEG of image i, or no bytes where it cannot be read; tiny pictures are enlarged without smoothing."""
+    from PIL import Image
+
+    try:
+        image = decode.decode(images.read(i), short_side=side)
+    except (decode.DecodeError, UserError):
+        return b""
+    if max(image.size) < side // 2:
+        factor = side // max(image.size)
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    image.thumbnail((side, side))
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def _facts(seen: Look, shipped: AnyHead) -> tuple[tuple[str, str], ...]:
+    network, counts = seen.named.network, {name: len(seen.part(name)) for name in ("train", "val", "test")}
+    used = seen.how
+    return (
+        ("images", f"{counts['train']} training, {counts['val']} validation, {counts['test']} test"),
+        ("backbone", f"{network.name} ({network.source})"),
+        ("head", f"{shipped.kind} on {' + '.join(map(str, shipped.taps))}"),
+        ("engine", f"{used[0]} in {used[1]}"),
+        ("seed", str(seen.recipe.data.seed)),
+        *(("left out", f"{line} (left_out.csv)") for line in omissions.told(seen.images)),
+    )

@@ -1,0 +1,185 @@
+"""What the training loop is fed with: activations stored at the freeze boundary, so that frozen stages run once, or pixels."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from finetune import files
+from finetune.backbones.extractor import Reader
+from finetune.backbones.stages import Backbone, trainable_stages
+from finetune.data import augment
+from finetune.progress import Progress
+from finetune.training.partial_forward import CannotStoreError, tail, tail_works, until
+
+if TYPE_CHECKING:
+    from finetune.data.images import ImageSet
+    from finetune.training.config import Training
+
+Ints = NDArray[np.int64]
+Items = list[tuple[int, int]]  # (image, view)
+Log = Callable[[dict[str, Any]], None]
+
+STORE_LIMIT = 16 * 2**30  # bytes: more stored activations than this, and the frozen stages run in every epoch instead
+STORE_BATCH = 32  # images at once through the frozen stages
+FREE_SHARE = 0.8  # of the free disk, the same
+VERIFIED = 4  # images on which the tail is compared with the whole network, in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What stays the same during one call of `train.fit`: on what it works, how and where."""
+
+    backbone: Backbone
+    images: ImageSet
+    train: Ints
+    val: Ints
+    training: Training
+    seed: int
+    class_weights: Tensor
+    head: nn.Linear
+    device: torch.device
+    half: bool
+    folder: Path | None
+    log: Log
+    progress: Progress
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    def labels(self, items: Items) -> Tensor:
+        return torch.from_numpy(self.images.labels[[i for i, _ in items]].astype(np.int64)).to(self.device)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where the loop's input comes from.
+
+    `batches` gives the input of every batch of (image, view); `trunk` makes pooled features `(n, width)` of it. `views` is
+    the number of stored views of a training image, 0 where every epoch draws a new one. `tick` counts images.
+    """
+
+    views: int
+    batches: Callable[[Sequence[Items]], Iterator[Tensor]]
+    trunk: Callable[[Tensor], Tensor]
+    tick: Callable[[int], None]
+
+
+def even_batches(items: Items, size: int) -> list[Items]:
+    """Batches of nearly equal size: none is dropped, and no single image is left over to upset BatchNorm."""
+    edges = np.linspace(0, len(items), math.ceil(len(items) / size) + 1).round().astype(int).tolist()
+    return [items[low:high] for low, high in itertools.pairwise(edges)]
+
+
+@contextlib.contextmanager
+def open_feed(job: Job, warnings: list[str]) -> Iterator[Feed]:
+    """The input of the loop: activations at the freeze boundary where they can be stored, else pixels; `warnings` gets why."""
+    module, count = job.backbone.module, len(job.train) * job.training.epochs
+    reader = Reader(job.backbone, ()).to(job.device)
+    pre, training = job.backbone.network.preprocess, job.training
+
+    def pixels(plan: Sequence[Items]) -> Iterator[Tensor]:
+        for array in augment.batches(job.images, plan, pre, training.augment, flip=training.flip, seed=job.seed):
+            yield reader.normalise(torch.from_numpy(array).to(job.device))
+
+    plain = Feed(0, pixels, lambda x: module(x).flatten(1), _ticker(job.progress, count))
+    end = boundary(job.backbone)
+    if end is None:
+        yield plain
+        return
+    module.eval()
+    with contextlib.ExitStack() as stack:
+        try:
+            feed = _stored(job, plain, end, stack)
+        except CannotStoreError as reason:
+            feed = plain
+            if (warning := f"the frozen stages run in every epoch: {reason}") not in warnings:
+                warnings.append(warning)
+        yield feed
+
+
+def boundary(backbone: Backbone) -> str | None:
+    """The submodule behind which something moves; "" where nothing does, None where no stage before it can be read."""
+    names = [stage.name for stage in backbone.stages]
+    moving = trainable_stages(backbone)
+    if not moving:
+        return ""
+    return next((stage.end for stage in reversed(backbone.stages[: names.index(moving[0])]) if stage.end), None)
+
+
+@torch.no_grad()
+def _stored(job: Job, plain: Feed, end: str, stack: contextlib.ExitStack) -> Feed:
+    """Run the frozen stages over every view of every image and keep what comes out, in the type it was computed in.
+
+    The file has no name, so that nothing is left of it however the process ends. Raises `CannotStoreError` before anything
+    is written, and `UserError` where the disk fills up on the way.
+    """
+    train, val = job.train.tolist(), job.val.tolist()
+    views = 1 if job.training.augment == "none" else max(1, min(job.training.views, job.training.epochs))
+    items = [(i, view) for view in range(views) for i in train] + [(i, 0) for i in val]
+    (sample,) = plain.batches([[(i, 0) for i in train[:VERIFIED]]])
+    wide = tail_works(job.backbone, end, sample) if end else False
+    module = job.backbone.module
+
+    def run(x: Tensor) -> Tensor:
+        with job.autocast():
+            return until(module, end, x) if end else module(x).flatten(1)
+
+    one = run(sample)
+    nhwc = one.ndim == 4 and one.is_contiguous(memory_format=torch.channels_last)
+    size = one[0].numel() * one.element_size()
+    folder = files.cache_dir("activations") if job.folder is None else job.folder
+    with files.disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_room(len(items) * size, shutil.disk_usage(folder).free)
+        file = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+    tick = _ticker(job.progress, len(items) + len(train) * job.training.epochs)
+    plan = even_batches(items, STORE_BATCH)
+    with files.disk_errors(folder):
+        for x in plain.batches(plan):
+            y = run(x)
+            file.write((y.permute(0, 2, 3, 1) if nhwc else y).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            tick(len(x))
+        file.flush()
+    rows = np.memmap(file, dtype=np.uint8, mode="r", shape=(len(items), size))
+    row = {item: k for k, item in enumerate(items)}
+    shape = one.permute(0, 2, 3, 1).shape[1:] if nhwc else one.shape[1:]
+
+    def stored(plan: Sequence[Items]) -> Iterator[Tensor]:
+        for batch in plan:
+            x = torch.from_numpy(rows[[row[item] for item in batch]]).view(one.dtype).view(-1, *shape).to(job.device)
+            yield x.permute(0, 3, 1, 2) if nhwc else x
+
+    # From here on the module is no longer whole, until `stack` closes.
+    return Feed(views, stored, stack.enter_context(tail(job.backbone, end, wide)) if end else lambda x: x, tick)
+
+
+def _check_room(needed: int, free: int) -> None:
+    """Refuse to store more than `STORE_LIMIT`, or more than `FREE_SHARE` of what is free on the disk."""
+    for room, words in ((STORE_LIMIT, "that is the limit"), (FREE_SHARE * free, "of the disk may be filled")):
+        if needed > room:
+            sizes = f"{needed / 2**30:.1f} GiB of activations, where {room / 2**30:.1f} GiB"
+            raise CannotStoreError(f"{sizes} {words}")
+
+
+def _ticker(progress: Progress, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    return tick

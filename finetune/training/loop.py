@@ -1,0 +1,411 @@
+"""The one visible loop: fine-tune the trainable stages of a backbone and a linear head, with everything decided beforehand.
+
+Where the first stages are frozen, they run once: their activations at the freeze boundary are stored for a few views of
+each image, and only the moving tail is trained. The same seed gives the same bits on one machine's CPU; a run that was
+killed goes on from its last epoch and ends with the bits of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from finetune import hardware
+from finetune.backbones.stages import Backbone, freeze
+from finetune.data import augment
+from finetune.device import resolve
+from finetune.errors import UserError
+from finetune.progress import Progress
+from finetune.training import checkpoints, optim
+from finetune.training.checkpoints import State, Trainable, copied
+from finetune.training.inputs import STORE_BATCH, Feed, Items, Job, Log, even_batches, open_feed
+from finetune.training.partial_forward import replaced, slow_in_bf16
+from finetune.training.probe import probe
+
+if TYPE_CHECKING:
+    from finetune.data.images import ImageSet
+    from finetune.training.config import Training
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+LOWER = "lower --set train.lr, or use --precision float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What `fit` made; the backbone's module holds the weights that go with it.
+
+    `head_weight` (C, width) and `head_bias` (C,) read the pooled features as they are. `history` has one row an epoch:
+    `epoch`, `step`, `train/loss`, `lr/<group>`, `update_ratio/<group>`, `seconds`, and with a validation part `val/loss`
+    and `val/top1`; `start` is the same before the first step (its `train/loss` is that of the first batch).
+    `best_epoch` is the epoch whose weights were kept (0: those before the first step), `val_scores` (n, C) their scores.
+    """
+
+    head_weight: Floats
+    head_bias: Floats
+    history: tuple[dict[str, Any], ...]
+    start: dict[str, float]
+    best_epoch: int
+    steps: int
+    stopped: str
+    val_scores: Floats | None
+    warnings: tuple[str, ...]
+
+
+class DivergedError(UserError):
+    """Loss, gradients or weights are no longer finite."""
+
+
+# -------------------------------------------------------------------------------------------------------- the one door
+
+
+def fit(
+    backbone: Backbone,
+    images: ImageSet,
+    train_index: ArrayLike,
+    val_index: ArrayLike | None,
+    training: Training,
+    *,
+    classes: int,
+    seed: int,
+    head_start: tuple[NDArray[Any], NDArray[Any]] | None = None,
+    checkpoint: Path | None = None,
+    log: Log | None = None,
+    progress: Progress | None = None,
+    class_weights: ArrayLike | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> TrainResult:
+    """Fine-tune `backbone` (changed in place) and a head for `classes` classes on `images` at `train_index`.
+
+    `head_start` is a `(weight, bias)` on the pooled features; without it the head starts at zero or from `probe`, as
+    `training.head_init` says. `class_weights` (C,) weigh the images of a class; without them `training.class_weight`
+    "balanced" gives n / (C n_c), everything else 1. With `val_index` the weights of the lowest validation loss are kept,
+    and `training.patience` epochs without a gain of `optim.MIN_DELTA` stop the training (0: never); else the last are kept.
+    `checkpoint` is a folder: every epoch is saved there, and the same call goes on from it. `precision` is auto, bf16 or
+    float32. The input size is that of `backbone`.
+
+    Raises `UserError` for bad input, an unreadable image and a full disk, and where the loss or a gradient is no longer
+    finite; the backbone then holds the weights of the last finished epoch. After any other end, Ctrl-C included, it holds
+    those it started with.
+    """
+    log, progress = log or (lambda row: None), progress or (lambda done, total: None)
+    where = _device(device)
+    half = where.type != "mps" and resolve("torch", precision)[1] == "bf16"
+    train, val = np.asarray(train_index, np.int64), np.asarray([] if val_index is None else val_index, np.int64)
+    _check(images.labels, train, val, classes, training)
+    weights = _class_weights(images.labels[train], classes, training, class_weights).to(where)
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), _prepared(backbone, training, where, half):
+        head = nn.Linear(backbone.network.widths["pooled"], classes, device=where)
+        job = Job(
+            backbone=backbone,
+            images=images,
+            train=train,
+            val=val,
+            training=training,
+            seed=seed,
+            class_weights=weights,
+            head=head,
+            device=where,
+            half=half,
+            folder=checkpoint,
+            log=log,
+            progress=progress,
+        )
+        return _run(job, head_start)
+
+
+def _run(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> TrainResult:
+    """Start or go on, train, and leave the chosen weights in the module."""
+    trainable = Trainable.of(job)
+    mark = checkpoints.mark_of(job, head_start)
+    state = checkpoints.load(job, mark, trainable)
+    try:
+        if not state.stopped:
+            with open_feed(job, state.warnings) as feed:
+                if not state.good:
+                    _begin(job, feed, state, trainable, head_start)
+                _loop(job, feed, state, trainable, mark)
+    except DivergedError:
+        checkpoints.put(trainable.live, state.good or trainable.initial)
+        raise
+    except BaseException:
+        checkpoints.put(trainable.live, trainable.initial)
+        raise
+    best, _ = optim.early_stop(state.val_losses(), 0) if len(job.val) else (state.epoch, False)
+    checkpoints.put(trainable.live, state.best or state.average or trainable.live)
+    return TrainResult(
+        head_weight=job.head.weight.detach().cpu().numpy().copy(),
+        head_bias=job.head.bias.detach().cpu().numpy().copy(),
+        history=tuple(state.history),
+        start=state.start,
+        best_epoch=best,
+        steps=state.step,
+        stopped=state.stopped,
+        val_scores=None if state.scores is None else state.scores.cpu().numpy(),
+        warnings=(*state.warnings, *_doubts(state, best, len(job.val))),
+    )
+
+
+def _begin(
+    job: Job, feed: Feed, state: State, trainable: Trainable, head_start: tuple[NDArray[Any], NDArray[Any]] | None
+) -> None:
+    """Give the head its first weights, and judge the model before the first step."""
+    nn.init.zeros_(job.head.weight)
+    nn.init.zeros_(job.head.bias)
+    job.backbone.module.eval()
+    if head_start is None and job.training.head_init == "probe":
+        items = [(int(i), 0) for i in job.train]
+        plan = even_batches(items, STORE_BATCH)
+        with torch.no_grad(), job.autocast():
+            features = torch.cat([feed.trunk(x).float() for x in feed.batches(plan)]).cpu().numpy()
+        weights = job.class_weights.cpu().numpy()
+        head_start = probe(features, job.images.labels[job.train], len(weights), class_weights=weights)
+    if head_start is not None:
+        with torch.no_grad():
+            job.head.weight.copy_(torch.as_tensor(head_start[0]))
+            job.head.bias.copy_(torch.as_tensor(head_start[1]))
+    state.good = copied(trainable.live)
+    state.average = copied(trainable.live) if job.training.ema else {}
+    if len(job.val):
+        loss, top1, state.scores = _evaluate(job, feed)
+        if not math.isfinite(loss):
+            raise DivergedError(f"the validation loss is {loss} before the first step", where="training", fix="check the weights")
+        state.start = {"val/loss": loss, "val/top1": top1}
+        state.best = copied(trainable.live)
+
+
+def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -> None:
+    """Every epoch from `state` on: its steps, the validation, what is kept, the checkpoint."""
+    training, groups = job.training, trainable.groups
+    steps = math.ceil(len(job.train) / training.batch_size) * training.epochs
+    factor, decay = optim.schedule(training, steps), optim.ema_decay(steps)
+    job.log({"groups": optim.group_table(groups), "device": str(job.device), "bf16": job.half, "stored_views": feed.views})
+    feed.tick(state.epoch * len(job.train))
+    for epoch in range(state.epoch + 1, training.epochs + 1):
+        began = time.perf_counter()
+        torch.manual_seed(int(np.random.default_rng([job.seed, epoch, 1]).integers(2**62)))  # dropout, drop-path
+        rng = np.random.default_rng([job.seed, epoch])
+        plan = _order(job, feed, epoch, rng)
+        job.backbone.module.train()
+        total, ratios = 0.0, dict[str, float | str]()
+        for number, (items, x) in enumerate(zip(plan, feed.batches(plan), strict=True), 1):
+            targets = nn.functional.one_hot(job.labels(items), len(job.class_weights)).float()
+            if training.mixup:
+                x, targets = augment.mixup(x, targets, training.mixup, rng)
+            optim.set_rates(groups, factor(state.step))
+            before = optim.copies(groups) if number == len(plan) else None
+            stats = step(job, feed, trainable, x, targets)
+            if not stats.finite:
+                raise _diverged(str(stats), state.step, epoch, groups)
+            if state.step == 0:
+                _check_first_loss(job, state, stats)
+            if before is not None:
+                ratios = optim.update_ratios(groups, before)
+            if training.ema:
+                optim.blend(state.average, trainable.live, decay)
+            state.step += 1
+            total += stats.loss * len(items)
+            feed.tick(len(items))
+        if optim.broken_groups(groups, gradients=False):
+            raise _diverged("a step gave weights that are not finite", state.step - 1, epoch, groups)
+        row: dict[str, Any] = {"epoch": epoch, "step": state.step, "train/loss": total / len(job.train)}
+        row |= {f"lr/{group['name']}": group["lr"] for group in groups}
+        row |= {f"update_ratio/{name}": ratio for name, ratio in ratios.items()}
+        live = copied(trainable.live)
+        if len(job.val):
+            row |= _judge(job, feed, state, trainable, live)
+            if not math.isfinite(row["val/loss"]):
+                raise _diverged(f"the validation loss is {row['val/loss']}", state.step - 1, epoch, groups)
+        state.epoch, state.good = epoch, live
+        row["seconds"] = time.perf_counter() - began
+        state.history.append(row)
+        state.stopped = _reason_to_stop(job, state)
+        job.log(row)  # before the checkpoint: an epoch that is done again is told once, one that is not would be missing
+        checkpoints.save(job, mark, state, trainable)
+        if state.stopped:
+            break
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What a step met: the loss that learns, the same with the pull of L2-SP, whether the head was all zeros before it,
+    and the norm of the whole gradient before clipping. A step that is not `finite` has changed nothing."""
+
+    loss: float
+    penalised: float
+    zero_head: bool
+    norm: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.penalised + self.norm)
+
+    def __str__(self) -> str:
+        return f"the loss is {self.penalised:.3g} and the norm of its gradient {self.norm:.3g}"
+
+
+def step(job: Job, feed: Feed, trainable: Trainable, x: Tensor, targets: Tensor) -> StepStats:
+    """One step on one batch: forward, loss, gradients, clipping, update, at the learning rates that the groups hold.
+
+    `x` is what `feed.batches` gives, `targets` (n, C) are probabilities. A loss or gradient that is not finite updates
+    nothing: the caller decides what that means.
+    """
+    training = job.training
+    with job.autocast():
+        features = feed.trunk(x)
+    logits = job.head(features.float())
+    loss = optim.soft_cross_entropy(logits, targets, job.class_weights, training.label_smoothing)
+    penalised = loss + optim.l2_sp(trainable.moved(), training.l2_sp) if training.l2_sp else loss
+    trainable.optimizer.zero_grad()
+    penalised.backward()
+    parameters = trainable.parameters
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    stats = StepStats(loss.item(), penalised.item(), not job.head.weight.any(), norm.item())
+    if stats.finite:
+        if training.clip:
+            nn.utils.clip_grads_with_norm_(parameters, training.clip, norm)
+        trainable.optimizer.step()
+    return stats
+
+
+def _order(job: Job, feed: Feed, epoch: int, rng: np.random.Generator) -> list[Items]:
+    """The batches of an epoch: every training image once, in random order, each in the view that is its turn."""
+    order = rng.permutation(len(job.train)).tolist()
+    return even_batches([(int(job.train[k]), _view(job, feed, epoch, k)) for k in order], job.training.batch_size)
+
+
+def _reason_to_stop(job: Job, state: State) -> str:
+    """Why this epoch was the last, or no text."""
+    patience, epochs = job.training.patience, job.training.epochs
+    if len(job.val) and patience and optim.early_stop(state.val_losses(), patience)[1]:
+        return f"validation loss has not gained {optim.MIN_DELTA:g} in {patience} epochs"
+    return f"all {epochs} epochs" if state.epoch == epochs else ""
+
+
+def _view(job: Job, feed: Feed, epoch: int, k: int) -> int:
+    """Which view of the k-th training image an epoch sees: the stored ones in turn, else a new one."""
+    if job.training.augment == "none":
+        return 0
+    return (epoch - 1 + k) % feed.views if feed.views else epoch
+
+
+def _judge(job: Job, feed: Feed, state: State, trainable: Trainable, live: optim.Tensors) -> dict[str, float]:
+    """Validate the live weights, or their average, and keep the best so far."""
+    current = state.average or live
+    checkpoints.put(trainable.live, current)
+    loss, top1, scores = _evaluate(job, feed)
+    if loss < min(state.val_losses()):
+        state.best, state.scores = {key: value.clone() for key, value in current.items()}, scores
+    checkpoints.put(trainable.live, live)
+    return {"val/loss": loss, "val/top1": top1}
+
+
+def _evaluate(job: Job, feed: Feed) -> tuple[float, float, Tensor]:
+    """Mean cross-entropy (no smoothing, no class weights), top-1 and scores (n, C) of the validation images."""
+    items = [(int(i), 0) for i in job.val]
+    job.backbone.module.eval()
+    with torch.no_grad(), job.autocast():
+        features = torch.cat([feed.trunk(x).float() for x in feed.batches(even_batches(items, STORE_BATCH))])
+    with torch.no_grad():
+        scores, labels = job.head(features), job.labels(items)
+        loss = nn.functional.cross_entropy(scores, labels).item()
+        top1 = (scores.argmax(1) == labels).float().mean().item()
+    return loss, top1, scores
+
+
+# -------------------------------------------------------------------------------------- before and after the loop
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {name!r} here", where="device", fix="use auto or cpu") from error
+    hardware.keep_memory()
+    return torch.device(name)
+
+
+def _check(labels: Ints, train: Ints, val: Ints, classes: int, training: Training) -> None:
+    if not len(train):
+        raise UserError("no training images", where="training", fix="give at least one image of each class")
+    if training.batch_size < 1:
+        raise UserError(f"batch_size is {training.batch_size}", where="train.batch_size", fix="use 1 or more")
+    if training.head_init not in ("probe", "zero"):
+        raise UserError(f"no head_init is called {training.head_init!r}", where="train.head_init", fix="use probe or zero")
+    if shared := np.intersect1d(train, val).tolist():
+        raise UserError(f"images {shared[:3]} train and validate", where="training", fix="make the parts disjoint")
+    outside = sorted({int(label) for label in labels[np.concatenate([train, val])] if not 0 <= label < classes})
+    if outside:
+        raise UserError(f"label {outside[0]} is none of the {classes} classes", where="training", fix="label every image")
+    if training.norm_moves and min(len(part) for part in even_batches([(int(i), 0) for i in train], training.batch_size)) == 1:
+        raise UserError("BatchNorm cannot learn from batches of one image", where="train.batch_size", fix="use 2 or more")
+
+
+def _class_weights(labels: Ints, classes: int, training: Training, given: ArrayLike | None) -> Tensor:
+    if given is not None:
+        weights = torch.as_tensor(np.asarray(given, np.float32))
+        if weights.shape != (classes,) or not (weights > 0).all() or not torch.isfinite(weights).all():
+            raise UserError("class weights must be one number above 0 a class", where="class_weights", fix=f"give {classes}")
+        return weights
+    if training.class_weight != "balanced":
+        return torch.ones(classes)
+    counts = np.bincount(labels, minlength=classes)
+    return torch.from_numpy((len(labels) / (classes * np.maximum(counts, 1))).astype(np.float32))
+
+
+@contextlib.contextmanager
+def _prepared(backbone: Backbone, training: Training, device: torch.device, half: bool) -> Iterator[None]:
+    """Freeze, and bring the module to the device in the layout that convolutions are fastest in; afterwards, back."""
+    freeze(backbone, training.trainable, norm_moves=training.norm_moves)
+    backbone.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    slow = slow_in_bf16(backbone.module) if half and device.type == "cpu" else {}
+    try:
+        with replaced(backbone.module, slow):
+            yield
+    finally:
+        backbone.module.eval()
+        backbone.module.to(device="cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        backbone.module.zero_grad()
+
+
+def _check_first_loss(job: Job, state: State, first: StepStats) -> None:
+    """Keep the loss of the first batch; a head of zeros must give ln C, whatever the features are."""
+    state.start["train/loss"] = first.loss
+    expected = math.log(len(job.class_weights))
+    if first.zero_head and abs(first.loss - expected) > 1e-3:
+        raise UserError(f"the first loss of a zero head is {first.loss:.4f}, not ln C = {expected:.4f}", where="training")
+
+
+def _diverged(what: str, step: int, epoch: int, groups: Sequence[optim.Group]) -> DivergedError:
+    """Name the step and the groups: those with broken weights where there are any, else those with broken gradients."""
+    weights, gradients = optim.broken_groups(groups, gradients=False), optim.broken_groups(groups, gradients=True)
+    names = f"weights of {', '.join(weights)}" if weights else f"gradients of {', '.join(gradients) or 'none'}"
+    return DivergedError(f"{what} at step {step + 1} (epoch {epoch}); not finite: {names}", where="training", fix=LOWER)
+
+
+def _doubts(state: State, best: int, n: int) -> list[str]:
+    """What the validation curve does not prove."""
+    if not n or not state.history:
+        return []
+    if best == 0:
+        return ["no epoch lowered the validation loss: the weights from before the first step were kept"]
+    before, after = state.start["val/top1"], state.history[best - 1]["val/top1"]
+    error = math.sqrt(after * (1 - after) / n)
+    if after - before >= error:
+        return []
+    change = f"validation top-1 went from {before:.1%} to {after:.1%}"
+    return [f"{change}: less than one binomial standard error ({error:.1%} with {n} images)"]
