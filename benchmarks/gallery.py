@@ -1,18 +1,22 @@
 """A gallery of 20,000 images: adding 100 of them, and finding near-duplicates.
 
-    python benchmarks/gallery.py add            `retrieve add` of 100 images; bar: ≤ 3 % of the time of a rebuild
-    python benchmarks/gallery.py duplicates     pairs of cosine ≥ 0.95 among 20,000 vectors; bar: ≥ 5× faster than imagededup
+    python benchmarks/gallery.py add            `retrieve add` of 100 images; bar: ≤ 3 % of the time
+    of a rebuild python benchmarks/gallery.py duplicates     pairs of cosine ≥ 0.95 among 20,000
+    vectors; bar: ≥ 5× faster than imagededup
     --quick                                     400 images, 20 to add; 2,000 vectors; not recorded
 
-`add`: the images are different crops of two photographs, 224×168 JPEGs. The rebuild is `retrieve build` with an empty
-feature store and the converted network in the cache; both are whole commands in processes of their own. Every round adds
-100 images that nobody has seen. The detail has a rebuild with all features in the store, too: what only the index costs.
+`add`: the images are different crops of two photographs, 224×168 JPEGs. The rebuild is `retrieve
+build` with an empty feature store and the converted network in the cache; both are whole commands
+in processes of their own. Every round adds 100 images that nobody has seen. The detail has a
+rebuild with all features in the store, too: what only the index costs.
 
-`duplicates`: 20,000 × 1,280 vectors drawn by synthetic.py, one in ten a slightly changed copy of another one. Ours is
-retrieval.vectors.near_duplicates, which `retrieve duplicates` calls, from float32 rows to pairs, their normalising included.
-The peer is `CNN().find_duplicates(encoding_map=…)` of imagededup on the same rows, with its default of a process a core and
-with none, and the faster counts. Ours is measured on a quarter, half and all of the vectors for its memory: what the process
-holds at most beyond the vectors and the imported modules.
+`duplicates`: 20,000 × 1,280 vectors drawn by synthetic.py, one in ten a slightly changed copy of
+another one. Ours is retrieval.vectors.near_duplicates, which `retrieve duplicates` calls, from
+float32 rows to pairs, their normalising included. The peer is
+`CNN().find_duplicates(encoding_map=…)` of imagededup on the same rows, with its default of a
+process a core and with none, and the faster counts. Ours is measured on a quarter, half and all of
+the vectors for its memory: what the process holds at most beyond the vectors and the imported
+modules.
 """
 
 from __future__ import annotations
@@ -32,13 +36,16 @@ import numpy as np
 THRESHOLD = 0.95
 
 
-# ----------------------------------------------------------------------------------------------------------------- add
+# ---------------------------------------------------------------------------------------------- add
 
 
 def build(folder: Path, out: Path, cache: Path) -> float:
     shutil.rmtree(out, ignore_errors=True)
     return float(
-        harness.side([harness.COMMANDS / "retrieve", "build", folder, "-o", out], {"REGRAFT_CACHE": str(cache)})()["wall"]
+        harness.side(
+            [harness.COMMANDS / "retrieve", "build", folder, "-o", out],
+            {"REGRAFT_CACHE": str(cache)},
+        )()["wall"]
     )
 
 
@@ -53,11 +60,21 @@ def add(rounds: int, quick: bool) -> None:
         more = harness.SCRATCH / "gallery-more"
         shutil.rmtree(more, ignore_errors=True)
         harness.make_jpegs(more, few, (224, 168), seed=1000 + i)
-        mine.append(harness.side([harness.COMMANDS / "retrieve", "add", index, more], {"REGRAFT_CACHE": str(warm)})()["wall"])
+        mine.append(
+            harness.side(
+                [harness.COMMANDS / "retrieve", "add", index, more], {"REGRAFT_CACHE": str(warm)}
+            )()["wall"]
+        )
         other = harness.SCRATCH / "gallery-again.index"
-        theirs.append(build(folder, other, harness.cold_cache(harness.SCRATCH / "gallery-cold", warm)))
+        theirs.append(
+            build(folder, other, harness.cold_cache(harness.SCRATCH / "gallery-cold", warm))
+        )
         stored.append(build(folder, other, warm))
-        print(f"  round {i + 1}: add {mine[-1]:.2f} s, rebuild {theirs[-1]:.1f} s, stored {stored[-1]:.1f} s", file=sys.stderr)
+        print(
+            f"  round {i + 1}: add {mine[-1]:.2f} s, rebuild "
+            f"{theirs[-1]:.1f} s, stored {stored[-1]:.1f} s",
+            file=sys.stderr,
+        )
     harness.record(
         "gallery, add",
         f"`retrieve add` of {few} images to {count:,}",
@@ -70,7 +87,7 @@ def add(rounds: int, quick: bool) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------- duplicates
+# --------------------------------------------------------------------------------------- duplicates
 
 
 def vectors(path: Path, n: int, d: int) -> Path:
@@ -81,7 +98,9 @@ def vectors(path: Path, n: int, d: int) -> Path:
     rng = np.random.default_rng(1)
     copies = np.arange(9, n, 10)
     noise = rng.standard_normal((len(copies), d), dtype=np.float32)
-    noise *= np.linalg.norm(X[copies - 1], axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+    noise *= np.linalg.norm(X[copies - 1], axis=1, keepdims=True) / np.linalg.norm(
+        noise, axis=1, keepdims=True
+    )
     X[copies] = X[copies - 1] + noise * rng.uniform(0.05, 0.25, (len(copies), 1)).astype(np.float32)
     np.save(path, X)
     return path
@@ -97,14 +116,25 @@ def near(path: Path, n: int) -> None:
     before = harness.peak()
     start = time.perf_counter()
     pairs = near_duplicates(prepare(X), THRESHOLD)
-    print(json.dumps({"seconds": time.perf_counter() - start, "pairs": len(pairs), "peak": harness.peak(), "before": before}))
+    print(
+        json.dumps(
+            {
+                "seconds": time.perf_counter() - start,
+                "pairs": len(pairs),
+                "peak": harness.peak(),
+                "before": before,
+            }
+        )
+    )
 
 
 def duplicates(rounds: int, quick: bool) -> None:
     n, d = (2000, 256) if quick else (20_000, 1280)
     harness.SCRATCH.mkdir(exist_ok=True)
     path = vectors(harness.SCRATCH / f"vectors-{n}.npy", n, d)
-    small = {part: vectors(harness.SCRATCH / f"vectors-{n // part}.npy", n // part, d) for part in (4, 2)}
+    small = {
+        part: vectors(harness.SCRATCH / f"vectors-{n // part}.npy", n // part, d) for part in (4, 2)
+    }
 
     def ours() -> harness.Measured:
         return harness.side([sys.executable, __file__, "--near", path, str(n)])()
@@ -113,11 +143,17 @@ def duplicates(rounds: int, quick: bool) -> None:
         script = harness.HERE / "peers" / "imagededup_cnn.py"
         python = harness.peer_python()
         workers = {0, len(os.sched_getaffinity(0))}
-        found = [harness.side([python, script, path, str(THRESHOLD), str(many)])() for many in sorted(workers)]
+        found = [
+            harness.side([python, script, path, str(THRESHOLD), str(many)])()
+            for many in sorted(workers)
+        ]
         return min(found, key=lambda one: one["seconds"])
 
     mine, theirs = harness.rounds(ours, peer, rounds)
-    grown = {part: harness.side([sys.executable, __file__, "--near", file, str(n // part)])() for part, file in small.items()}
+    grown = {
+        part: harness.side([sys.executable, __file__, "--near", file, str(n // part)])()
+        for part, file in small.items()
+    }
     grown[1] = mine[-1]
     memory = {n // part: (one["peak"] - one["before"]) / 1e6 for part, one in grown.items()}
     seconds = [statistics.median(one["seconds"] for one in side) for side in (mine, theirs)]
@@ -128,14 +164,18 @@ def duplicates(rounds: int, quick: bool) -> None:
         "imagededup's CNN method on the same vectors",
         "≥ 5×, memory linear",
         harness.words(harness.ratio([t["seconds"] for t in theirs], [m["seconds"] for m in mine])),
-        f"{seconds[0]:.2f} against {seconds[1]:.2f} s; {mine[0]['pairs']:,} and {theirs[0]['pairs']:,} pairs; "
-        f"beyond the vectors: {words}; the peer in all: {max(t['peak'] for t in theirs) / 1e6:.0f} MB",
+        f"{seconds[0]:.2f} against {seconds[1]:.2f} s; {mine[0]['pairs']:,} and "
+        f"{theirs[0]['pairs']:,} pairs; "
+        f"beyond the vectors: {words}; the peer in all: "
+        f"{max(t['peak'] for t in theirs) / 1e6:.0f} MB",
         quick=quick,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", choices=("add", "duplicates"), help="both without it")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, help="[3; 1 with --quick]")

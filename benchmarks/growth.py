@@ -1,12 +1,15 @@
-"""How time and memory grow with the number of images, for extraction and for the SVM, and where they stop being linear.
+"""How time and memory grow with the number of images, for extraction and for the SVM, and where
+they stop being linear.
 
-    python benchmarks/growth.py             1k, 3k, 10k and 30k, 3 rounds; writes benchmarks/growth.png
-    python benchmarks/growth.py --quick     100, 300 and 1,000, 1 round; draws into the temporary folder, not recorded
+    python benchmarks/growth.py             1k, 3k, 10k and 30k, 3 rounds; writes
+    benchmarks/growth.png python benchmarks/growth.py --quick     100, 300 and 1,000, 1 round; draws
+    into the temporary folder, not recorded
 
-Extraction: `features.extract` into an empty store with EfficientNet-Lite0, on copies of one JPEG whose bytes differ. SVM:
-`svm.choose` as `finetune fit` calls it (every kernel; 10 classes; one tap of 1,280 features drawn by synthetic.py, read from
-a memory map). Every point is a process of its own; memory is the most that it holds. Between two neighbouring sizes the
-growth is t₂/t₁ = (n₂/n₁)^power, of medians; "linear" is a power of at most 1.15.
+Extraction: `features.extract` into an empty store with EfficientNet-Lite0, on copies of one JPEG
+whose bytes differ. SVM: `svm.choose` as `finetune fit` calls it (every kernel; 10 classes; one tap
+of 1,280 features drawn by synthetic.py, read from a memory map). Every point is a process of its
+own; memory is the most that it holds. Between two neighbouring sizes the growth is t₂/t₁ =
+(n₂/n₁)^power, of medians; "linear" is a power of at most 1.15.
 """
 
 from __future__ import annotations
@@ -49,14 +52,23 @@ def machine_of(folder: Path) -> None:
 
     X, y = np.load(folder / "X.npy", mmap_mode="r"), np.load(folder / "y.npy")
     start = time.perf_counter()
-    found = svm.choose({Tap("pooled"): X}, y, [str(c) for c in range(10)], default_taps=(Tap("pooled"),))
+    found = svm.choose(
+        {Tap("pooled"): X}, y, [str(c) for c in range(10)], default_taps=(Tap("pooled"),)
+    )
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "n": len(y), "kind": found.head.kind, "peak": harness.peak()}))
+    print(
+        json.dumps(
+            {"seconds": seconds, "n": len(y), "kind": found.head.kind, "peak": harness.peak()}
+        )
+    )
 
 
 def power(rows: list[Point], key: str) -> list[float]:
     """The power of growth between neighbours."""
-    return [math.log(b[key]["median"] / a[key]["median"]) / math.log(b["n"] / a["n"]) for a, b in itertools.pairwise(rows)]
+    return [
+        math.log(b[key]["median"] / a[key]["median"]) / math.log(b["n"] / a["n"])
+        for a, b in itertools.pairwise(rows)
+    ]
 
 
 def verdict(rows: list[Point], key: str) -> str:
@@ -73,25 +85,38 @@ def measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[Point]]:
     tables = {n: prepare(harness.SCRATCH / f"growth-{n}", n) for n in sizes}
     store = [sys.executable, harness.HERE / "store.py", "--extraction"]
     harness.side([*store, images[sizes[0]]])()  # converts, and compiles
-    found: dict[str, dict[int, list[harness.Measured]]] = {name: {n: [] for n in sizes} for name in ("extraction", "SVM")}
+    found: dict[str, dict[int, list[harness.Measured]]] = {
+        name: {n: [] for n in sizes} for name in ("extraction", "SVM")
+    }
     for i in range(rounds):
         for n in sizes:
             found["extraction"][n].append(harness.side([*store, images[n]])())
-            found["SVM"][n].append(harness.side([sys.executable, __file__, "--machine", tables[n]])())
-            print(f"  round {i + 1}: {found['extraction'][n][-1]}  {found['SVM'][n][-1]}", file=sys.stderr, flush=True)
+            found["SVM"][n].append(
+                harness.side([sys.executable, __file__, "--machine", tables[n]])()
+            )
+            print(
+                f"  round {i + 1}: {found['extraction'][n][-1]}  {found['SVM'][n][-1]}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def of(rows: list[harness.Measured], key: str) -> dict[str, float]:
         values = [row[key] for row in rows]
         return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
     return {
-        name: [{"n": n, "seconds": of(rows, "seconds"), "peak": of(rows, "peak")} for n, rows in each.items()]
+        name: [
+            {"n": n, "seconds": of(rows, "seconds"), "peak": of(rows, "peak")}
+            for n, rows in each.items()
+        ]
         for name, each in found.items()
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, help="[3; 1 with --quick]")
     parser.add_argument("--machine", type=Path, help=argparse.SUPPRESS)
@@ -106,7 +131,10 @@ def main() -> None:
     points = harness.SCRATCH / "growth.json"
     points.write_text(json.dumps(series))
     picture = harness.SCRATCH / "growth.png" if options.quick else harness.HERE / "growth.png"
-    subprocess.run([harness.peer_python(), harness.HERE / "peers" / "plot_growth.py", points, picture], check=True)
+    subprocess.run(
+        [harness.peer_python(), harness.HERE / "peers" / "plot_growth.py", points, picture],
+        check=True,
+    )
     for name, rows in series.items():
         seconds = ", ".join(f"{row['seconds']['median']:.1f} s" for row in rows)
         memory = ", ".join(f"{row['peak']['median'] / 1e6:.0f}" for row in rows)

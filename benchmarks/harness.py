@@ -1,7 +1,8 @@
-"""What every benchmark shares: rounds of A B A B …, their ratio with minimum, median and maximum, and results.md.
+"""What every benchmark shares: rounds of A B A B …, their ratio with minimum, median and maximum,
+and results.md.
 
-Each side is a process of its own that prints one JSON line with what it measured; the two take turns, so that a machine
-that drifts drifts for both.
+Each side is a process of its own that prints one JSON line with what it measured; the two take
+turns, so that a machine that drifts drifts for both.
 """
 
 from __future__ import annotations
@@ -38,18 +39,26 @@ def peer_python() -> Path:
     python = PEERS / "bin" / "python"
     if not (PEERS / ".installed").exists():
         subprocess.run([sys.executable, "-m", "venv", str(PEERS)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(HERE / "peers.txt")], check=True)
+        subprocess.run(
+            [str(python), "-m", "pip", "install", "-q", "-r", str(HERE / "peers.txt")], check=True
+        )
         (PEERS / ".installed").touch()
     return python
 
 
-def side(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Callable[[], Measured]:
+def side(
+    command: Sequence[str | Path], env: dict[str, str] | None = None
+) -> Callable[[], Measured]:
     """A process that prints a JSON line last; its wall time is added as `wall`."""
 
     def run() -> Measured:
         start = time.perf_counter()
         done = subprocess.run(
-            [str(c) for c in command], capture_output=True, text=True, env={**os.environ, **(env or {})}, check=False
+            [str(c) for c in command],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **(env or {})},
+            check=False,
         )
         wall = time.perf_counter() - start
         if done.returncode:
@@ -60,7 +69,9 @@ def side(command: Sequence[str | Path], env: dict[str, str] | None = None) -> Ca
     return run
 
 
-def rounds(ours: Callable[[], Measured], theirs: Callable[[], Measured], n: int = 3) -> tuple[list[Measured], list[Measured]]:
+def rounds(
+    ours: Callable[[], Measured], theirs: Callable[[], Measured], n: int = 3
+) -> tuple[list[Measured], list[Measured]]:
     """`n` rounds of ours, theirs, ours, theirs, …"""
     a, b = [], []
     for i in range(n):
@@ -73,7 +84,12 @@ def rounds(ours: Callable[[], Measured], theirs: Callable[[], Measured], n: int 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
     """How many times faster ours is: theirs / ours, round by round."""
     values = [t / o for t, o in zip(theirs, ours, strict=True)]
-    return {"min": min(values), "median": statistics.median(values), "max": max(values), "n": len(values)}
+    return {
+        "min": min(values),
+        "median": statistics.median(values),
+        "max": max(values),
+        "n": len(values),
+    }
 
 
 def words(r: dict[str, float]) -> str:
@@ -82,14 +98,22 @@ def words(r: dict[str, float]) -> str:
 
 def spread(values: Sequence[float], unit: str = "s", digits: int = 2) -> str:
     """Median, minimum and maximum of values that are no ratio."""
-    low, middle, high = (f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values)))
+    low, middle, high = (
+        f"{v:.{digits}f}" for v in (min(values), statistics.median(values), max(values))
+    )
     return f"{middle} {unit} ({low}–{high}, n = {len(values)})"
 
 
-def record(name: str, work: str, peer: str, bar: str, result: str, detail: str = "", *, quick: bool = False) -> None:
-    """Print one row, and put it into results.md: a benchmark's row is replaced, the others stay. The quick form, whose work
-    is smaller than that of the bar, is printed alone."""
-    print(f"{name}: {result} [{bar}] {work}; {peer}{f'; {detail}' if detail else ''}{'; quick' if quick else ''}", flush=True)
+def record(
+    name: str, work: str, peer: str, bar: str, result: str, detail: str = "", *, quick: bool = False
+) -> None:
+    """Print one row, and put it into results.md: a benchmark's row is replaced, the others stay.
+    The quick form, whose work is smaller than that of the bar, is printed alone."""
+    print(
+        f"{name}: {result} [{bar}] {work}; "
+        f"{peer}{f'; {detail}' if detail else ''}{'; quick' if quick else ''}",
+        flush=True,
+    )
     if quick:
         return
     rows = {}
@@ -100,10 +124,12 @@ def record(name: str, work: str, peer: str, bar: str, result: str, detail: str =
     when = datetime.now(UTC).date().isoformat()
     rows[name] = f"| {name} | {work} | {peer} | {bar} | {result} | {detail} | {when} |"
     head = (
-        "# Benchmarks: results\n\nEach row: ours and the peer in the same run, in turn; the ratio with minimum, median and\n"
+        "# Benchmarks: results\n\nEach row: ours and the peer in the same run, in turn; the "
+        "ratio with minimum, median and\n"
         "maximum over the rounds. Written by the scripts in this folder.\n\n"
         f"Machine: {machine()}\n\nVersions: {versions()}\n\n"
-        "| benchmark | work | peer | bar | result | detail | date |\n|---|---|---|---|---|---|---|\n"
+        "| benchmark | work | peer | bar | result | detail | date "
+        "|\n|---|---|---|---|---|---|---|\n"
     )
     RESULTS.write_text(head + "\n".join(rows[key] for key in sorted(rows)) + "\n", encoding="utf-8")
 
@@ -123,22 +149,34 @@ def machine() -> str:
 
 def versions() -> str:
     names = ("torch", "timm", "openvino", "scikit-learn", "faiss-cpu", "numpy", "pillow")
-    own = ", ".join([f"Python {platform.python_version()}", *(f"{n} {importlib.metadata.version(n)}" for n in names)])
-    found = importlib.metadata.distributions(path=[str(path) for path in PEERS.glob("lib/python*/site-packages")])
+    own = ", ".join(
+        [
+            f"Python {platform.python_version()}",
+            *(f"{n} {importlib.metadata.version(n)}" for n in names),
+        ]
+    )
+    found = importlib.metadata.distributions(
+        path=[str(path) for path in PEERS.glob("lib/python*/site-packages")]
+    )
     peers = {
-        d.name.lower(): f"{d.name} {d.version}" for d in found if d.name.lower() in ("fastai", "imagededup", "timm", "torch")
+        d.name.lower(): f"{d.name} {d.version}"
+        for d in found
+        if d.name.lower() in ("fastai", "imagededup", "timm", "torch")
     }
     return own + (f"; peers: {', '.join(peers[key] for key in sorted(peers))}" if peers else "")
 
 
 def peak() -> int:
-    """Bytes of memory that this process has held at most. (The kernel's `ru_maxrss` would count the parent's, too.)"""
+    """Bytes of memory that this process has held at most. (The kernel's `ru_maxrss` would count the
+    parent's, too.)"""
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def use_cache(name: str = "cache") -> Path:
@@ -149,7 +187,8 @@ def use_cache(name: str = "cache") -> Path:
 
 
 def cold_cache(folder: Path, networks_from: Path | None) -> Path:
-    """An empty cache in `folder`, or one that holds only the descriptions and converted networks of another."""
+    """An empty cache in `folder`, or one that holds only the descriptions and converted networks of
+    another."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for part in ("networks", "compiled") if networks_from else ():
@@ -159,15 +198,21 @@ def cold_cache(folder: Path, networks_from: Path | None) -> Path:
 
 
 def dataset(name: str) -> Path:
-    """One of the image sets of data.py, made on first use in $REGRAFT_BENCH_DATA or the scratch folder."""
+    """One of the image sets of data.py, made on first use in $REGRAFT_BENCH_DATA or the scratch
+    folder."""
     folder = Path(os.environ.get("REGRAFT_BENCH_DATA", SCRATCH / "data")) / name
     if not folder.exists():
-        subprocess.run([sys.executable, str(HERE / "data.py"), name, str(folder)], check=True, stdout=sys.stderr)
+        subprocess.run(
+            [sys.executable, str(HERE / "data.py"), name, str(folder)],
+            check=True,
+            stdout=sys.stderr,
+        )
     return folder
 
 
 def make_jpegs(folder: Path, count: int, size: tuple[int, int], seed: int = 0) -> Path:
-    """`count` different JPEGs of `size`: crops (and enlargements) of scikit-learn's two photographs, quality 90."""
+    """`count` different JPEGs of `size`: crops (and enlargements) of scikit-learn's two
+    photographs, quality 90."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -181,8 +226,13 @@ def make_jpegs(folder: Path, count: int, size: tuple[int, int], seed: int = 0) -
         share = rng.uniform(0.7, 0.95)
         width, height = int(photo.width * share), int(photo.width * share * size[1] / size[0])
         height = min(height, photo.height)
-        left, top = int(rng.integers(0, photo.width - width + 1)), int(rng.integers(0, photo.height - height + 1))
-        image = photo.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        left, top = (
+            int(rng.integers(0, photo.width - width + 1)),
+            int(rng.integers(0, photo.height - height + 1)),
+        )
+        image = photo.resize(
+            size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
+        )
         target = folder / ("china" if i % 2 == 0 else "flower") / f"{i:05}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         buffer = BytesIO()
@@ -192,8 +242,8 @@ def make_jpegs(folder: Path, count: int, size: tuple[int, int], seed: int = 0) -
 
 
 def copies(folder: Path, count: int) -> Path:
-    """`count` files of different bytes that show one 500×375 photograph: a JPEG (about 60 KB) with its number as a comment.
-    100 files a folder."""
+    """`count` files of different bytes that show one 500×375 photograph: a JPEG (about 60 KB) with
+    its number as a comment. 100 files a folder."""
     if (folder / f"{(count - 1) // 100:03}" / f"{count - 1:05}.jpg").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -203,5 +253,7 @@ def copies(folder: Path, count: int) -> Path:
         target = folder / f"{i // 100:03}" / f"{i:05}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         text = f"{i:08}".encode()
-        target.write_bytes(data[:2] + b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text + data[2:])
+        target.write_bytes(
+            data[:2] + b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text + data[2:]
+        )
     return folder

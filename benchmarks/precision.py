@@ -3,11 +3,13 @@
     python benchmarks/precision.py             digits, stamps and mnist5k; bar: within 0.3 points
     python benchmarks/precision.py --quick     300 of the digits, 2 draws of folds; not recorded
 
-EfficientNet-Lite0, the taps that `finetune fit` compares, the whole image. Taps, kernel and C are chosen once, on the
-float32 features (`svm.choose`, without logistic regression); that same machine is then cross-validated on the features of
-either precision with the same five folds, on all images (at most 3,000, a seeded draw), for several draws of folds. The
-difference is that of the accuracies out of fold, in points, bf16 − float32; its standard error is the paired one over
-images. Where the hardware has no bf16 it is emulated: the numbers are the same, only slower. OpenVINO, where it is installed.
+EfficientNet-Lite0, the taps that `finetune fit` compares, the whole image. Taps, kernel and C are
+chosen once, on the float32 features (`svm.choose`, without logistic regression); that same machine
+is then cross-validated on the features of either precision with the same five folds, on all images
+(at most 3,000, a seeded draw), for several draws of folds. The difference is that of the accuracies
+out of fold, in points, bf16 − float32; its standard error is the paired one over images. Where the
+hardware has no bf16 it is emulated: the numbers are the same, only slower. OpenVINO, where it is
+installed.
 """
 
 from __future__ import annotations
@@ -37,7 +39,13 @@ def compare(name: str, draws: int, quick: bool) -> None:
         found = extraction.extract(source, network, taps, named.load, precision=bits)
         blocks[bits] = {tap: np.asarray(block) for tap, block in found.blocks.items()}
     kernels = ("linear", "rbf", "lssvm")
-    chosen = svm.choose(blocks["float32"], source.labels, source.classes, default_taps=(Tap("pooled"),), kernels=kernels)
+    chosen = svm.choose(
+        blocks["float32"],
+        source.labels,
+        source.classes,
+        default_taps=(Tap("pooled"),),
+        kernels=kernels,
+    )
     best = chosen.candidates[0]
     setting = crossval.Setting(best.taps, best.kernel, best.gamma)
     groups = images.group_ids(source, found.digests)
@@ -47,23 +55,29 @@ def compare(name: str, draws: int, quick: bool) -> None:
         for bits, given in blocks.items():
             table = crossval.Rows(given, source.labels, np.arange(len(source)), fold, None)
             right[bits].append(next(table.trials(setting, [best.C])).right)
-    by_draw = [100 * (b.mean() - f.mean()) for b, f in zip(right["bf16"], right["float32"], strict=True)]
+    by_draw = [
+        100 * (b.mean() - f.mean()) for b, f in zip(right["bf16"], right["float32"], strict=True)
+    ]
     gain = np.mean(right["bf16"], axis=0) - np.mean(right["float32"], axis=0)
     error = 100 * gain.std() / np.sqrt(len(gain))
     accuracy = {bits: np.mean(values) for bits, values in right.items()}
     harness.record(
         f"precision, {name}",
-        f"{len(source):,} images, {' + '.join(map(str, best.taps))}, {best.kernel}, C = {best.C:.3g}",
+        f"{len(source):,} images, {' + '.join(map(str, best.taps))}, {best.kernel}, C = "
+        f"{best.C:.3g}",
         "the same machine on float32 features",
         "± 0.3 points",
-        f"{100 * gain.mean():+.2f} points ± {error:.2f} (draws {min(by_draw):+.2f} to {max(by_draw):+.2f}, n = {draws})",
+        f"{100 * gain.mean():+.2f} points ± {error:.2f} (draws {min(by_draw):+.2f} to "
+        f"{max(by_draw):+.2f}, n = {draws})",
         f"{accuracy['bf16']:.2%} against {accuracy['float32']:.2%} out of fold",
         quick=quick,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     harness.use_cache()

@@ -1,16 +1,19 @@
 """The feature store: what known images cost, and what memory an extraction takes.
 
-    python benchmarks/store.py warm       features.extract of 2,000 known images; bar: ≤ 2× the time of hashing their bytes
-    python benchmarks/store.py rerun      features.digests of 50,000 known, unchanged files; bar: ≥ 10× faster than hashing
-    python benchmarks/store.py memory     extraction of 1k, 10k and 50k images; bar: peak memory grows by ≤ 10 %
+    python benchmarks/store.py warm       features.extract of 2,000 known images; bar: ≤ 2× the time
+    of hashing their bytes python benchmarks/store.py rerun      features.digests of 50,000 known,
+    unchanged files; bar: ≥ 10× faster than hashing python benchmarks/store.py memory     extraction
+    of 1k, 10k and 50k images; bar: peak memory grows by ≤ 10 %
     --quick                               200; 2,000; 200 and 1,000 images; not recorded
 
-The images are copies of one JPEG (500×375, about 65 KB) with a changing comment, so that every file has bytes of its own; all
-of them take 4 GB in the temporary folder. The peer reads and hashes (SHA-256) every file in as many threads as there are
-cores, from the page cache. Every measurement is a new process with its modules imported; `warm` counts the second call in
-it, in which the engine is known, and the detail has the first. `memory` is the peak of resident memory of a process that
-does one extraction into an empty store with EfficientNet-Lite0; the converted network is in the cache. (No content comes twice:
-in a folder with copies the rows do not stand together in the store, and are gathered in memory, not mapped.)
+The images are copies of one JPEG (500×375, about 65 KB) with a changing comment, so that every file
+has bytes of its own; all of them take 4 GB in the temporary folder. The peer reads and hashes
+(SHA-256) every file in as many threads as there are cores, from the page cache. Every measurement
+is a new process with its modules imported; `warm` counts the second call in it, in which the engine
+is known, and the detail has the first. `memory` is the peak of resident memory of a process that
+does one extraction into an empty store with EfficientNet-Lite0; the converted network is in the
+cache. (No content comes twice: in a folder with copies the rows do not stand together in the store,
+and are gathered in memory, not mapped.)
 """
 
 from __future__ import annotations
@@ -42,7 +45,9 @@ def hashing(folder: Path) -> None:
     """The peer: all bytes read and hashed."""
     paths = sorted(path for path in folder.rglob("*.jpg"))
     with concurrent.futures.ThreadPoolExecutor(hardware.cores()) as pool:
-        took = seconds(lambda: list(pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths)))
+        took = seconds(
+            lambda: list(pool.map(lambda path: hashlib.sha256(path.read_bytes()).digest(), paths))
+        )
     print(json.dumps({"seconds": took, "n": len(paths)}))
 
 
@@ -71,7 +76,11 @@ def look(folder: Path, where: Path) -> None:
     from finetune.features.store import Store
 
     source, store = images.load_unlabelled(folder), Store(where)
-    print(json.dumps({"seconds": seconds(lambda: extraction.digests(source, store)), "n": len(source)}))
+    print(
+        json.dumps(
+            {"seconds": seconds(lambda: extraction.digests(source, store)), "n": len(source)}
+        )
+    )
 
 
 def extraction(folder: Path) -> None:
@@ -85,7 +94,13 @@ def extraction(folder: Path) -> None:
     named, source = catalog.open_named(), images.load_unlabelled(folder)
     with tempfile.TemporaryDirectory(dir=harness.SCRATCH) as scratch:
         took = seconds(
-            lambda: extraction.extract(source, named.network, [Tap("pooled")], named.load, store=Store(Path(scratch) / "store"))
+            lambda: extraction.extract(
+                source,
+                named.network,
+                [Tap("pooled")],
+                named.load,
+                store=Store(Path(scratch) / "store"),
+            )
         )
     print(json.dumps({"seconds": took, "n": len(source), "peak": harness.peak()}))
 
@@ -100,9 +115,15 @@ def settle(folder: Path) -> None:
     time.sleep(max(0.0, newest + 3 - time.time()))
 
 
-def against_hashing(flag: str, count: int, rounds: int) -> tuple[list[harness.Measured], list[harness.Measured]]:
-    """Rounds of `--known` or `--look` on `count` files that the store knows, and of hashing their bytes."""
-    folder, where = harness.copies(harness.SCRATCH / f"copies-{count}", count), harness.SCRATCH / f"store{flag}"
+def against_hashing(
+    flag: str, count: int, rounds: int
+) -> tuple[list[harness.Measured], list[harness.Measured]]:
+    """Rounds of `--known` or `--look` on `count` files that the store knows, and of hashing their
+    bytes."""
+    folder, where = (
+        harness.copies(harness.SCRATCH / f"copies-{count}", count),
+        harness.SCRATCH / f"store{flag}",
+    )
     shutil.rmtree(where, ignore_errors=True)
     settle(folder)
     child(flag, folder, where)()
@@ -114,26 +135,50 @@ def warm(rounds: int, quick: bool) -> None:
     mine, theirs = against_hashing("--known", count, rounds)
     shares = [m["seconds"] / t["seconds"] for m, t in zip(mine, theirs, strict=True)]
     first, ours, peer = (
-        1000 * statistics.median(m[key] for m in side) for side, key in ((mine, "first"), (mine, "seconds"), (theirs, "seconds"))
+        1000 * statistics.median(m[key] for m in side)
+        for side, key in ((mine, "first"), (mine, "seconds"), (theirs, "seconds"))
     )
-    detail = f"{ours:.0f} against {peer:.0f} ms; {first:.0f} ms the first time in a process, which opens the engine"
+    detail = (
+        f"{ours:.0f} against {peer:.0f} ms; {first:.0f} ms the first "
+        f"time in a process, which opens the engine"
+    )
     work = f"features.extract of {count:,} known images"
-    harness.record("store, warm", work, "hashing their bytes", "≤ 2×", harness.spread(shares, "× its time"), detail, quick=quick)
+    harness.record(
+        "store, warm",
+        work,
+        "hashing their bytes",
+        "≤ 2×",
+        harness.spread(shares, "× its time"),
+        detail,
+        quick=quick,
+    )
 
 
 def rerun(rounds: int, quick: bool) -> None:
     count = 2000 if quick else 50_000
     mine, theirs = against_hashing("--look", count, rounds)
     ours, peer = (statistics.median(one["seconds"] for one in side) for side in (mine, theirs))
-    result = harness.words(harness.ratio([t["seconds"] for t in theirs], [m["seconds"] for m in mine]))
+    result = harness.words(
+        harness.ratio([t["seconds"] for t in theirs], [m["seconds"] for m in mine])
+    )
     work = f"features.digests of {count:,} known, unchanged files of 65 KB"
     detail = f"{ours:.2f} against {peer:.2f} s"
-    harness.record("store, rerun", work, "hashing all bytes, from the page cache", "≥ 10×", result, detail, quick=quick)
+    harness.record(
+        "store, rerun",
+        work,
+        "hashing all bytes, from the page cache",
+        "≥ 10×",
+        result,
+        detail,
+        quick=quick,
+    )
 
 
 def memory(rounds: int, quick: bool) -> None:
     counts = (200, 1000) if quick else (1000, 10_000, 50_000)
-    folders = {count: harness.copies(harness.SCRATCH / f"copies-{count}", count) for count in counts}
+    folders = {
+        count: harness.copies(harness.SCRATCH / f"copies-{count}", count) for count in counts
+    }
     child("--extraction", folders[counts[0]])()  # converts, and compiles
     found: dict[int, list[harness.Measured]] = {count: [] for count in counts}
     for i in range(rounds):
@@ -142,16 +187,24 @@ def memory(rounds: int, quick: bool) -> None:
             print(f"  round {i + 1}: {found[count][-1]}", file=sys.stderr, flush=True)
     pairs = zip(found[counts[0]], found[counts[-1]], strict=True)
     growth = [100 * (many["peak"] / few["peak"] - 1) for few, many in pairs]
-    peaks = {count: statistics.median(one["peak"] for one in each) / 1e6 for count, each in found.items()}
+    peaks = {
+        count: statistics.median(one["peak"] for one in each) / 1e6 for count, each in found.items()
+    }
     detail = ", ".join(f"{peak:.0f} MB with {count:,}" for count, peak in peaks.items())
     work = f"peak memory of an extraction, {counts[0]:,} to {counts[-1]:,} images"
     result = harness.spread(growth, "% more", 1)
-    harness.record("store, memory", work, f"{counts[0]:,} images", "≤ 10 % more", result, detail, quick=quick)
+    harness.record(
+        "store, memory", work, f"{counts[0]:,} images", "≤ 10 % more", result, detail, quick=quick
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("warm", "rerun", "memory"), help="all of them without it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", nargs="?", choices=("warm", "rerun", "memory"), help="all of them without it"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, help="[5; memory 3; 1 with --quick]")
     for name, many in (("--hashing", 1), ("--known", 2), ("--look", 2), ("--extraction", 1)):

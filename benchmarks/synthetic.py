@@ -1,11 +1,13 @@
 """Features that are drawn instead of read: as many as wanted, with the statistics of real ones.
 
-    python benchmarks/synthetic.py F.npz     how like real features the drawn ones are (array `X`, as `finetune extract` writes)
+    python benchmarks/synthetic.py F.npz     how like real features the drawn ones are (array `X`,
+    as `finetune extract` writes)
 
-A feature is the positive part of a Gaussian, as after a ReLU: `max(0, m + class + thing + image)`, with a number of things in
-every class. The three parts vary along the same axes, whose variance falls with a power of the rank, in a random rotation
-(of reflections and Hadamard transforms, so that no d × d matrix is formed); the m differ from feature to feature. The
-numbers below were set so that a draw of 587 rows in ten classes resembles EfficientNet-Lite0's pooled features of 587
+A feature is the positive part of a Gaussian, as after a ReLU: `max(0, m + class + thing + image)`,
+with a number of things in every class. The three parts vary along the same axes, whose variance
+falls with a power of the rank, in a random rotation (of reflections and Hadamard transforms, so
+that no d × d matrix is formed); the m differ from feature to feature. The numbers below were set so
+that a draw of 587 rows in ten classes resembles EfficientNet-Lite0's pooled features of 587
 pictures of ten topics (`data.py stamps`).
 """
 
@@ -21,19 +23,29 @@ Rows = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 FALL = 1.15  # power with which the variance falls along the axes
-CLASS_SHARE, THING_SHARE = 0.03, 0.58  # of the variance: between classes, between the things of a class
+# of the variance: between classes, between the things of a class
+CLASS_SHARE, THING_SHARE = (0.03, 0.58)
 PER_THING = 1.8  # images of a thing, on average
 LEVEL, SPREAD = -0.9, 0.5  # of m, in standard deviations of a feature
 REFLECTIONS = 4
 
 
 def make(
-    n: int, d: int, classes: int, seed: int = 0, *, draw: int = 0, things: int | None = None, out: Rows | None = None
+    n: int,
+    d: int,
+    classes: int,
+    seed: int = 0,
+    *,
+    draw: int = 0,
+    things: int | None = None,
+    out: Rows | None = None,
 ) -> tuple[Rows, Ints]:
-    """`(n, d)` float32 features, not normalised, and their labels `(n,)`; classes come in equal numbers, in random order.
+    """`(n, d)` float32 features, not normalised, and their labels `(n,)`; classes come in equal
+    numbers, in random order.
 
-    Rows of another `draw` are others of the same classes and things: give the same `things`, the number in a class (without
-    it, n over the classes and PER_THING). `out` is where to write them, a memory map for instance.
+    Rows of another `draw` are others of the same classes and things: give the same `things`, the
+    number in a class (without it, n over the classes and PER_THING). `out` is where to write them,
+    a memory map for instance.
     """
     world = np.random.default_rng(seed)
     many = things or max(1, round(n / classes / PER_THING))
@@ -46,7 +58,9 @@ def make(
     order = [world.permutation(d) for _ in range(REFLECTIONS)]
     centres = world.standard_normal((classes * many, d), dtype=np.float32)
     centres *= scale * np.float32(THING_SHARE**0.5)
-    own = world.standard_normal((classes, d), dtype=np.float32) * scale * np.float32(CLASS_SHARE**0.5)
+    own = (
+        world.standard_normal((classes, d), dtype=np.float32) * scale * np.float32(CLASS_SHARE**0.5)
+    )
     for c in range(classes):
         centres[c * many : (c + 1) * many] += own[c]
     rng = np.random.default_rng([seed, draw, 1])
@@ -65,26 +79,31 @@ def make(
 
 
 def mixed(z: Rows) -> Rows:
-    """Rotate pairs, then pairs of pairs, and so on: a Hadamard transform of the largest power of two that divides d, else of
-    blocks of it. Every column gets a part of many others."""
+    """Rotate pairs, then pairs of pairs, and so on: a Hadamard transform of the largest power of
+    two that divides d, else of blocks of it. Every column gets a part of many others."""
     width = z.shape[1]
     block = width & -width
     z = z.reshape(len(z), -1, block)
     step = 1
     while step < block:
         pairs = z.reshape(len(z), -1, 2, step)
-        z = np.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2).reshape(len(z), -1, block)
+        z = np.stack(
+            [pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2
+        ).reshape(len(z), -1, block)
         step *= 2
     return z.reshape(len(z), width) * np.float32(block**-0.5)
 
 
 def statistics_of(X: Rows, y: Ints) -> dict[str, float]:
-    """What a table of features looks like to a linear machine; rows at unit length, as a machine sees them."""
+    """What a table of features looks like to a linear machine; rows at unit length, as a machine
+    sees them."""
     x = X / np.maximum(np.linalg.norm(X, axis=1, keepdims=True), 1e-12)
     centred = x - x.mean(axis=0)
     values = np.linalg.svd(centred, compute_uv=False) ** 2
     rank = np.arange(1, 151)
-    between = sum(np.sum(y == c) * np.sum(centred[y == c].mean(axis=0) ** 2) for c in np.unique(y)) / np.sum(centred**2)
+    between = sum(
+        np.sum(y == c) * np.sum(centred[y == c].mean(axis=0) ** 2) for c in np.unique(y)
+    ) / np.sum(centred**2)
     similarity = x @ x.T
     others = similarity[~np.eye(len(x), dtype=bool)]
     np.fill_diagonal(similarity, -1)
@@ -110,7 +129,12 @@ def least_squares(x: Rows, y: Ints, ridge: float = 0.05) -> float:
     for k in range(5):
         own, held = fold != k, fold == k
         alpha = np.linalg.solve(K[np.ix_(own, own)] + ridge * np.eye(own.sum()), target[own])
-        right += int(np.sum((K[np.ix_(held, own)] @ alpha).argmax(axis=1) == np.searchsorted(np.unique(y), y[held])))
+        right += int(
+            np.sum(
+                (K[np.ix_(held, own)] @ alpha).argmax(axis=1)
+                == np.searchsorted(np.unique(y), y[held])
+            )
+        )
     return right / len(y)
 
 
@@ -121,7 +145,10 @@ def main() -> None:
     print(f"{X.shape[0]} × {X.shape[1]}: real; drawn, mean and range of 3 seeds")
     for name, value in statistics_of(X, y).items():
         values = [one[name] for one in drawn]
-        print(f"  {name:36} {value:7.3f}   {np.mean(values):7.3f} ({min(values):.3f} to {max(values):.3f})")
+        print(
+            f"  {name:36} {value:7.3f}   {np.mean(values):7.3f} "
+            f"({min(values):.3f} to {max(values):.3f})"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Write docs/cli.md from the commands' own --help: `python docs/make_cli.py`. A test holds the two together."""
+"""Write docs/cli.md from the commands' own --help: `python docs/make_cli.py`. A test holds the two
+together."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ HEAD = "# The commands\n\nGenerated from `--help` by `make docs`; do not edit.\n
 
 
 def commands(group: click.Command, path: str) -> Iterator[tuple[str, click.Command]]:
-    """Every command and group below `group`, in the order of their names, with the words that call it."""
+    """Every command and group below `group`, in the order of their names, with the words that call
+    it."""
     yield path, group
     if isinstance(group, click.Group):
         for name, command in sorted(group.commands.items()):
@@ -26,7 +28,9 @@ def text() -> str:
     parts = [HEAD]
     for group, name in ((finetune, "finetune"), (retrieve, "retrieve")):
         for words, command in commands(group, name):
-            context = click.Context(command, info_name=words, max_content_width=100, help_option_names=["-h", "--help"])
+            context = click.Context(
+                command, info_name=words, max_content_width=100, help_option_names=["-h", "--help"]
+            )
             context.terminal_width = 100
             parts.append(f"## {words}\n\n```\n{command.get_help(context)}\n```\n")
     return "\n".join(parts)

@@ -22,7 +22,13 @@ def __getattr__(name: str) -> Any:
     # Imported at first use, so that `import finetune` and `finetune --help` load no heavy library.
     import importlib
 
-    homes = {"fit": "job", "load": "job", "advise": "job", "Classifier": "classifier", "Predictions": "classifier"}
+    homes = {
+        "fit": "job",
+        "load": "job",
+        "advise": "job",
+        "Classifier": "classifier",
+        "Predictions": "classifier",
+    }
     if name in homes:
         return getattr(importlib.import_module(f"finetune.{homes[name]}"), name)
     raise AttributeError(f"module 'finetune' has no attribute {name!r}")

@@ -1,4 +1,5 @@
-"""One look at the images: find them, split them, read their features once, measure similarity, and make the plan.
+"""One look at the images: find them, split them, read their features once, measure similarity, and
+make the plan.
 
 Every step says in one line what it does (`say`); `bar` shows progress of the long ones.
 """
@@ -45,7 +46,8 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at the images gave: the split set, its features, how similar it is, and the plan."""
+    """What one look at the images gave: the split set, its features, how similar it is, and the
+    plan."""
 
     recipe: Recipe
     images: ImageSet
@@ -73,7 +75,8 @@ class Look:
 
     @property
     def default_taps(self) -> tuple[Tap, ...]:
-        """The taps of the policy where nothing can be cross-validated: earlier ones where the images are unlike photographs."""
+        """The taps of the policy where nothing can be cross-validated: earlier ones where the
+        images are unlike photographs."""
         return default_taps(self.named.network, self.similarity.word)
 
     def blocks(self, index: Ints) -> dict[Tap, Floats]:
@@ -85,16 +88,22 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
     about = settings.data
     if about.data is None:
         raise UserError(
-            "no data were named", where="DATA", fix="give a folder, a CSV table or a named set such as sklearn:digits"
+            "no data were named",
+            where="DATA",
+            fix="give a folder, a CSV table or a named set such as sklearn:digits",
         )
     tested = about.test != "none"
     test = about.test if tested else None
-    found = images.load(about.data, test=test, layout=recipe.layout(about), on_empty_class=about.on_empty_class)
+    found = images.load(
+        about.data, test=test, layout=recipe.layout(about), on_empty_class=about.on_empty_class
+    )
     if not tested:
         found = images.all_for_training(found)
     given = set() if found.split is None else set(found.split.tolist())
     found, ids = digests(found, store, about.on_bad_image)
-    found, ids = omissions.apply(found, ids, omissions.Rules(about.on_conflict, about.on_leak, about.on_empty_class))
+    found, ids = omissions.apply(
+        found, ids, omissions.Rules(about.on_conflict, about.on_leak, about.on_empty_class)
+    )
     shares = (about.test_share, about.validation_share) if tested else (0.0, 0.0)
     found = images.make_splits(found, ids, seed=about.seed, test=shares[0], val=shares[1])
     short: list[str] = []
@@ -113,9 +122,15 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
     for line in (*short, *of_parts(settings, given, sizes)):
         say(line)
     if not tested:
-        say("           no test image is held out: what is said of the accuracy comes from cross-validation, if from anything")
+        say(
+            "           no test image is held out: what is said of the accuracy comes from "
+            "cross-validation, if from anything"
+        )
     if bare := images.untested(found):
-        say(f"           {len(bare)} class{'es' * (len(bare) > 1)} without test images: {some([shown(name) for name in bare])}")
+        say(
+            f"           {len(bare)} class{'es' * (len(bare) > 1)} without test images: "
+            f"{some([shown(name) for name in bare])}"
+        )
     for line in omissions.told(found):
         say(f"           {line}")
     if seen_before := omissions.leaks(found, ids):
@@ -124,7 +139,8 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
 
 
 def digests(pictures: ImageSet, store: Store, on_bad: str) -> tuple[ImageSet, Digests]:
-    """The digests of the images; files that cannot be read at all are left out where `on_bad` is skip."""
+    """The digests of the images; files that cannot be read at all are left out where `on_bad` is
+    skip."""
     try:
         return pictures, extraction.digests(pictures, store)
     except UserError:
@@ -134,7 +150,15 @@ def digests(pictures: ImageSet, store: Store, on_bad: str) -> tuple[ImageSet, Di
     return pictures, extraction.digests(pictures, store)
 
 
-def take(settings: Recipe, pictures: ImageSet, ids: Digests, store: Store, say: Say, bar: Bar, pooled_only: bool = False) -> Look:
+def take(
+    settings: Recipe,
+    pictures: ImageSet,
+    ids: Digests,
+    store: Store,
+    say: Say,
+    bar: Bar,
+    pooled_only: bool = False,
+) -> Look:
     """Extract features once, measure similarity, decide."""
     seconds: dict[str, float] = {}
     named = open_backbone(settings, say)
@@ -150,22 +174,31 @@ def take(settings: Recipe, pictures: ImageSet, ids: Digests, store: Store, say: 
     assert pictures.split is not None
     train = np.flatnonzero(pictures.split == "train")
     with clock(seconds, "similarity"):
-        near = similarity.measure(pictures.subset(train), named.network.pretraining, store=store, seed=settings.data.seed)
-        near = similarity.second_opinion(near, np.asarray(found.blocks[Tap("pooled")][train]), pictures.labels[train])
+        near = similarity.measure(
+            pictures.subset(train), named.network.pretraining, store=store, seed=settings.data.seed
+        )
+        near = similarity.second_opinion(
+            near, np.asarray(found.blocks[Tap("pooled")][train]), pictures.labels[train]
+        )
     _say_similarity(near, say)
     plan = _plan(settings, pictures, train, near, named, tuple(str(tap) for tap in taps))
     say(f"policy     {plan.because[0].partition(':')[0]}, {plan.column} → {plan.because[-1]}")
-    return Look(settings, pictures, ids, images.group_ids(pictures, ids), named, found, near, plan, seconds)
+    return Look(
+        settings, pictures, ids, images.group_ids(pictures, ids), named, found, near, plan, seconds
+    )
 
 
 def _with_whole_classes(found: Features, settings: Recipe, say: Say) -> Features:
-    """What is left after bad images went: where they were all of a class, that class goes too, or the job stops."""
+    """What is left after bad images went: where they were all of a class, that class goes too, or
+    the job stops."""
     if settings.data.on_empty_class == "skip":
         rest, kept = omissions.without_untrained(found.images)
         if len(rest.classes) < len(found.images.classes):
             say(f"           {rest.notes[-1]}")
             blocks = {tap: np.asarray(block[kept]) for tap, block in found.blocks.items()}
-            found = dataclasses.replace(found, blocks=blocks, images=rest, digests=found.digests.take(kept))
+            found = dataclasses.replace(
+                found, blocks=blocks, images=rest, digests=found.digests.take(kept)
+            )
     images.check_parts(found.images, tested=settings.data.test != "none")
     return found
 
@@ -178,11 +211,20 @@ def open_backbone(settings: Recipe, say: Say) -> Named:
     return named
 
 
-def _frame(settings: Recipe, pictures: ImageSet, ids: Digests, named: Named, store: Store, say: Say, bar: Bar) -> str:
-    """Whether the network sees the centre crop of its weights or the whole image: cross-validated on training images.
+def _frame(
+    settings: Recipe,
+    pictures: ImageSet,
+    ids: Digests,
+    named: Named,
+    store: Store,
+    say: Say,
+    bar: Bar,
+) -> str:
+    """Whether the network sees the centre crop of its weights or the whole image: cross-validated
+    on training images.
 
-    The whole image is taken unless the crop's log loss is lower by more than one paired standard error: a picture's border
-    is lost for good, while a squashed one keeps everything.
+    The whole image is taken unless the crop's log loss is lower by more than one paired standard
+    error: a picture's border is lost for good, while a squashed one keeps everything.
     """
     asked = settings.backbone.frame
     if asked != "auto":
@@ -196,8 +238,16 @@ def _frame(settings: Recipe, pictures: ImageSet, ids: Digests, named: Named, sto
     trials: dict[str, Trial] = {}
     for name in catalog.FRAMES:
         with bar(f"frame: {name}") as progress:
-            how: dict[str, Any] = {"store": store, "engine_name": used, "precision": bits, "on_bad": "skip", "progress": progress}
-            found = extraction.extract(sample, catalog.framed(named.network, name), taps, named.load, known=known, **how)
+            how: dict[str, Any] = {
+                "store": store,
+                "engine_name": used,
+                "precision": bits,
+                "on_bad": "skip",
+                "progress": progress,
+            }
+            found = extraction.extract(
+                sample, catalog.framed(named.network, name), taps, named.load, known=known, **how
+            )
         groups = images.group_ids(found.images, found.digests)
         trial = svm.quick(found.blocks, found.images.labels, groups=groups, seed=settings.data.seed)
         if trial is None:
@@ -206,13 +256,17 @@ def _frame(settings: Recipe, pictures: ImageSet, ids: Digests, named: Named, sto
         trials[name] = trial
     gain = trials["whole"].losses - trials["crop"].losses
     chosen = "crop" if gain.mean() > gain.std() / np.sqrt(len(gain)) else "whole"
-    numbers = ", ".join(f"{name} {trial.accuracy:.1%} (log loss {trial.log_loss:.3f})" for name, trial in trials.items())
+    numbers = ", ".join(
+        f"{name} {trial.accuracy:.1%} (log loss {trial.log_loss:.3f})"
+        for name, trial in trials.items()
+    )
     say(f"frame      {chosen}: {numbers} out of fold on {len(gain)} training images")
     return chosen
 
 
 def _taps(settings: Recipe, network: Network) -> list[Tap]:
-    """The taps that the SVM may choose from; the pooled end is always read, for the second opinion and the baseline."""
+    """The taps that the SVM may choose from; the pooled end is always read, for the second opinion
+    and the baseline."""
     asked = settings.backbone.taps
     if asked != "auto":
         chosen = [Tap.parse(text) for text in asked]
@@ -224,19 +278,26 @@ def _taps(settings: Recipe, network: Network) -> list[Tap]:
 
 
 def policy_taps(network: Network) -> list[Tap]:
-    """Taps worth comparing: the end, the 4096-d layers before the ReLU's twin, and the later stages on both grids.
+    """Taps worth comparing: the end, the 4096-d layers before the ReLU's twin, and the later stages
+    on both grids.
 
-    The first stages see edges and colours only; of a network with many stages (a ViT's blocks) every second is taken.
+    The first stages see edges and colours only; of a network with many stages (a ViT's blocks)
+    every second is taken.
     """
     stages = [name for name in network.widths if name.startswith("stage") and "/" not in name]
     later = stages[2:] if len(stages) > 4 else stages
     later = later[(len(later) + 1) % 2 :: 2] if len(later) > 8 else later
     wide = [name for name in ("fc6",) if name in network.widths]
-    return [Tap("pooled"), *(Tap(name) for name in wide), *(Tap(name, grid=grid) for name in later for grid in (1, 3))]
+    return [
+        Tap("pooled"),
+        *(Tap(name) for name in wide),
+        *(Tap(name, grid=grid) for name in later for grid in (1, 3)),
+    ]
 
 
 def default_taps(network: Network, word: str) -> tuple[Tap, ...]:
-    """The pooled end for photographs, the third stage from the end on a 3×3 grid for what is unlike them, else both."""
+    """The pooled end for photographs, the third stage from the end on a 3×3 grid for what is unlike
+    them, else both."""
     stages = [name for name in network.widths if name.startswith("stage") and "/" not in name]
     earlier = (Tap(stages[-3] if len(stages) > 3 else stages[0], grid=3),) if stages else ()
     if word == "near" or not earlier:
@@ -256,9 +317,15 @@ def extract(
     *,
     choose: bool = True,
 ) -> Features:
-    """Features of all images at the taps; with `choose`, at a few of them only where all would take too much room."""
+    """Features of all images at the taps; with `choose`, at a few of them only where all would take
+    too much room."""
     used, bits = device.resolve(settings.backbone.engine, settings.backbone.precision)
-    how: dict[str, Any] = {"store": store, "engine_name": used, "precision": bits, "on_bad": settings.data.on_bad_image}
+    how: dict[str, Any] = {
+        "store": store,
+        "engine_name": used,
+        "precision": bits,
+        "on_bad": settings.data.on_bad_image,
+    }
     bytes_of_all = len(pictures) * sum(named.network.width(tap) for tap in taps) * 4
     if choose and bytes_of_all > BYTES_OF_FEATURES and len(taps) > 1:
         taps = _early_look(settings, pictures, ids, named, taps, how, bar)
@@ -268,34 +335,66 @@ def extract(
         )
     start = time.monotonic()
     with bar("features") as progress:
-        found = extraction.extract(pictures, named.network, taps, named.load, known=ids, progress=progress, **how)
+        found = extraction.extract(
+            pictures, named.network, taps, named.load, known=ids, progress=progress, **how
+        )
     widths = sum(named.network.width(tap) for tap in taps)
-    say(f"features   {len(found)} images × {widths} from {len(taps)} taps by {used} in {bits}, {time.monotonic() - start:.1f} s")
+    say(
+        f"features   {len(found)} images × {widths} from {len(taps)} taps by {used} in "
+        f"{bits}, {time.monotonic() - start:.1f} s"
+    )
     if found.faults:
         say(f"           left out: {images.list_faults(found.faults)}")
     return found
 
 
 def _early_look(
-    settings: Recipe, pictures: ImageSet, ids: Digests, named: Named, taps: list[Tap], how: dict[str, Any], bar: Bar
+    settings: Recipe,
+    pictures: ImageSet,
+    ids: Digests,
+    named: Named,
+    taps: list[Tap],
+    how: dict[str, Any],
+    bar: Bar,
 ) -> list[Tap]:
-    """Choose the taps of a set that is too large for all of them on a seeded part of its training images."""
+    """Choose the taps of a set that is too large for all of them on a seeded part of its training
+    images."""
     assert pictures.split is not None
     train = np.flatnonzero(pictures.split == "train")
     part = np.sort(np.random.default_rng(settings.data.seed).permutation(train)[:SUBSET])
     with bar("a first look") as progress:
         found = extraction.extract(
-            pictures.subset(part), named.network, taps, named.load, known=ids.take(part), progress=progress, **how
+            pictures.subset(part),
+            named.network,
+            taps,
+            named.load,
+            known=ids.take(part),
+            progress=progress,
+            **how,
         )
     blocks = {tap: np.asarray(block) for tap, block in found.blocks.items()}
     result = svm.choose(
-        blocks, found.images.labels, pictures.classes, seed=settings.data.seed, default_taps=(Tap("pooled"),), kernels=("linear",)
+        blocks,
+        found.images.labels,
+        pictures.classes,
+        seed=settings.data.seed,
+        default_taps=(Tap("pooled"),),
+        kernels=("linear",),
     )
     return list(dict.fromkeys([Tap("pooled"), *result.head.taps]))
 
 
-def _plan(settings: Recipe, pictures: ImageSet, train: Ints, near: Similarity, named: Named, taps: tuple[str, ...]) -> Plan:
-    counts = {name: int((pictures.labels[train] == i).sum()) for i, name in enumerate(pictures.classes)}
+def _plan(
+    settings: Recipe,
+    pictures: ImageSet,
+    train: Ints,
+    near: Similarity,
+    named: Named,
+    taps: tuple[str, ...],
+) -> Plan:
+    counts = {
+        name: int((pictures.labels[train] == i).sum()) for i, name in enumerate(pictures.classes)
+    }
     facts = policy.Facts(
         counts=counts,
         similarity=near.word,
@@ -304,15 +403,23 @@ def _plan(settings: Recipe, pictures: ImageSet, train: Ints, near: Similarity, n
         short_side=_short_side(pictures, train),
         flip=not settings.data.no_flip,
     )
-    overrides = {key: value for key, value in settings.train.model_dump().items() if value is not None}
-    asked: dict[str, Any] = {"strategy": settings.policy.strategy, "taps": taps, "overrides": overrides}
+    overrides = {
+        key: value for key, value in settings.train.model_dump().items() if value is not None
+    }
+    asked: dict[str, Any] = {
+        "strategy": settings.policy.strategy,
+        "taps": taps,
+        "overrides": overrides,
+    }
     plan = policy.decide(facts, **asked)
     if plan.training is None:
         return plan
     from finetune.backbones import create
 
     cost = create.forward_seconds(named.load())
-    return policy.decide(dataclasses.replace(facts, trunk_seconds=cost), budget=settings.policy.budget, **asked)
+    return policy.decide(
+        dataclasses.replace(facts, trunk_seconds=cost), budget=settings.policy.budget, **asked
+    )
 
 
 def _short_side(pictures: ImageSet, train: Ints) -> int:
@@ -325,9 +432,14 @@ def _say_similarity(near: Similarity, say: Say) -> None:
     if near.distance is None:
         say(f"similarity {near.word}: {near.notes[0]}")
         return
-    knn = f"; {similarity.KNN}-NN on the features is right for {near.knn:.0%}" if near.knn is not None else ""
+    knn = (
+        f"; {similarity.KNN}-NN on the features is right for {near.knn:.0%}"
+        if near.knn is not None
+        else ""
+    )
     say(
-        f"similarity {near.word}: distance {near.distance:.3f} ({near.low:.3f}–{near.high:.3f}, n = {near.n}) "
+        f"similarity {near.word}: distance {near.distance:.3f} "
+        f"({near.low:.3f}–{near.high:.3f}, n = {near.n}) "
         f"to ImageNet's photographs{knn}"
     )
     for note in near.notes:
@@ -335,7 +447,8 @@ def _say_similarity(near: Similarity, say: Say) -> None:
 
 
 def of_parts(settings: Recipe, given: Collection[str], made: Mapping[str, int]) -> list[str]:
-    """Lines about shares that made no part. `given` are the parts that the data came with, `made` the sizes of all parts."""
+    """Lines about shares that made no part. `given` are the parts that the data came with, `made`
+    the sizes of all parts."""
     about, keys = settings.data, recipe.changed(settings)
     lines = []
     if "data.test_share" in keys and "test" in given:
@@ -347,7 +460,8 @@ def of_parts(settings: Recipe, given: Collection[str], made: Mapping[str, int]) 
             lines.append("data.validation_share: the validation images are given")
         elif not made.get("val"):
             lines.append(
-                f"data.validation_share: it gives fewer than {MIN_VAL} images, so that all train and cross-validation selects"
+                f"data.validation_share: it gives fewer than {MIN_VAL} images, "
+                f"so that all train and cross-validation selects"
             )
     return [f"not used   {line}" for line in lines]
 
@@ -357,5 +471,11 @@ def short_classes(shots: int, counts: Mapping[str, int]) -> list[str]:
     few = [f"{name} ({count})" for name, count in counts.items() if count < shots]
     if not few:
         return []
-    words = f"{len(few)} class{'es have' if len(few) > 1 else ' has'} fewer than {shots} training images"
-    return [f"           {words}, and all of them are used: {', '.join(few[:5])}{f' and {len(few) - 5} more' * (len(few) > 5)}"]
+    words = (
+        f"{len(few)} class{'es have' if len(few) > 1 else ' has'} "
+        f"fewer than {shots} training images"
+    )
+    return [
+        f"           {words}, and all of them are used: "
+        f"{', '.join(few[:5])}{f' and {len(few) - 5} more' * (len(few) > 5)}"
+    ]

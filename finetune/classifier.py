@@ -1,7 +1,9 @@
-"""What a run ships: a head on the taps of a frozen network. numpy alone; the network runs through `engine`.
+"""What a run ships: a head on the taps of a frozen network. numpy alone; the network runs through
+`engine`.
 
-A head reads one tap or several side by side. `scores` are decision values, `probabilities` the softmax of the scores
-over a temperature that was fitted on scores of images that the head had not seen (Guo et al. 2017).
+A head reads one tap or several side by side. `scores` are decision values, `probabilities` the
+softmax of the scores over a temperature that was fitted on scores of images that the head had not
+seen (Guo et al. 2017).
 """
 
 from __future__ import annotations
@@ -37,10 +39,11 @@ SCORED = 16  # rows that a prediction scores at once: few, so that one image alo
 
 @dataclass(frozen=True)
 class Predictions:
-    """`probabilities` is `(n, C)`, row i of `images.paths[i]`: the inputs in their order, a row each.
+    """`probabilities` is `(n, C)`, row i of `images.paths[i]`: the inputs in their order, a row
+    each.
 
-    `faults` are the images that could not be read and were skipped, by the same names: rows and faults together are as
-    many as the images that were asked for.
+    `faults` are the images that could not be read and were skipped, by the same names: rows and
+    faults together are as many as the images that were asked for.
     """
 
     images: ImageSet
@@ -56,13 +59,15 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A frozen network and the head that reads it. `load` gives the torch backbone where it must be converted.
+    """A frozen network and the head that reads it. `load` gives the torch backbone where it must be
+    converted.
 
     `views` are averaged: the scores of an image are the mean over them.
 
-    The network is opened by the first prediction and held for the next ones. `close` lets it go, and so does the end of
-    `with finetune.load(run) as model:`; a later prediction opens it again. Predictions may be asked for from several
-    threads: they are made one after the other, each with all cores.
+    The network is opened by the first prediction and held for the next ones. `close` lets it go,
+    and so does the end of `with finetune.load(run) as model:`; a later prediction opens it again.
+    Predictions may be asked for from several threads: they are made one after the other, each with
+    all cores.
     """
 
     network: Network
@@ -71,8 +76,12 @@ class Classifier:
     engine: str = "auto"
     precision: str = "auto"
     views: tuple[str, ...] = ("",)
-    _runners: list[Runner] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
-    _lock: Any = dataclasses.field(default_factory=threading.RLock, init=False, repr=False, compare=False)
+    _runners: list[Runner] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
+    _lock: Any = dataclasses.field(
+        default_factory=threading.RLock, init=False, repr=False, compare=False
+    )
 
     def __enter__(self) -> Classifier:
         return self
@@ -96,26 +105,35 @@ class Classifier:
         on_bad: str = "stop",
         progress: Progress | None = None,
     ) -> Predictions:
-        """Probabilities of every image, past the feature store: the one path of `predict`, `evaluate` and predictions.csv.
+        """Probabilities of every image, past the feature store: the one path of `predict`,
+        `evaluate` and predictions.csv.
 
-        `images` are a set; or one picture or several, a row each, in their order: paths of files, folders (all images
-        below them), the bytes of image files, PIL images, and uint8 arrays H × W, H × W × 3 (RGB) or H × W × 4 (RGBA).
-        They are called as in `loose.load`. A PIL image or an array gets what its file would get, if it were saved without
-        loss. An image gets the same bits alone and beside others, as far as `engine.Runner` promises.
+        `images` are a set; or one picture or several, a row each, in their order: paths of files,
+        folders (all images below them), the bytes of image files, PIL images, and uint8 arrays H ×
+        W, H × W × 3 (RGB) or H × W × 4 (RGBA). They are called as in `loose.load`. A PIL image or
+        an array gets what its file would get, if it were saved without loss. An image gets the same
+        bits alone and beside others, as far as `engine.Runner` promises.
 
-        Raises `UserError` naming all unreadable images where `on_bad` is stop; `skip` leaves them to `faults`.
+        Raises `UserError` naming all unreadable images where `on_bad` is stop; `skip` leaves them
+        to `faults`.
         """
         check_on_bad(on_bad)
         if not isinstance(images, ImageSet):
             images = loose.load(images, on_bad=on_bad)
-        first: dict[str, int] = {}  # where each path stands first: a file that is there again is not looked at again
-        same = np.array([first.setdefault(path, i) for i, path in enumerate(images.paths)], dtype=np.int64)
+        first: dict[
+            str, int
+        ] = {}  # where each path stands first: a file that is there again is not looked at again
+        same = np.array(
+            [first.setdefault(path, i) for i, path in enumerate(images.paths)], dtype=np.int64
+        )
         todo = list(first.values())
         faults: dict[int, Fault] = {}
         total = np.zeros((len(images), len(self.classes)), dtype=np.float32)
         with self._lock:
             for view in self.views:
-                stream = extraction.stream(images, todo, self.network, self._opened, faults, view=view, progress=progress)
+                stream = extraction.stream(
+                    images, todo, self.network, self._opened, faults, view=view, progress=progress
+                )
                 with contextlib.closing(stream):  # an error below ends the decoding, too
                     for positions, blocks in _gathered(stream, SCORED):
                         total[positions] += self._scores(blocks)
@@ -124,7 +142,12 @@ class Classifier:
         keep = np.array([i for i, at in enumerate(same) if int(at) not in faults], dtype=np.int64)
         kept = images if len(keep) == len(images) else images.subset(keep)
         probabilities = softmax(total[same[keep]] / len(self.views), self.head.temperature)
-        return Predictions(kept, self.classes, probabilities, tuple(faults[int(at)] for at in same if int(at) in faults))
+        return Predictions(
+            kept,
+            self.classes,
+            probabilities,
+            tuple(faults[int(at)] for at in same if int(at) in faults),
+        )
 
     def _opened(self) -> Runner:
         """The network, opened unless it is already."""
@@ -134,11 +157,17 @@ class Classifier:
         return self._runners[0]
 
     def _scores(self, blocks: Sequence[Array]) -> Array:
-        # Always as many rows: BLAS may sum in another order for another number of them, and one image alone must get the
-        # same bits as in a batch.
+        # Always as many rows: BLAS may sum in another order for another number of them, and one
+        # image alone must get the same bits as in a batch.
         count = len(blocks[0])
-        full = [np.concatenate([block, np.repeat(block[-1:], -count % SCORED, axis=0)]) for block in blocks]
-        parts = [self.head.scores([block[i : i + SCORED] for block in full]) for i in range(0, count, SCORED)]
+        full = [
+            np.concatenate([block, np.repeat(block[-1:], -count % SCORED, axis=0)])
+            for block in blocks
+        ]
+        parts = [
+            self.head.scores([block[i : i + SCORED] for block in full])
+            for i in range(0, count, SCORED)
+        ]
         return np.concatenate(parts)[:count]
 
 
@@ -154,16 +183,18 @@ def _gathered(stream: Iterable[extraction.Batch], rows: int) -> Iterator[extract
         yield extraction.joined(waiting)
 
 
-# ------------------------------------------------------------------------------------------------------ on the disk
+# -------------------------------------------------------------------------------------- on the disk
 
 FORMAT = 1
 
 
 def save(folder: Path, classifier: Classifier, extra: dict[str, Any] | None = None) -> None:
-    """Write `head.safetensors` and `config.json`; `model.safetensors` (the trunk) is written by `backbone.save`.
+    """Write `head.safetensors` and `config.json`; `model.safetensors` (the trunk) is written by
+    `backbone.save`.
 
-    config.json follows timm's local layout (architecture, num_classes, pretrained_cfg, label_names), so that
-    `timm.create_model("local-dir:…")` opens a run whose head is one linear layer on the pooled features.
+    config.json follows timm's local layout (architecture, num_classes, pretrained_cfg,
+    label_names), so that `timm.create_model("local-dir:…")` opens a run whose head is one linear
+    layer on the pooled features.
     """
     from safetensors.numpy import save as to_bytes
 
@@ -178,7 +209,9 @@ def save(folder: Path, classifier: Classifier, extra: dict[str, Any] | None = No
     }
     if isinstance(head, KernelHead):
         about["gamma"] = repr(float(head.gamma))
-    arrays = {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in head.arrays().items()}
+    arrays = {
+        name: np.ascontiguousarray(array, dtype=np.float32) for name, array in head.arrays().items()
+    }
     files.write_bytes(folder / "head.safetensors", to_bytes(arrays, about))
     pre = classifier.network.preprocess
     files.write_json(
@@ -208,10 +241,13 @@ def save(folder: Path, classifier: Classifier, extra: dict[str, Any] | None = No
     )
 
 
-def load(folder: Path, *, engine_name: str | None = None, precision: str | None = None) -> Classifier:
+def load(
+    folder: Path, *, engine_name: str | None = None, precision: str | None = None
+) -> Classifier:
     """Open what `save` wrote; the engine and precision of the run are used unless others are given.
 
-    Where the run's engine is not installed here, the other one is used: scores then agree within a small tolerance.
+    Where the run's engine is not installed here, the other one is used: scores then agree within a
+    small tolerance.
     """
     config = files.read_json(folder / "config.json")
     try:
@@ -222,7 +258,11 @@ def load(folder: Path, *, engine_name: str | None = None, precision: str | None 
         network, views = Network.from_json(about["network"]), tuple(about["views"])
         used, bits = engine_name or about["engine"], precision or about["precision"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"damaged: {error} is missing", where=folder / "config.json", fix="fit again with --force") from error
+        raise UserError(
+            f"damaged: {error} is missing",
+            where=folder / "config.json",
+            fix="fit again with --force",
+        ) from error
     head = _read_head(folder / "head.safetensors")
     _check(head, sum(network.width(tap) for tap in head.taps), folder / "head.safetensors")
     if engine_name is None and used == "openvino" and not device.has_openvino():
@@ -234,7 +274,9 @@ def load(folder: Path, *, engine_name: str | None = None, precision: str | None 
         own = create.load(network.name, str(folder / "model.safetensors"), network.preprocess.size)
         if own.network.digest != network.digest:
             raise UserError(
-                "the weights are not those of this run", where=folder / "model.safetensors", fix="fit again with --force"
+                "the weights are not those of this run",
+                where=folder / "model.safetensors",
+                fix="fit again with --force",
             )
         return dataclasses.replace(own, network=network)
 
@@ -259,14 +301,21 @@ def _read_head(path: Path) -> AnyHead:
             return KernelHead(**common, **arrays, gamma=float(about["gamma"]))
         return Head(**common, **arrays)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"damaged: not a head ({error})", where=path, fix="fit again with --force") from error
+        raise UserError(
+            f"damaged: not a head ({error})", where=path, fix="fit again with --force"
+        ) from error
 
 
 def _check(head: AnyHead, width: int, path: Path) -> None:
-    """Refuse a head whose arrays do not fit its classes and the `width` features that its taps give, or hold no numbers."""
+    """Refuse a head whose arrays do not fit its classes and the `width` features that its taps
+    give, or hold no numbers."""
     count = len(head.classes)
     if isinstance(head, KernelHead):
-        expected = {"support": (len(head.support), width), "coef": (count, len(head.support)), "bias": (count,)}
+        expected = {
+            "support": (len(head.support), width),
+            "coef": (count, len(head.support)),
+            "bias": (count,),
+        }
     else:
         expected = {"weight": (count, width), "bias": (count,)}
     wrong = [

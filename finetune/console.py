@@ -23,13 +23,16 @@ from finetune.progress import Progress
 
 MENDABLE, BUG, INTERRUPTED = 1, 3, 130
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # what the system says of a name that cannot be
+# what the system says of a name that cannot be
+NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 
 
 def guarded(group: click.Group, prog_name: str) -> NoReturn:
-    """Run a command line and exit: 0; 1 for a `UserError`; 2 for wrong usage; 3 for a bug, with `crash.log`; 130 for Ctrl-C."""
+    """Run a command line and exit: 0; 1 for a `UserError`; 2 for wrong usage; 3 for a bug, with
+    `crash.log`; 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a letter gets its number, not a crash
+        # a terminal that cannot show a letter gets its number, not a crash
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         code = group.main(prog_name=prog_name, standalone_mode=False)
@@ -48,7 +51,10 @@ def guarded(group: click.Group, prog_name: str) -> NoReturn:
     except OSError as error:
         if error.errno in DISK:
             place = printable(os.fsdecode(error.filename or "the disk"))
-            _fail(f"error: {place}: {error.strerror}\n  → free some space, or mend the permissions", MENDABLE)
+            _fail(
+                f"error: {place}: {error.strerror}\n  → free some space, or mend the permissions",
+                MENDABLE,
+            )
         if error.errno in NAME:
             place = printable(os.fsdecode(error.filename or "a name"))
             _fail(f"error: {place}: {error.strerror}\n  → choose another name", MENDABLE)
@@ -66,9 +72,13 @@ def _crash(prog_name: str, error: Exception) -> NoReturn:
     """A bug: the traceback goes to a file, one line says where."""
     from finetune import files
 
-    text = f"{prog_name} {' '.join(sys.argv[1:])}\npython {sys.version}\n\n{''.join(traceback.format_exception(error))}"
+    text = (
+        f"{prog_name} {' '.join(sys.argv[1:])}\npython "
+        f"{sys.version}\n\n{''.join(traceback.format_exception(error))}"
+    )
     head = f"{prog_name} met a bug: {type(error).__name__}: {printable(str(error))}"
-    for folder in (Path.cwd, tempfile.gettempdir):  # either may raise: a folder that was removed, none that can be written
+    # either may raise: a folder that was removed, none that can be written
+    for folder in (Path.cwd, tempfile.gettempdir):
         with contextlib.suppress(OSError, UserError):
             path = Path(folder()) / "crash.log"
             files.write_bytes(path, text.encode(errors="backslashreplace"))
@@ -78,7 +88,8 @@ def _crash(prog_name: str, error: Exception) -> NoReturn:
 
 @contextlib.contextmanager
 def progress(label: str) -> Iterator[Progress]:
-    """Give `callback(done, total)` that draws a bar with the time left on stderr; silent where nobody watches."""
+    """Give `callback(done, total)` that draws a bar with the time left on stderr; silent where
+    nobody watches."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -99,7 +110,12 @@ def _bar(label: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

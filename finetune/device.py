@@ -17,19 +17,31 @@ ENGINES = ("auto", "openvino", "torch")
 PRECISIONS = ("auto", "bf16", "float32")
 
 
-def resolve(engine: str = "auto", precision: str = "auto", taps: Sequence[Tap] = ()) -> tuple[str, str]:
+def resolve(
+    engine: str = "auto", precision: str = "auto", taps: Sequence[Tap] = ()
+) -> tuple[str, str]:
     """The engine and precision that will be used here for `taps`: part of the key of every feature.
 
     Raises `UserError` where OpenVINO is asked for and not installed, and for unknown words.
     """
     if engine not in ENGINES:
-        raise UserError(f"no engine is called {engine!r}", where="--engine", fix=f"choose one of {', '.join(ENGINES)}")
+        raise UserError(
+            f"no engine is called {engine!r}",
+            where="--engine",
+            fix=f"choose one of {', '.join(ENGINES)}",
+        )
     if precision not in PRECISIONS:
         raise UserError(
-            f"no precision is called {precision!r}", where="--precision", fix=f"choose one of {', '.join(PRECISIONS)}"
+            f"no precision is called {precision!r}",
+            where="--precision",
+            fix=f"choose one of {', '.join(PRECISIONS)}",
         )
     if engine == "openvino" and not has_openvino():
-        raise UserError("OpenVINO is not installed", where="--engine", fix="pip install openvino, or use --engine torch")
+        raise UserError(
+            "OpenVINO is not installed",
+            where="--engine",
+            fix="pip install openvino, or use --engine torch",
+        )
     if engine == "auto":
         engine = "openvino" if has_openvino() and not _has_gpu() else "torch"
     if any(tap.stage == "moments" for tap in taps):
@@ -45,7 +57,8 @@ def has_openvino() -> bool:
 
 
 def _has_gpu() -> bool:
-    """Whether torch would find a CUDA device, asked without importing it where no driver is there."""
+    """Whether torch would find a CUDA device, asked without importing it where no driver is
+    there."""
     return Path("/dev/nvidiactl").exists() and _torch_device() == "cuda"
 
 
@@ -59,7 +72,8 @@ def _torch_device() -> str:
 
 @functools.cache
 def _fast_bf16(engine: str) -> bool:
-    """Whether bfloat16 arithmetic is in the hardware (elsewhere it is emulated, slower than float32)."""
+    """Whether bfloat16 arithmetic is in the hardware (elsewhere it is emulated, slower than
+    float32)."""
     if engine == "openvino":
         return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     import torch
@@ -71,7 +85,8 @@ def _fast_bf16(engine: str) -> bool:
 
 def _openvino() -> Any:
     """The module openvino, and the one place that imports it."""
-    # It sends telemetry and writes into the home folder unless this module cannot be imported when it is first.
+    # It sends telemetry and writes into the home folder unless this module cannot be imported when
+    # it is first.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 

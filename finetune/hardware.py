@@ -12,14 +12,19 @@ from pathlib import Path
 from finetune.errors import UserError
 
 SHARE = 0.9  # of what is available: the rest is for what is not reckoned
-MANY = 2000  # bytes a pixel that no network's largest operation was seen to reach: what fits with it needs no closer look
+# bytes a pixel that no network's largest operation was seen to reach: what fits with it needs no
+# closer look
+MANY = 2000
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
 
 @functools.cache
 def cores() -> int:
-    """Cores that this process may use: its affinity, bounded by a container's quota where there is one; at least 1."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: its affinity, bounded by a container's quota where there is
+    one; at least 1."""
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, min(usable, int(quota) // int(period)))
@@ -28,7 +33,8 @@ def cores() -> int:
 
 
 def available() -> int | None:
-    """Bytes of memory that this process can still take: the system's, bounded by a container's limit; None if unknown."""
+    """Bytes of memory that this process can still take: the system's, bounded by a container's
+    limit; None if unknown."""
     found = _numbers("/proc/meminfo").get("MemAvailable:")
     free = [found * 1024] if found is not None else []
     for folder, most, now in (
@@ -37,7 +43,8 @@ def available() -> int | None:
     ):
         with contextlib.suppress(OSError, ValueError):  # no such control group, or no limit ("max")
             limit, used = (int(Path(folder, name).read_text()) for name in (most, now))
-            cached = _numbers(f"{folder}/memory.stat").get("inactive_file", 0)  # files in memory make way
+            # files in memory make way
+            cached = _numbers(f"{folder}/memory.stat").get("inactive_file", 0)
             free.append(max(0, limit - used + cached))
     return min(free, default=None)
 
@@ -58,22 +65,28 @@ def fits(need: float) -> bool:
 
 
 def afford(need: float, what: str, *, where: object, fix: str) -> None:
-    """Raise a `UserError` where `what` needs more bytes of memory than can be had: the system would end the process."""
+    """Raise a `UserError` where `what` needs more bytes of memory than can be had: the system would
+    end the process."""
     if not fits(need):
         room = f"{(available() or 0) / 1e9:.1f} GB are free"
-        raise UserError(f"{what} needs some {need / 1e9:.1f} GB of memory, and {room}", where=where, fix=fix)
+        raise UserError(
+            f"{what} needs some {need / 1e9:.1f} GB of memory, and {room}", where=where, fix=fix
+        )
 
 
 @functools.cache
 def keep_memory() -> None:
-    """Let the process keep memory that it frees, for its next tensors. glibc alone; elsewhere nothing happens.
+    """Let the process keep memory that it frees, for its next tensors. glibc alone; elsewhere
+    nothing happens.
 
-    glibc returns large blocks to the system and asks for them again, and the system hands out pages filled with zeros, one
-    fault at a time. For a network on a CPU, whose every layer allocates its output, that can be half of the time
-    (docs/log.md, 2026-11-25). Blocks of over 256 MB, which are no layer's output, still go back at once.
+    glibc returns large blocks to the system and asks for them again, and the system hands out pages
+    filled with zeros, one fault at a time. For a network on a CPU, whose every layer allocates its
+    output, that can be half of the time (docs/log.md, 2026-11-25). Blocks of over 256 MB, which are
+    no layer's output, still go back at once.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
-            if libc.mallopt(MMAP_THRESHOLD, 1 << 28) or libc.mallopt(MMAP_THRESHOLD, 1 << 25):  # some take no more
+            # some take no more
+            if libc.mallopt(MMAP_THRESHOLD, 1 << 28) or libc.mallopt(MMAP_THRESHOLD, 1 << 25):
                 libc.mallopt(TRIM_THRESHOLD, (1 << 31) - 1)

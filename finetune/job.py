@@ -1,6 +1,8 @@
-"""The main job end to end: look at the images, decide, fit the SVM baseline, fine-tune if the plan says so, judge once.
+"""The main job end to end: look at the images, decide, fit the SVM baseline, fine-tune if the plan
+says so, judge once.
 
-`fit` is what `finetune fit` calls and what a Python user calls. Every step says in one line what it does (`say`).
+`fit` is what `finetune fit` calls and what a Python user calls. Every step says in one line what it
+does (`say`).
 """
 
 from __future__ import annotations
@@ -44,10 +46,12 @@ if TYPE_CHECKING:
     from finetune.backbones.stages import Backbone
     from finetune.training.loop import TrainResult
 
-_UNHEARD = ("seed", "shots", "test")  # options that `extract` of version 0.1.0 took and did not heed
+# options that `extract` of version 0.1.0 took and did not heed
+_UNHEARD = ("seed", "shots", "test")
 STOP_SHARE = 0.1  # of the images that it is fitted on: they decide when fine-tuning stops
 
-RULES = ("on_bad_image", "on_conflict", "on_leak", "on_empty_class")  # what is done with images at fault
+# what is done with images at fault
+RULES = ("on_bad_image", "on_conflict", "on_leak", "on_empty_class")
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,12 @@ def fit(
 ) -> Outcome:
     """Turn a folder of images into a judged classifier; returns where the run is and what it ships.
 
-    `data` is a folder per class, a folder with train/ val/ test/, a CSV table or a named set; `recipe` a recipe's path or
-    name (`source` is an older word for it); what is `given` beside it are the options of the command
-    (`options.OPTIONS`), and `assignments` `section.key=value` texts. A finished run of the same recipe and data is
-    returned as it is unless `force`; where another process is at work on it, `wait` says for how many seconds to wait.
-    Raises `UserError` for everything that the user can mend.
+    `data` is a folder per class, a folder with train/ val/ test/, a CSV table or a named set;
+    `recipe` a recipe's path or name (`source` is an older word for it); what is `given` beside it
+    are the options of the command (`options.OPTIONS`), and `assignments` `section.key=value` texts.
+    A finished run of the same recipe and data is returned as it is unless `force`; where another
+    process is at work on it, `wait` says for how many seconds to wait. Raises `UserError` for
+    everything that the user can mend.
     """
     settings, notes = options.build(data, options.one_recipe(recipe, source), assignments, given)
     _say_all(notes, say)
@@ -105,7 +110,9 @@ def advise(
     **given: Any,
 ) -> Look:
     """The policy's decision and its reasons, without training."""
-    settings, notes = options.build(data, options.one_recipe(recipe, source), assignments, given, "advise")
+    settings, notes = options.build(
+        data, options.one_recipe(recipe, source), assignments, given, "advise"
+    )
     _say_all(notes, say)
     store = Store()
     try:
@@ -126,10 +133,12 @@ def extract(
     bar: Bar = no_bar,
     **given: Any,
 ) -> str:
-    """Write features of every image of `data` (labelled or not) to `output`; returns a line that says what was written.
+    """Write features of every image of `data` (labelled or not) to `output`; returns a line that
+    says what was written.
 
-    `.npz` holds `X` (n, d) float32, the taps side by side and not normalised, `y`, `paths`, `classes` and, as JSON, a
-    `manifest` of what made them; `.parquet` the same as a table (needs pyarrow). The rows follow `paths`.
+    `.npz` holds `X` (n, d) float32, the taps side by side and not normalised, `y`, `paths`,
+    `classes` and, as JSON, a `manifest` of what made them; `.parquet` the same as a table (needs
+    pyarrow). The rows follow `paths`.
     """
     if output.suffix not in (".npz", ".parquet"):
         raise UserError(
@@ -140,10 +149,13 @@ def extract(
     options.check_names(given, (*options.OF_EXTRACT, *_UNHEARD), "extract")
     if asked := [name for name in ("shots", "test") if given.get(name) is not None]:
         what = (
-            f"{', '.join(f'--{name}' for name in asked)} would divide the images, and extract writes the features of all of them"
+            f"{', '.join(f'--{name}' for name in asked)} would divide the images, and extract "
+            f"writes the features of all of them"
         )
         raise UserError(
-            what, where="extract", fix="leave it out; the images of a CSV, or of another folder, are extracted like these"
+            what,
+            where="extract",
+            fix="leave it out; the images of a CSV, or of another folder, are extracted like these",
         )
     if given.get("seed") is not None:
         say("not used   seed: the features of all images are written, none by chance")
@@ -156,11 +168,23 @@ def extract(
             source = images.load_unlabelled(data)
         else:
             layout = recipe.layout(settings.data)
-            source = images.load(str(data), layout=layout, on_empty_class=settings.data.on_empty_class)
+            source = images.load(
+                str(data), layout=layout, on_empty_class=settings.data.on_empty_class
+            )
         source, ids = analysis.digests(source, store, settings.data.on_bad_image)
         _say_all((f"           {line}" for line in omissions.told(source)), say)
         named = analysis.open_backbone(settings, say)
-        found = analysis.extract(settings, source, ids, named, [Tap.parse(text) for text in texts], store, say, bar, choose=False)
+        found = analysis.extract(
+            settings,
+            source,
+            ids,
+            named,
+            [Tap.parse(text) for text in texts],
+            store,
+            say,
+            bar,
+            choose=False,
+        )
         X = np.concatenate([np.asarray(block) for block in found.blocks.values()], axis=1)
         manifest = {
             "network": named.network.to_json(),
@@ -180,15 +204,18 @@ def _say_all(lines: Iterable[str], say: Say) -> None:
 
 def _is_flat(data: Path) -> bool:
     """Whether images lie in the folder itself: then there are no classes."""
-    return data.is_dir() and any(entry.suffix.lower() in folders.EXTENSIONS for entry in data.iterdir() if entry.is_file())
+    return data.is_dir() and any(
+        entry.suffix.lower() in folders.EXTENSIONS for entry in data.iterdir() if entry.is_file()
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- the job
+# ------------------------------------------------------------------------------------------ the job
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A fine-tuned backbone with its head, what its training said, and its scores on the images that choose."""
+    """A fine-tuned backbone with its head, what its training said, and its scores on the images
+    that choose."""
 
     backbone: Backbone
     head: Head
@@ -211,8 +238,16 @@ def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar:
         _say_all(options.unused(settings, seen.plan), say)
         baseline = _baseline(seen, say)
         tuned = _tune(seen, baseline, folder, say, bar)
-        pair = model_selection.compare(seen, baseline, tuned.scores, tuned.result.best_epoch, say) if tuned else None
-        ships = tuned is not None and pair is not None and model_selection.ships(pair, tuned.result.best_epoch)
+        pair = (
+            model_selection.compare(seen, baseline, tuned.scores, tuned.result.best_epoch, say)
+            if tuned
+            else None
+        )
+        ships = (
+            tuned is not None
+            and pair is not None
+            and model_selection.ships(pair, tuned.result.best_epoch)
+        )
         head, trained = _refit(seen, baseline, tuned if ships else None, folder, say, bar)
         return _finish(seen, baseline, tuned, pair, head, trained, folder, began, say, bar)
 
@@ -220,20 +255,30 @@ def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar:
 def _name(settings: Recipe) -> str:
     """A short name of the data for the run's folder: photos/ → photos, sklearn:digits → digits."""
     text = names.written(str(settings.data.data))
-    return re.split(r"[/\\:]", str(Path(text).resolve()) if set(text) <= set("./") else text.rstrip("/"))[-1].removesuffix(".csv")
+    return re.split(
+        r"[/\\:]", str(Path(text).resolve()) if set(text) <= set("./") else text.rstrip("/")
+    )[-1].removesuffix(".csv")
 
 
 def _job_digest(settings: Recipe, pictures: images.ImageSet, ids: Digests) -> str:
     """Changes with the recipe (its place excepted), with any image's bytes, label or part.
 
-    What is done with bad images and the like is excepted too: a run that they stopped goes on with --on-bad-image skip, as
-    its error advises, and what the other rules leave out is no longer among the images.
+    What is done with bad images and the like is excepted too: a run that they stopped goes on with
+    --on-bad-image skip, as its error advises, and what the other rules leave out is no longer among
+    the images.
     """
     assert pictures.split is not None
-    rows = [f"{d} {label} {part}" for d, label, part in zip(ids, pictures.labels, pictures.split, strict=True)]
+    rows = [
+        f"{d} {label} {part}"
+        for d, label, part in zip(ids, pictures.labels, pictures.split, strict=True)
+    ]
     default = recipes.Data().model_dump()
     data = settings.data.model_copy(update={key: default[key] for key in RULES})
-    return files.digest(recipes.digest(settings.model_copy(update={"out": None, "data": data})), *pictures.classes, *rows)
+    return files.digest(
+        recipes.digest(settings.model_copy(update={"out": None, "data": data})),
+        *pictures.classes,
+        *rows,
+    )
 
 
 def _baseline(seen: Look, say: Say) -> SvmResult:
@@ -243,8 +288,13 @@ def _baseline(seen: Look, say: Say) -> SvmResult:
     blocks = _asked(seen, seen.blocks(train))
     if seen.plan.strategy == "probe":
         kernels = ("logistic",)
-    elif about.kernels != "auto" and len(seen.images.classes) > svm.WIDE and {"linear"} < {*kernels}:
-        say(f"not used   svm.kernels but linear: with more than {svm.WIDE} classes it alone is compared")
+    elif (
+        about.kernels != "auto" and len(seen.images.classes) > svm.WIDE and {"linear"} < {*kernels}
+    ):
+        say(
+            f"not used   svm.kernels but linear: with more than "
+            f"{svm.WIDE} classes it alone is compared"
+        )
     with clock(seen.seconds, "svm"):
         result = svm.choose(
             blocks,
@@ -254,14 +304,24 @@ def _baseline(seen: Look, say: Say) -> SvmResult:
             folds=about.folds,
             seed=seen.recipe.data.seed,
             kernels=kernels,
-            default_taps=tuple(tap for tap in seen.default_taps if tap in blocks) or tuple(blocks)[:1],
+            default_taps=tuple(tap for tap in seen.default_taps if tap in blocks)
+            or tuple(blocks)[:1],
             grid=None if about.C == "auto" else tuple(about.C),
-            class_weight=None if seen.recipe.train.class_weight == "none" else seen.recipe.train.class_weight,
+            class_weight=None
+            if seen.recipe.train.class_weight == "none"
+            else seen.recipe.train.class_weight,
         )
     best = result.candidates[0] if result.candidates else None
     words = f"{' + '.join(map(str, result.head.taps))}, {result.head.kind}"
-    accuracy = f": {result.cv_accuracy:.1%} ± {result.cv_error:.1%} out of fold (n = {len(train)})" if best else ""
-    say(f"svm        {words}{f', C = {best.C:g}' if best else ''}{accuracy}, {seen.seconds['svm']:.1f} s")
+    accuracy = (
+        f": {result.cv_accuracy:.1%} ± {result.cv_error:.1%} out of fold (n = {len(train)})"
+        if best
+        else ""
+    )
+    say(
+        f"svm        {words}{f', C = {best.C:g}' if best else ''}{accuracy}, "
+        f"{seen.seconds['svm']:.1f} s"
+    )
     for text in (result.note, *result.warnings):
         if text:
             say(f"           {text}")
@@ -269,7 +329,8 @@ def _baseline(seen: Look, say: Say) -> SvmResult:
 
 
 def _asked(seen: Look, blocks: dict[Tap, Floats]) -> dict[Tap, Floats]:
-    """The features that the SVM may choose from: those that were asked for, though the pooled ones are always read."""
+    """The features that the SVM may choose from: those that were asked for, though the pooled ones
+    are always read."""
     if seen.plan.strategy == "probe":
         return {Tap("pooled"): blocks[Tap("pooled")]}
     if seen.recipe.backbone.taps == "auto":
@@ -290,7 +351,9 @@ def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -
     choosing = model_selection.choosing(seen)
     rest = np.setdiff1d(seen.part("train"), choosing)
     with clock(seen.seconds, "fine-tune"), bar("fine-tune") as progress:
-        stop = splits.hold_out(seen.images.labels, seen.groups, rest, STOP_SHARE, seen.recipe.data.seed)
+        stop = splits.hold_out(
+            seen.images.labels, seen.groups, rest, STOP_SHARE, seen.recipe.data.seed
+        )
         tuned = _train(seen, np.setdiff1d(rest, stop), stop, folder, "select", None, progress)
         scores = _scores(tuned, seen, choosing)
     result = tuned.result
@@ -304,7 +367,13 @@ def _tune(seen: Look, baseline: SvmResult, folder: RunDir, say: Say, bar: Bar) -
 
 
 def _train(
-    seen: Look, fit_on: Ints, stop_on: Ints | None, folder: RunDir, phase: str, epochs: int | None, progress: Any
+    seen: Look,
+    fit_on: Ints,
+    stop_on: Ints | None,
+    folder: RunDir,
+    phase: str,
+    epochs: int | None,
+    progress: Any,
 ) -> Tuned:
     from finetune.backbones import create, memory
     from finetune.training import loop
@@ -316,10 +385,15 @@ def _train(
     weights = "random" if seen.plan.strategy == "scratch" else about.weights
     own = create.load(seen.named.network.name, weights, training.input_size)
     own = dataclasses.replace(
-        own, network=catalog.framed(own.network, "whole" if seen.named.network.preprocess.squash else "crop")
+        own,
+        network=catalog.framed(
+            own.network, "whole" if seen.named.network.preprocess.squash else "crop"
+        ),
     )
     size, count = own.network.preprocess.size, min(training.batch_size, len(fit_on))
-    memory.check(own.module, own.network.name, size, memory.RUN * count, f"a batch of {count} and an input")
+    memory.check(
+        own.module, own.network.name, size, memory.RUN * count, f"a batch of {count} and an input"
+    )
     result = loop.fit(
         own,
         seen.images,
@@ -335,13 +409,27 @@ def _train(
     )
     words = f"{seen.named.network.source}; then fine-tuned ({seen.plan.strategy})"
     own = create.described(own, words)
-    head = Head((Tap("pooled"),), seen.images.classes, result.head_weight, result.head_bias, normalize=False, kind="fine-tuned")
+    head = Head(
+        (Tap("pooled"),),
+        seen.images.classes,
+        result.head_weight,
+        result.head_bias,
+        normalize=False,
+        kind="fine-tuned",
+    )
     return Tuned(own, head, result, np.zeros((0, len(seen.images.classes)), np.float32))
 
 
 def _scores(tuned: Tuned, seen: Look, index: Ints) -> Floats:
-    """Decision values of the fine-tuned model on images by position, through torch: the network may change again."""
-    model = Classifier(tuned.backbone.network, tuned.head, lambda: tuned.backbone, "torch", seen.recipe.backbone.precision)
+    """Decision values of the fine-tuned model on images by position, through torch: the network may
+    change again."""
+    model = Classifier(
+        tuned.backbone.network,
+        tuned.head,
+        lambda: tuned.backbone,
+        "torch",
+        seen.recipe.backbone.precision,
+    )
     return np.log(np.maximum(model.predict(seen.images.subset(index)).probabilities, 1e-12))
 
 
@@ -354,11 +442,18 @@ def _refit(
         head = svm.refit(baseline, seen.blocks(both), seen.images.labels[both])
         if winner is None:
             return head, None
-        say(f"refit      on {len(both)} training and validation images, {winner.result.best_epoch} epochs")
+        say(
+            f"refit      on {len(both)} training and validation images, "
+            f"{winner.result.best_epoch} epochs"
+        )
         with bar("refit") as progress:
             again = _train(seen, both, None, folder, "refit", winner.result.best_epoch, progress)
-        temperature = metrics.fit_temperature(winner.scores, seen.images.labels[model_selection.choosing(seen)])
-        return head, dataclasses.replace(again, head=dataclasses.replace(again.head, temperature=temperature))
+        temperature = metrics.fit_temperature(
+            winner.scores, seen.images.labels[model_selection.choosing(seen)]
+        )
+        return head, dataclasses.replace(
+            again, head=dataclasses.replace(again.head, temperature=temperature)
+        )
 
 
 def _finish(
@@ -373,7 +468,8 @@ def _finish(
     say: Say,
     bar: Bar,
 ) -> Outcome:
-    """Write the model, judge it once on the test part (if there is one) through the path of `predict`, and write the report."""
+    """Write the model, judge it once on the test part (if there is one) through the path of
+    `predict`, and write the report."""
     from finetune.backbones import create
 
     used, bits = seen.how
@@ -381,11 +477,19 @@ def _finish(
         model = Classifier(seen.named.network, svm_head, seen.named.load, used, bits)
         create.save(seen.named.load(), folder.path / "model.safetensors")
     else:
-        model = Classifier(trained.backbone.network, trained.head, lambda: trained.backbone, used, bits)
-        create.save(trained.backbone, folder.path / "model.safetensors", (trained.head.weight, trained.head.bias))
+        model = Classifier(
+            trained.backbone.network, trained.head, lambda: trained.backbone, used, bits
+        )
+        create.save(
+            trained.backbone,
+            folder.path / "model.safetensors",
+            (trained.head.weight, trained.head.bias),
+        )
     classifier.save(folder.path, model)
     evaluate.record(folder.path, seen.digests.take(seen.part("train", "val")))
-    if text := weights.notice(seen.named.network.name, weights.find(seen.named.network.name, seen.recipe.backbone.weights)):
+    if text := weights.notice(
+        seen.named.network.name, weights.find(seen.named.network.name, seen.recipe.backbone.weights)
+    ):
         folder.write_text("LICENSE-weights.txt", text)
     with clock(seen.seconds, "judge"), bar("judge") as progress:
         judged = _judged(seen, baseline, tuned if trained else None, model, progress)
@@ -397,15 +501,29 @@ def _finish(
     if found is not None:
         name = "predictions.csv" if judged.part == "test" else f"predictions-{judged.part}.csv"
         labels = [seen.images.classes[label] for label in found.images.labels]
-        predictions.write_predictions(folder.path / name, found.images.paths, labels, found.classes, found.probabilities)
+        predictions.write_predictions(
+            folder.path / name, found.images.paths, labels, found.classes, found.probabilities
+        )
     folder.write_json("metrics.json", written)
     folder.write_json("plan.json", _plan_json(seen, baseline, pair))
     if left := (*omissions.account(seen.images), *seen.features.faults):
-        folder.write_csv("left_out.csv", ("path", "kind", "detail"), [(shown(f.path), f.kind, f.detail) for f in left])
+        folder.write_csv(
+            "left_out.csv",
+            ("path", "kind", "detail"),
+            [(shown(f.path), f.kind, f.detail) for f in left],
+        )
     seen.seconds["all"] = time.monotonic() - began
     verdict = model_selection.verdict(seen, written, baseline, pair, trained is not None)
     data = collect.collect(
-        seen, baseline, tuned.result if tuned else None, pair, model.head, judged, svm_beside, verdict, folder.path
+        seen,
+        baseline,
+        tuned.result if tuned else None,
+        pair,
+        model.head,
+        judged,
+        svm_beside,
+        verdict,
+        folder.path,
     )
     folder.write_text("report.html", render.render(data))
     shipped = f"fine-tuned ({seen.plan.strategy})" if trained else svm_head.kind
@@ -423,8 +541,11 @@ def _finish(
     return outcome(folder.path)
 
 
-def _judged(seen: Look, baseline: SvmResult, winner: Tuned | None, model: Classifier, progress: Any) -> Judgement:
-    """The shipped model on the test part; without one, what is known of it from the images that chose it."""
+def _judged(
+    seen: Look, baseline: SvmResult, winner: Tuned | None, model: Classifier, progress: Any
+) -> Judgement:
+    """The shipped model on the test part; without one, what is known of it from the images that
+    chose it."""
     if len(test := seen.part("test")):
         return judgement.on_test(model.predict(seen.images.subset(test), progress=progress))
     if winner is not None:
@@ -440,7 +561,10 @@ def _plan_json(seen: Look, baseline: SvmResult, pair: Paired | None) -> dict[str
             "cv_accuracy": baseline.cv_accuracy if baseline.candidates else None,
             "cv_error": baseline.cv_error if baseline.candidates else None,
             "warnings": list(baseline.warnings),
-            "candidates": [{**dataclasses.asdict(c), "taps": [str(tap) for tap in c.taps]} for c in baseline.candidates],
+            "candidates": [
+                {**dataclasses.asdict(c), "taps": [str(tap) for tap in c.taps]}
+                for c in baseline.candidates
+            ],
         },
         "choice": pair.to_json() if pair else None,
     }

@@ -1,8 +1,9 @@
 r"""Names of files as text: one reversible way to show them, in JSON, CSV, HTML and at the terminal.
 
-A name is bytes, and may hold a line feed, an escape sequence or no valid UTF-8. `shown` keeps what is printable and writes
-every other byte as `\xNN`, a backslash as `\\`, and a blank at either end, which readers of tables cut off, as `\x20`;
-`meant` is its inverse. Inside the program a name is what Python's file functions give (`surrogateescape`).
+A name is bytes, and may hold a line feed, an escape sequence or no valid UTF-8. `shown` keeps what
+is printable and writes every other byte as `\xNN`, a backslash as `\\`, and a blank at either end,
+which readers of tables cut off, as `\x20`; `meant` is its inverse. Inside the program a name is
+what Python's file functions give (`surrogateescape`).
 """
 
 from __future__ import annotations
@@ -18,25 +19,31 @@ BLANK = re.compile(r"\A\s|\s\Z")
 
 
 def shown(name: str | os.PathLike[str]) -> str:
-    r"""A name of a file as printable text: `caf\xe9.jpg`, `two\x0alines.png`, `a\\b`; most names are as they were."""
+    r"""A name of a file as printable text: `caf\xe9.jpg`, `two\x0alines.png`, `a\\b`; most names
+    are as they were."""
     return BLANK.sub(_bytewise, printable(os.fspath(name).replace("\\", "\\\\")))
 
 
 def meant(text: str) -> str:
-    r"""The name that `shown` was given: `meant(shown(name)) == name`. A backslash before anything else stands for itself."""
+    r"""The name that `shown` was given: `meant(shown(name)) == name`. A backslash before anything
+    else stands for itself."""
     if "\\" not in text:
         return text
-    data = WRITTEN.sub(lambda found: b"\\" if found[1] == b"\\" else bytes([int(found[1][1:], 16)]), as_bytes(text))
+    data = WRITTEN.sub(
+        lambda found: b"\\" if found[1] == b"\\" else bytes([int(found[1][1:], 16)]), as_bytes(text)
+    )
     return data.decode("utf-8", "surrogateescape")
 
 
 def written(text: str, folder: str | os.PathLike[str] = "") -> str:
-    """The name that somebody wrote: `text` as it is where a file or folder of `folder` is called so, else what it means."""
-    return text if "\\" not in text or os.path.lexists(os.path.join(folder, text)) else meant(text)  # noqa: PTH118
+    """The name that somebody wrote: `text` as it is where a file or folder of `folder` is called
+    so, else what it means."""
+    return text if "\\" not in text or os.path.lexists(os.path.join(folder, text)) else meant(text)
 
 
 def spelled(name: str) -> str:
-    """A name for what keeps plain text, as classes and recipes do: as it is where it can be printed, else as it is shown.
+    """A name for what keeps plain text, as classes and recipes do: as it is where it can be
+    printed, else as it is shown.
 
     Different names stay different, and `meant` gives the name back.
     """
@@ -58,7 +65,8 @@ def from_database(value: str | bytes) -> str:
 
 
 def typed(path: str | os.PathLike[str]) -> str:
-    r"""A path as a shell reads it: quoted where it must be, `$'caf\xe9'` where it cannot be printed."""
+    r"""A path as a shell reads it: quoted where it must be, `$'caf\xe9'` where it cannot be
+    printed."""
     text = os.fspath(path)
     if UNPRINTABLE.search(text):
         return "$'" + shown(text).replace("'", r"\'") + "'"

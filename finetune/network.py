@@ -1,4 +1,5 @@
-"""The description of a frozen network in plain data: where features are read, how pixels become input, whose weights.
+"""The description of a frozen network in plain data: where features are read, how pixels become
+input, whose weights.
 
 Nothing here imports torch, so `predict` and `query` can serve a converted network without it.
 """
@@ -19,10 +20,10 @@ POOLS = ("mean", "gem", "rmac")
 class Tap:
     """A place to read features: after `stage`, pooled by `pool` on a `grid` × `grid` raster.
 
-    `stage` is `pooled` (the network's own pooled end, what its classifier reads), `stageK` (after the K-th stage),
-    `fc6`, `fc7` (4096-d, after the ReLU) or `fc6-pre`, `fc7-pre` (before it). Written as text: `pooled`, `stage6`,
-    `stage6/3x3`, `stage6/gem`, `stage6/rmac`, `fc7-pre`. The features of a grid are flattened channel-last:
-    `(grid * grid * channels,)`, row by row.
+    `stage` is `pooled` (the network's own pooled end, what its classifier reads), `stageK` (after
+    the K-th stage), `fc6`, `fc7` (4096-d, after the ReLU) or `fc6-pre`, `fc7-pre` (before it).
+    Written as text: `pooled`, `stage6`, `stage6/3x3`, `stage6/gem`, `stage6/rmac`, `fc7-pre`. The
+    features of a grid are flattened channel-last: `(grid * grid * channels,)`, row by row.
     """
 
     stage: str
@@ -61,9 +62,9 @@ class Tap:
 class Preprocess:
     """How a decoded RGB image becomes network input: the weights' own evaluation transform.
 
-    The short side is resized to `resize` pixels with `interpolation`, the centre `size` × `size` is cut out, and
-    `(x / 255 - mean) / std` is applied inside the network's graph. `squash` resizes both sides to `size` instead
-    (timm's crop_mode `squash`).
+    The short side is resized to `resize` pixels with `interpolation`, the centre `size` × `size` is
+    cut out, and `(x / 255 - mean) / std` is applied inside the network's graph. `squash` resizes
+    both sides to `size` instead (timm's crop_mode `squash`).
     """
 
     size: int
@@ -76,12 +77,13 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Network:
-    """A frozen network, as data: enough to name its features in the store and to run a converted copy of it.
+    """A frozen network, as data: enough to name its features in the store and to run a converted
+    copy of it.
 
-    `digest` covers the tensors as they are loaded (names, shapes, values). `source` says in words where the weights
-    came from; `pretraining` is `imagenet` where the similarity ruler applies, `other`, or `random`.
-    `widths` maps the text of every tap (`str(tap)`) that the network offers to the number of features; `stages` names
-    the freeze points from stem to end.
+    `digest` covers the tensors as they are loaded (names, shapes, values). `source` says in words
+    where the weights came from; `pretraining` is `imagenet` where the similarity ruler applies,
+    `other`, or `random`. `widths` maps the text of every tap (`str(tap)`) that the network offers
+    to the number of features; `stages` names the freeze points from stem to end.
     """
 
     name: str
@@ -99,13 +101,20 @@ class Network:
     def from_json(cls, value: dict[str, Any]) -> Network:
         shape = dict(value["preprocess"])
         shape["mean"], shape["std"] = tuple(shape["mean"]), tuple(shape["std"])
-        return cls(**{**value, "preprocess": Preprocess(**shape), "stages": tuple(value.get("stages", ()))})
+        return cls(
+            **{**value, "preprocess": Preprocess(**shape), "stages": tuple(value.get("stages", ()))}
+        )
 
     def width(self, tap: Tap) -> int:
         """The number of features at `tap`, or a `UserError` that lists the taps of this network."""
         base = self.widths.get(str(tap))
-        if base is None and f"{tap.stage}/3x3" in self.widths:  # a map: every grid and pool can be read from it
+        # a map: every grid and pool can be read from it
+        if base is None and f"{tap.stage}/3x3" in self.widths:
             base = self.widths[tap.stage] * tap.grid**2
         if base is None:
-            raise UserError(f"{self.name} has no tap {tap}", where="tap", fix=f"it has: {', '.join(self.widths)}")
+            raise UserError(
+                f"{self.name} has no tap {tap}",
+                where="tap",
+                fix=f"it has: {', '.join(self.widths)}",
+            )
         return base

@@ -1,4 +1,5 @@
-"""Options and recipe keys: the recipe that they make together, and a line for each that has no effect on a job."""
+"""Options and recipe keys: the recipe that they make together, and a line for each that has no
+effect on a job."""
 
 from __future__ import annotations
 
@@ -42,9 +43,10 @@ OF_EXTRACT = (
 )
 OTHERS = ("recipe", "assignments", "force", "say", "bar")  # of the functions, beside the options
 LISTS = ("backbone", "taps")  # written a,b
-PATHS = ("test", "weights", "out")  # their bytes may be no text: recipes spell them (`names.spelled`)
+# their bytes may be no text: recipes spell them (`names.spelled`)
+PATHS = ("test", "weights", "out")
 
-# ---------------------------------------------------------------------------------------------------------- the recipe
+# --------------------------------------------------------------------------------------- the recipe
 
 
 def build(
@@ -54,15 +56,28 @@ def build(
     options: Mapping[str, Any],
     where: str = "fit",
 ) -> tuple[Recipe, list[str]]:
-    """The recipe of a job, and a line about what replaced its own values: a file or shipped recipe, then what was said beside it.
+    """The recipe of a job, and a line about what replaced its own values: a file or shipped recipe,
+    then what was said beside it.
 
-    `options` go by the names in `OPTIONS`, None means not given; `assignments` are `section.key=value` texts. An option and
-    an assignment that disagree are refused.
+    `options` go by the names in `OPTIONS`, None means not given; `assignments` are
+    `section.key=value` texts. An option and an assignment that disagree are refused.
     """
-    base = source if isinstance(source, Recipe) else recipe.load(source) if source is not None else Recipe()
+    base = (
+        source
+        if isinstance(source, Recipe)
+        else recipe.load(source)
+        if source is not None
+        else Recipe()
+    )
     check_names(options, OPTIONS, where)
-    given = {OPTIONS[name]: f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None}
-    changes = {OPTIONS[name]: _value(name, value) for name, value in options.items() if value is not None}
+    given = {
+        OPTIONS[name]: f"--{name.replace('_', '-')}"
+        for name, value in options.items()
+        if value is not None
+    }
+    changes = {
+        OPTIONS[name]: _value(name, value) for name, value in options.items() if value is not None
+    }
     if data is not None:
         changes["data.data"], given["data.data"] = names.spelled(str(data)), "DATA"
     asked = recipe.update(base, changes, given=given)
@@ -77,13 +92,19 @@ def build(
         for key, own in recipe.changed(base).items()
         if key in {*changes, *assigned} and recipe.get(settings, key) != own
     ]
-    return settings, [f"recipe     replaced on the command line: {', '.join(told)}"] if told and source is not None else []
+    return settings, [
+        f"recipe     replaced on the command line: {', '.join(told)}"
+    ] if told and source is not None else []
 
 
-def one_recipe(recipe: str | Path | Recipe | None, source: str | Path | None) -> str | Path | Recipe | None:
+def one_recipe(
+    recipe: str | Path | Recipe | None, source: str | Path | None
+) -> str | Path | Recipe | None:
     """`recipe`, or `source`, as it was called in version 0.1.0."""
     if recipe is not None and source is not None:
-        raise UserError("recipe and source are two names of one option", where="recipe", fix="give recipe alone")
+        raise UserError(
+            "recipe and source are two names of one option", where="recipe", fix="give recipe alone"
+        )
     return source if recipe is None else recipe
 
 
@@ -92,7 +113,11 @@ def check_names(given: Iterable[str], known: Collection[str], where: str) -> Non
     unknown = sorted(set(given) - set(known))
     if not unknown:
         return
-    near = [close[0] for name in unknown if (close := difflib.get_close_matches(name, [*known, *OTHERS], 1, 0.6))]
+    near = [
+        close[0]
+        for name in unknown
+        if (close := difflib.get_close_matches(name, [*known, *OTHERS], 1, 0.6))
+    ]
     keys = [key for name in unknown for key in recipe.all_keys() if key.rpartition(".")[2] == name]
     if near:
         fix = f"did you mean {', '.join(dict.fromkeys(near))}?"
@@ -105,7 +130,11 @@ def check_names(given: Iterable[str], known: Collection[str], where: str) -> Non
 
 def listed(value: Any) -> Any:
     """`a,b` as a list; auto, and what is a list already, as it is."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) and value != "auto" else value
+    return (
+        [part.strip() for part in value.split(",")]
+        if isinstance(value, str) and value != "auto"
+        else value
+    )
 
 
 def _value(name: str, value: Any) -> Any:
@@ -118,59 +147,93 @@ def _value(name: str, value: Any) -> Any:
 
 def _refuse_two(key: str, option: str, first: object, second: object) -> None:
     what = f"{option} says {recipe.shown(first)}, and --set {key}={recipe.shown(second)}"
-    hint = "; `finetune svm` is --strategy svm, `finetune fit` takes any" if key == "policy.strategy" else ""
+    hint = (
+        "; `finetune svm` is --strategy svm, `finetune fit` takes any"
+        if key == "policy.strategy"
+        else ""
+    )
     raise UserError(what, where=key, fix=f"leave one of them out{hint}")
 
 
-# ---------------------------------------------------------------------------------------- what has no effect on a job
+# ---------------------------------------------------------------------- what has no effect on a job
 
 
 def unused(settings: Recipe, plan: Plan) -> list[str]:
     """A line for each group of keys that this plan makes no use of, or not as one may think."""
     about, lines = recipe.changed(settings), list[str]()
-    untrained = of_training(settings, f"nothing is fine-tuned ({plan.strategy})") if plan.training is None else []
+    untrained = (
+        of_training(settings, f"nothing is fine-tuned ({plan.strategy})")
+        if plan.training is None
+        else []
+    )
     if plan.training is not None:
         if "data.no_flip" in about and plan.training.augment == "none":
             lines.append("data.no_flip: no image is mirrored with train.augment none")
         if settings.backbone.engine == "openvino":
-            lines.append("backbone.engine openvino for the training: fine-tuning is always done by torch")
+            lines.append(
+                "backbone.engine openvino for the training: fine-tuning is always done by torch"
+            )
         if plan.strategy == "scratch" and settings.backbone.weights not in ("auto", "random"):
-            lines.append("backbone.weights for the training: it starts from random ones; the SVM beside it reads those")
+            lines.append(
+                "backbone.weights for the training: it starts from "
+                "random ones; the SVM beside it reads those"
+            )
     if settings.policy.budget is not None:
         if settings.policy.strategy != "auto":
-            lines.append(f"policy.budget: the strategy {settings.policy.strategy} was asked for, whatever it takes")
+            lines.append(
+                f"policy.budget: the strategy {settings.policy.strategy} "
+                f"was asked for, whatever it takes"
+            )
         elif plan.training is None:
             lines.append("policy.budget: it weighs fine-tuning alone, and nothing is fine-tuned")
-    if plan.strategy == "probe" and (keys := [key for key in ("backbone.taps", "svm.kernels") if key in about]):
+    if plan.strategy == "probe" and (
+        keys := [key for key in ("backbone.taps", "svm.kernels") if key in about]
+    ):
         lines.append(f"{', '.join(keys)}: a probe is a logistic regression on the pooled features")
     return [*untrained, *map(_line, lines), *of_machine(settings)]
 
 
 def of_training(settings: Recipe, why: str) -> list[str]:
-    """The keys that say how to train, in one line with why nothing is trained. (The SVM reads train.class_weight, too.)"""
-    keys = [key for key in recipe.changed(settings) if key.startswith("train.") and key != "train.class_weight"]
+    """The keys that say how to train, in one line with why nothing is trained. (The SVM reads
+    train.class_weight, too.)"""
+    keys = [
+        key
+        for key in recipe.changed(settings)
+        if key.startswith("train.") and key != "train.class_weight"
+    ]
     keys += ["data.no_flip"] * settings.data.no_flip
     return [_line(f"{', '.join(keys)}: {why}")] if keys else []
 
 
 def of_advice(settings: Recipe) -> list[str]:
     """The keys of which advice knows nothing."""
-    keys = [key for key in recipe.changed(settings) if key.startswith("svm.") or key in ("backbone.taps", "out")]
+    keys = [
+        key
+        for key in recipe.changed(settings)
+        if key.startswith("svm.") or key in ("backbone.taps", "out")
+    ]
     return [_line(f"{', '.join(keys)}: advice fits no SVM and writes no run")] if keys else []
 
 
 def of_weights(settings: Recipe, balanced: bool) -> list[str]:
-    """A line where the classes are weighed for the SVM (`balanced`) and not for the fine-tuning beside it."""
+    """A line where the classes are weighed for the SVM (`balanced`) and not for the fine-tuning
+    beside it."""
     if not balanced or settings.train.class_weight != "auto":
         return []
-    return ["           classes are weighed for the SVM, not for fine-tuning; --set train.class_weight=balanced is for both"]
+    return [
+        "           classes are weighed for the SVM, not for fine-tuning; --set "
+        "train.class_weight=balanced is for both"
+    ]
 
 
 def of_machine(settings: Recipe) -> list[str]:
     """A line where the machine cannot do what was asked as it was meant."""
     about = settings.backbone
     if about.precision == "bf16" and device.resolve(about.engine, "auto")[1] != "bf16":
-        return ["           bf16 is not in this machine's hardware: it is emulated, slower than --precision float32"]
+        return [
+            "           bf16 is not in this machine's hardware: "
+            "it is emulated, slower than --precision float32"
+        ]
     return []
 
 

@@ -1,8 +1,10 @@
-"""`Recipe`: everything `finetune fit` can be told, as one frozen, strict value with a default for each key.
+"""`Recipe`: everything `finetune fit` can be told, as one frozen, strict value with a default for
+each key.
 
-A recipe is YAML 1.2 (`1e-3` is a number, `no` is text, a repeated key is an error). Unknown keys and wrong values are
-refused before any work starts, each with its file, its line and what would be right. `None` (written `null`) in the
-`train` section means that the policy decides. Paths are relative to the folder that the command is started in.
+A recipe is YAML 1.2 (`1e-3` is a number, `no` is text, a repeated key is an error). Unknown keys
+and wrong values are refused before any work starts, each with its file, its line and what would be
+right. `None` (written `null`) in the `train` section means that the policy decides. Paths are
+relative to the folder that the command is started in.
 """
 
 from __future__ import annotations
@@ -28,16 +30,26 @@ from finetune.files import digest_json
 
 PACKAGE = "finetune.recipes"
 
-# Keys that version 0.1.0 did not know: at their default they are left out of the digest, so that its runs keep theirs.
+# Keys that version 0.1.0 did not know: at their default they are left out of the digest, so that
+# its runs keep theirs.
 LATER: tuple[str, ...] = (
-    *("data.path_column", "data.label_column", "data.split_column", "data.group_column", "data.image_root"),
+    *(
+        "data.path_column",
+        "data.label_column",
+        "data.split_column",
+        "data.group_column",
+        "data.image_root",
+    ),
     *("data.on_conflict", "data.on_leak", "data.on_empty_class"),
 )
-PLACES = ("data.data", "data.test", "data.image_root", "out")  # where things lie: no part of what is asked for
+# where things lie: no part of what is asked for
+PLACES = ("data.data", "data.test", "data.image_root", "out")
 
 
 def _one_or_more(value: object) -> object:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    return (
+        (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+    )
 
 
 def _listed(value: object) -> object:
@@ -58,82 +70,132 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, validate_default=True
+    )
 
 
 class Data(Section):
     """What is looked at."""
 
     data: Text | None = Field(
-        default=None, description="a folder, a CSV table or a named set such as sklearn:digits; null: named on the command line"
+        default=None,
+        description="a folder, a CSV table or a named set such as sklearn:digits; "
+        "null: named on the command line",
     )
     test: Text | None = Field(
-        default=None, description="a folder or CSV table of test images, or none: train on all of them; null: taken from the data"
+        default=None,
+        description="a folder or CSV table of test images, or none: train on "
+        "all of them; null: taken from the data",
     )
-    test_share: Share = Field(default=0.2, description="a share between 0 and 1: the test images where none are given")
+    test_share: Share = Field(
+        default=0.2, description="a share between 0 and 1: the test images where none are given"
+    )
     validation_share: Share = Field(
-        default=0.15, description="a share between 0 and 1: the part of the rest that chooses between models"
+        default=0.15,
+        description="a share between 0 and 1: the part of the rest that chooses between models",
     )
-    shots: Count | None = Field(default=None, description="training images per class, 1 or more; null: all")
-    seed: int = Field(default=0, ge=0, description="a whole number, 0 or more: splits, order and augmentation follow from it")
-    on_bad_image: Literal["stop", "skip"] = Field(default="stop", description="stop or skip: what an unreadable image does")
+    shots: Count | None = Field(
+        default=None, description="training images per class, 1 or more; null: all"
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        description="a whole number, 0 or more: splits, order and augmentation follow from it",
+    )
+    on_bad_image: Literal["stop", "skip"] = Field(
+        default="stop", description="stop or skip: what an unreadable image does"
+    )
     on_conflict: Literal["stop", "skip", "first"] = Field(
-        default="stop", description="stop, skip (leave all out) or first: what images with the same content and two labels do"
+        default="stop",
+        description="stop, skip (leave all out) or first: what images "
+        "with the same content and two labels do",
     )
     on_leak: Literal["tell", "stop", "skip"] = Field(
-        default="tell", description="tell, stop or skip (leave them out of the training): what copies of test images do"
+        default="tell",
+        description="tell, stop or skip (leave them out of the training): "
+        "what copies of test images do",
     )
     on_empty_class: Literal["stop", "skip"] = Field(
-        default="stop", description="stop or skip (leave it out): what a class without training images does"
+        default="stop",
+        description="stop or skip (leave it out): what a class without training images does",
     )
-    no_flip: bool = Field(default=False, description="true where a mirrored image would belong to another class, else false")
+    no_flip: bool = Field(
+        default=False,
+        description="true where a mirrored image would belong to another class, else false",
+    )
     path_column: Text | None = Field(
-        default=None, description="the column of a table that holds the paths; null: found by its name"
+        default=None,
+        description="the column of a table that holds the paths; null: found by its name",
     )
-    label_column: Text | None = Field(default=None, description="the column that holds the classes; null: found by its name")
+    label_column: Text | None = Field(
+        default=None, description="the column that holds the classes; null: found by its name"
+    )
     split_column: Text | None = Field(
-        default=None, description="the column that holds train, val and test, or none; null: found by its name"
+        default=None,
+        description="the column that holds train, val and test, or none; null: found by its name",
     )
     group_column: Text | None = Field(
-        default=None, description="the column that holds what must stay together, or none; null: found by its name"
+        default=None,
+        description="the column that holds what must stay together, "
+        "or none; null: found by its name",
     )
     image_root: Text | None = Field(
-        default=None, description="the folder that a table's paths start from; null: that of the table"
+        default=None,
+        description="the folder that a table's paths start from; null: that of the table",
     )
 
 
 class Backbone(Section):
     """The pretrained network, and how it is run."""
 
-    names: Annotated[tuple[Text, ...], BeforeValidator(_one_or_more), Field(min_length=1, max_length=1)] = Field(
+    names: Annotated[
+        tuple[Text, ...], BeforeValidator(_one_or_more), Field(min_length=1, max_length=1)
+    ] = Field(
         default=("tf_efficientnet_lite0",),
-        description="one name: a timm model, alexnet or googlenet; several are not compared yet, run one after the other",
+        description="one name: a timm model, alexnet or googlenet; several are "
+        "not compared yet, run one after the other",
     )
-    weights: Text = Field(default="auto", description="auto, random, or the path of a .safetensors or .pth file")
-    engine: Literal["auto", "openvino", "torch"] = Field(default="auto", description="auto, openvino or torch")
-    precision: Literal["auto", "bf16", "float32"] = Field(default="auto", description="auto, bf16 or float32")
+    weights: Text = Field(
+        default="auto", description="auto, random, or the path of a .safetensors or .pth file"
+    )
+    engine: Literal["auto", "openvino", "torch"] = Field(
+        default="auto", description="auto, openvino or torch"
+    )
+    precision: Literal["auto", "bf16", "float32"] = Field(
+        default="auto", description="auto, bf16 or float32"
+    )
     frame: Literal["auto", "crop", "whole"] = Field(
-        default="auto", description="auto (cross-validated), crop (the weights' own centre crop) or whole (squashed, nothing cut)"
+        default="auto",
+        description="auto (cross-validated), crop (the weights' own centre "
+        "crop) or whole (squashed, nothing cut)",
     )
-    taps: Literal["auto"] | Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
-        default="auto", description="auto, or a list of taps such as [pooled, stage5/3x3]"
-    )
+    taps: (
+        Literal["auto"] | Annotated[tuple[Text, ...], BeforeValidator(_listed), Field(min_length=1)]
+    ) = Field(default="auto", description="auto, or a list of taps such as [pooled, stage5/3x3]")
 
 
 class Policy(Section):
     """Who decides how much of the backbone moves."""
 
     strategy: Annotated[str, AfterValidator(_strategy)] = Field(
-        default="auto", description="auto, svm, probe, stages:K (the last K stages), half, full or scratch"
+        default="auto",
+        description="auto, svm, probe, stages:K (the last K stages), half, full or scratch",
     )
-    budget: Positive | None = Field(default=None, description="minutes that the whole job may take, above 0; null: no limit")
+    budget: Positive | None = Field(
+        default=None, description="minutes that the whole job may take, above 0; null: no limit"
+    )
 
 
 class Train(Section):
     """Overrides of the policy's plan. null: the policy decides."""
 
-    optimizer: Literal["adamw", "sgd"] | None = Field(default=None, description="adamw, sgd or null")
-    lr: Positive | None = Field(default=None, description="the head's learning rate, above 0, or null")
+    optimizer: Literal["adamw", "sgd"] | None = Field(
+        default=None, description="adamw, sgd or null"
+    )
+    lr: Positive | None = Field(
+        default=None, description="the head's learning rate, above 0, or null"
+    )
     trunk_lr_scale: NotNegative | None = Field(
         default=None, description="the trunk's learning rate over the head's, 0 or more, or null"
     )
@@ -143,7 +205,8 @@ class Train(Section):
     epochs: Count | None = Field(default=None, description="a whole number, 1 or more, or null")
     batch_size: Count | None = Field(default=None, description="images a step, 1 or more, or null")
     schedule: Literal["cosine", "step", "linear", "constant", "rsqrt"] | None = Field(
-        default=None, description="cosine, step, linear, constant, rsqrt (inverse square root) or null"
+        default=None,
+        description="cosine, step, linear, constant, rsqrt (inverse square root) or null",
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="share of the steps, 0 or more and below 1, or null"
@@ -152,20 +215,31 @@ class Train(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="0 or more and below 1, or null"
     )
-    mixup: NotNegative | None = Field(default=None, description="alpha of the Beta distribution, 0 (off) or more, or null")
-    clip: NotNegative | None = Field(default=None, description="largest gradient norm, 0 (off) or more, or null")
-    ema: bool | None = Field(default=None, description="true, false or null: a moving average of the weights")
+    mixup: NotNegative | None = Field(
+        default=None, description="alpha of the Beta distribution, 0 (off) or more, or null"
+    )
+    clip: NotNegative | None = Field(
+        default=None, description="largest gradient norm, 0 (off) or more, or null"
+    )
+    ema: bool | None = Field(
+        default=None, description="true, false or null: a moving average of the weights"
+    )
     patience: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="epochs without gain before it stops, 0 (never) or more, or null"
     )
-    l2_sp: NotNegative | None = Field(default=None, description="pull towards the pretrained weights, 0 (off) or more, or null")
+    l2_sp: NotNegative | None = Field(
+        default=None, description="pull towards the pretrained weights, 0 (off) or more, or null"
+    )
     augment: Literal["none", "light", "medium", "strong"] | None = Field(
         default=None, description="none, light, medium, strong or null"
     )
-    input_size: Annotated[int, Field(ge=16)] | None = Field(default=None, description="pixels a side, 16 or more, or null")
+    input_size: Annotated[int, Field(ge=16)] | None = Field(
+        default=None, description="pixels a side, 16 or more, or null"
+    )
     class_weight: Literal["auto", "none", "balanced"] = Field(
         default="auto",
-        description="auto (weighs the classes of an imbalanced set for the SVM, not for fine-tuning), none or balanced (both)",
+        description="auto (weighs the classes of an imbalanced set for the SVM, "
+        "not for fine-tuning), none or balanced (both)",
     )
 
 
@@ -174,12 +248,19 @@ class Svm(Section):
 
     kernels: (
         Literal["auto"]
-        | Annotated[tuple[Literal["linear", "logistic", "rbf", "lssvm"], ...], BeforeValidator(_listed), Field(min_length=1)]
+        | Annotated[
+            tuple[Literal["linear", "logistic", "rbf", "lssvm"], ...],
+            BeforeValidator(_listed),
+            Field(min_length=1),
+        ]
     ) = Field(default="auto", description="auto, or a list of linear, logistic, rbf and lssvm")
-    folds: Annotated[int, Field(ge=2)] = Field(default=5, description="folds of the cross-validation, 2 or more")
-    C: Literal["auto"] | Annotated[tuple[Positive, ...], BeforeValidator(_listed), Field(min_length=1)] = Field(
-        default="auto", description="auto, or a list of numbers above 0"
+    folds: Annotated[int, Field(ge=2)] = Field(
+        default=5, description="folds of the cross-validation, 2 or more"
     )
+    C: (
+        Literal["auto"]
+        | Annotated[tuple[Positive, ...], BeforeValidator(_listed), Field(min_length=1)]
+    ) = Field(default="auto", description="auto, or a list of numbers above 0")
 
 
 class Recipe(Section):
@@ -190,27 +271,35 @@ class Recipe(Section):
     policy: Policy = Policy()
     train: Train = Train()
     svm: Svm = Svm()
-    out: Text | None = Field(default=None, description="the run's folder; null: runs/<name>-<digest>")
+    out: Text | None = Field(
+        default=None, description="the run's folder; null: runs/<name>-<digest>"
+    )
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------
 
 
 def load(source: str | Path) -> Recipe:
-    """Read the recipe file `source`, or the shipped recipe of that name. Raises `UserError` with file and line."""
+    """Read the recipe file `source`, or the shipped recipe of that name. Raises `UserError` with
+    file and line."""
     path = Path(source)
     if path.is_file():
         try:
             return _recipe(path.read_text(encoding="utf-8"), str(path))
         except UnicodeDecodeError as error:
-            raise UserError(f"not UTF-8 text (byte {error.start})", where=path, fix="save it as UTF-8") from error
+            raise UserError(
+                f"not UTF-8 text (byte {error.start})", where=path, fix="save it as UTF-8"
+            ) from error
         except OSError as error:
-            raise UserError(f"cannot be read ({error.strerror})", where=path, fix="check its permissions") from error
+            raise UserError(
+                f"cannot be read ({error.strerror})", where=path, fix="check its permissions"
+            ) from error
     return _recipe(_shipped(str(source)).read_text(encoding="utf-8"), f"{source}.yaml")
 
 
 def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
-    """Apply `section.key=value` texts, the value read as YAML; of two for one key the last holds."""
+    """Apply `section.key=value` texts, the value read as YAML; of two for one key the last
+    holds."""
     return update(recipe, assigned(assignments), where="--set")
 
 
@@ -220,13 +309,20 @@ def assigned(assignments: Sequence[str]) -> dict[str, object]:
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"{text!r} assigns nothing", where="--set", fix="write section.key=value, as in train.lr=1e-3")
+            raise UserError(
+                f"{text!r} assigns nothing",
+                where="--set",
+                fix="write section.key=value, as in train.lr=1e-3",
+            )
         changes[key.strip()] = _parse(value, "--set", key.strip())[0]
     return changes
 
 
 def update(
-    recipe: Recipe, changes: Mapping[str, object], where: str = "recipe", given: Mapping[str, str] | None = None
+    recipe: Recipe,
+    changes: Mapping[str, object],
+    where: str = "recipe",
+    given: Mapping[str, str] | None = None,
 ) -> Recipe:
     """`recipe` with the values of dotted keys replaced, checked like a file.
 
@@ -240,7 +336,8 @@ def update(
             raise UserError(
                 f"{key} is a section",
                 where=where,
-                fix=f"name one of its keys: {', '.join(k for k in known if k.startswith(key + '.'))}",
+                fix=f"name one of its keys: "
+                f"{', '.join(k for k in known if k.startswith(key + '.'))}",
             )
         if key not in known:
             raise UserError(f"no key {key}", where=where, fix=suggestion(key))
@@ -254,7 +351,9 @@ def _recipe(text: str, where: str) -> Recipe:
         return Recipe()
     if not isinstance(tree, dict):
         raise UserError(
-            f"expected sections, found {_shown(tree)}", where=where, fix=f"start with one of: {', '.join(Recipe.model_fields)}"
+            f"expected sections, found {_shown(tree)}",
+            where=where,
+            fix=f"start with one of: {', '.join(Recipe.model_fields)}",
         )
 
     def place(path: tuple[str, ...]) -> str:
@@ -276,17 +375,26 @@ def _parse(text: str, where: str, key: str = "") -> tuple[Any, dict[tuple[str, .
         line = f":{mark.line + 1}" if mark is not None and not key else ""
         problem = re.sub(r"\s+", " ", str(error.problem or error.context or "cannot be read"))
         said = re.match(r'found duplicate key "(.*?)"', problem)
-        what = f"the key {said[1]} stands twice" if said else f"not valid YAML: {problem.split(' To suppress')[0]}"
+        what = (
+            f"the key {said[1]} stands twice"
+            if said
+            else f"not valid YAML: {problem.split(' To suppress')[0]}"
+        )
         raise UserError(
-            f"{key}: {what}" if key else what, where=f"{where}{line}", fix="keep one of them" if said else "mend this line"
+            f"{key}: {what}" if key else what,
+            where=f"{where}{line}",
+            fix="keep one of them" if said else "mend this line",
         ) from error
     except (YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"not valid YAML: {str(error).splitlines()[0]}", where=where, fix="mend the file") from error
+        raise UserError(
+            f"not valid YAML: {str(error).splitlines()[0]}", where=where, fix="mend the file"
+        ) from error
     return value, dict(_lines(root, ()))
 
 
 def _lines(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
-    if len(path) < 2 and node is not None and node.id == "mapping":  # deeper there are no keys, but perhaps a cycle of aliases
+    # deeper there are no keys, but perhaps a cycle of aliases
+    if len(path) < 2 and node is not None and node.id == "mapping":
         for key, value in node.value:
             here = (*path, str(key.value))
             yield here, key.start_mark.line + 1
@@ -299,17 +407,24 @@ def _validated(tree: dict[Any, Any], place: Any) -> Recipe:
     except ValidationError as error:
         found = {path: _message(path, value, kind) for path, value, kind in _faults(error)}
     (first, (what, fix)), *rest = found.items()
-    more = "".join(f"\n{place(path)}: {text}" + (f" ({hint})" if hint else "") for path, (text, hint) in rest)
+    more = "".join(
+        f"\n{place(path)}: {text}" + (f" ({hint})" if hint else "") for path, (text, hint) in rest
+    )
     raise UserError(
-        what + more if not more else f"{what} ({fix}){more}", where=place(first), fix=fix if not more else "mend these lines"
+        what + more if not more else f"{what} ({fix}){more}",
+        where=place(first),
+        fix=fix if not more else "mend these lines",
     ) from None
 
 
 def _faults(error: ValidationError) -> Iterator[tuple[tuple[str, ...], object, str]]:
-    """Each faulty key once, whatever branch of a union or item of a list the validator complained about."""
+    """Each faulty key once, whatever branch of a union or item of a list the validator complained
+    about."""
     for fault in error.errors(include_url=False):
         yield (
-            tuple(str(part) for part in fault["loc"][: 1 if fault["loc"][0] not in _sections() else 2]),
+            tuple(
+                str(part) for part in fault["loc"][: 1 if fault["loc"][0] not in _sections() else 2]
+            ),
             fault["input"],
             fault["type"],
         )
@@ -321,7 +436,10 @@ def _message(path: tuple[str, ...], value: object, kind: str) -> tuple[str, str]
         return f"no key {key}", suggestion(key)
     section = _sections().get(path[0])
     if section and len(path) == 1:
-        return f"{key} is a section, and was given {_shown(value)}", f"give it keys: {', '.join(section.model_fields)}"
+        return (
+            f"{key} is a section, and was given {_shown(value)}",
+            f"give it keys: {', '.join(section.model_fields)}",
+        )
     description = (section or Recipe).model_fields[path[-1]].description
     return f"{key} cannot be {_shown(value)}", f"it takes {description}"
 
@@ -340,7 +458,9 @@ def _sections() -> dict[str, type[Section]]:
 
 def all_keys() -> list[str]:
     """All keys of a recipe, dotted."""
-    dotted = [f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields]
+    dotted = [
+        f"{name}.{key}" for name, section in _sections().items() for key in section.model_fields
+    ]
     return [*dotted, *(name for name in Recipe.model_fields if name not in _sections())]
 
 
@@ -352,15 +472,22 @@ def suggestion(key: str) -> str:
     short = tails if section else {**tails, **dict.fromkeys(_sections(), "")}
     if tail in tails:  # the right name in the wrong section, or in none
         return f"did you mean {tails[tail]}?"
-    near = difflib.get_close_matches(key, known, 1, 0.7) or difflib.get_close_matches(tail, list(short), 1, 0.7)
-    return f"did you mean {short.get(near[0]) or near[0]}?" if near else f"the keys are: {', '.join(known)}"
+    near = difflib.get_close_matches(key, known, 1, 0.7) or difflib.get_close_matches(
+        tail, list(short), 1, 0.7
+    )
+    return (
+        f"did you mean {short.get(near[0]) or near[0]}?"
+        if near
+        else f"the keys are: {', '.join(known)}"
+    )
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as YAML with every default written out and every key explained; `load` gives back an equal recipe."""
+    """The recipe as YAML with every default written out and every key explained; `load` gives back
+    an equal recipe."""
     lines = ["# What this run was told. Feeds back into `finetune fit --recipe`."]
     for name, field in Recipe.model_fields.items():
         value = getattr(recipe, name)
@@ -376,7 +503,8 @@ def dump(recipe: Recipe) -> str:
 
 
 def digest(recipe: Recipe) -> str:
-    """Digest of what the recipe asks for, wherever the images lie and the run goes: the images have their own digest."""
+    """Digest of what the recipe asks for, wherever the images lie and the run goes: the images have
+    their own digest."""
     tree = recipe.model_dump(mode="json")
     for key in PLACES:
         section, _, name = key.rpartition(".")
@@ -412,7 +540,8 @@ def _scalar(value: object) -> str:
     if isinstance(value, str):
         return (
             value
-            if re.fullmatch(r"[A-Za-z][\w/-]*(:\w+)?", value, re.ASCII) and value.lower() not in ("null", "true", "false")
+            if re.fullmatch(r"[A-Za-z][\w/-]*(:\w+)?", value, re.ASCII)
+            and value.lower() not in ("null", "true", "false")
             else _quoted(value)
         )
     if isinstance(value, float) and math.isfinite(value):
@@ -422,15 +551,23 @@ def _scalar(value: object) -> str:
 
 def _quoted(text: str) -> str:
     escape = {'"': '\\"', "\\": "\\\\"}
-    return '"' + "".join(escape.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + '"'
+    return (
+        '"'
+        + "".join(escape.get(c) or (c if c.isprintable() else f"\\U{ord(c):08x}") for c in text)
+        + '"'
+    )
 
 
-# --- recipes that come with the package -----------------------------------------------------------------------------
+# --- recipes that come with the package ---------------------------------------------------------
 
 
 def shipped() -> list[str]:
     """The names of the recipes that come with the package."""
-    return sorted(item.name.removesuffix(".yaml") for item in _folder().iterdir() if item.name.endswith(".yaml"))
+    return sorted(
+        item.name.removesuffix(".yaml")
+        for item in _folder().iterdir()
+        if item.name.endswith(".yaml")
+    )
 
 
 def describe(name: str) -> str:
@@ -453,19 +590,30 @@ def _shipped(name: str) -> Traversable:
     if name in names:
         return _folder() / f"{name}.yaml"
     near = difflib.get_close_matches(name.removesuffix(".yaml"), names, 1)
-    fix = f"did you mean {near[0]}?" if near else f"give the path of a YAML file, or one of: {', '.join(names)}"
+    fix = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"give the path of a YAML file, or one of: {', '.join(names)}"
+    )
     raise UserError("no such recipe", where=name, fix=fix)
 
 
 def _folder() -> Traversable:
     try:
         return importlib.resources.files(PACKAGE)
-    except ModuleNotFoundError:  # a checkout that is not installed: the folder stands beside the package
+    except (
+        ModuleNotFoundError
+    ):  # a checkout that is not installed: the folder stands beside the package
         return Path(__file__).resolve().parent.parent / "recipes"
 
 
 def layout(about: Data) -> Layout:
     """What a recipe says of tables."""
     return Layout(
-        about.path_column, about.label_column, about.split_column, about.group_column, about.image_root, about.on_bad_image
+        about.path_column,
+        about.label_column,
+        about.split_column,
+        about.group_column,
+        about.image_root,
+        about.on_bad_image,
     )

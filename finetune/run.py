@@ -1,8 +1,8 @@
 """The run directory: the only writer of results, and the way back to them.
 
-`run.json` is written last, with the digest of every other file: where it stands, the run is complete, and nothing is
-written there afterwards. Until then `checkpoints/` holds what a killed run needs to go on, and a lock that says who is
-at work.
+`run.json` is written last, with the digest of every other file: where it stands, the run is
+complete, and nothing is written there afterwards. Until then `checkpoints/` holds what a killed run
+needs to go on, and a lock that says who is at work.
 """
 
 from __future__ import annotations
@@ -37,14 +37,26 @@ MANIFEST = "run.json"
 METRICS = "metrics.json"
 STARTED = "started.json"
 LOCK = "lock.sqlite"
-PACKAGES = ("regraft", "torch", "timm", "torchvision", "openvino", "scikit-learn", "numpy", "pillow", "safetensors", "faiss-cpu")
+PACKAGES = (
+    "regraft",
+    "torch",
+    "timm",
+    "torchvision",
+    "openvino",
+    "scikit-learn",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "faiss-cpu",
+)
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------
 
 
 class RunDir:
-    """An open run directory with one writer at a time. As a context manager it gives the lock back and leaves the rest.
+    """An open run directory with one writer at a time. As a context manager it gives the lock back
+    and leaves the rest.
 
     Writing into a finished or closed run is a bug in the caller and raises `RuntimeError`.
     """
@@ -73,15 +85,19 @@ class RunDir:
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append one JSON line to `log.jsonl`, flushed.
 
-        A run that goes on computes some steps again. A line that an earlier process wrote already, known by its keys
-        and by every value but the measured ones (floats), is not written a second time.
+        A run that goes on computes some steps again. A line that an earlier process wrote already,
+        known by its keys and by every value but the measured ones (floats), is not written a second
+        time.
         """
         known = _identity(entry)
         if self._told[known]:
             self._told[known] -= 1
             return
         # A name that is not UTF-8 holds lone surrogates, which become JSON's own escapes.
-        line = json.dumps(entry, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace") + b"\n"
+        line = (
+            json.dumps(entry, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
+            + b"\n"
+        )
         with files.disk_errors(self.path / LOG):
             self._log = self._log or self._own(LOG).open("ab")
             self._log.write(line)
@@ -101,7 +117,8 @@ class RunDir:
         return self._own(CHECKPOINTS) / name
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write `run.json` with the digest of every file, then remove the checkpoints and give the lock back.
+        """Write `run.json` with the digest of every file, then remove the checkpoints and give the
+        lock back.
 
         `seconds` is the time of this process; `starts` says how many it took.
         """
@@ -121,7 +138,8 @@ class RunDir:
             "platform": platform.platform(),
             **summary,
             "files": {
-                name: {"bytes": file.stat().st_size, "sha256": files.file_digest(file)} for name, file in _results(self.path)
+                name: {"bytes": file.stat().st_size, "sha256": files.file_digest(file)}
+                for name, file in _results(self.path)
             },
         }
         files.write_json(manifest, content)
@@ -135,22 +153,34 @@ class RunDir:
 
 
 def open_run(
-    out: Path | None, name: str, digest: str, *, root: Path = Path("runs"), force: bool = False, wait: Wait = NO_WAIT
+    out: Path | None,
+    name: str,
+    digest: str,
+    *,
+    root: Path = Path("runs"),
+    force: bool = False,
+    wait: Wait = NO_WAIT,
 ) -> RunDir:
-    """Open the run directory `out`, or `root/<name>-<digest>`, for the work that `digest` (hex) names.
+    """Open the run directory `out`, or `root/<name>-<digest>`, for the work that `digest` (hex)
+    names.
 
-    A complete run of the same digest is given back as it is (`is_complete`, no lock); an unfinished one goes on. Raises
-    `UserError` where another process is at work there for longer than `wait`, and where the folder holds another run or
-    anything else.
-    `force` removes the run that is there, finished or not, and begins anew.
+    A complete run of the same digest is given back as it is (`is_complete`, no lock); an unfinished
+    one goes on. Raises `UserError` where another process is at work there for longer than `wait`,
+    and where the folder holds another run or anything else. `force` removes the run that is there,
+    finished or not, and begins anew.
     """
     path = out if out is not None else root / f"{_slug(name)}-{digest[:10]}"
     if not force and (path / MANIFEST).exists():
         return _finished(path, digest)
     _refuse_foreign(path)
-    held = lock.take(path / CHECKPOINTS / LOCK, path, dataclasses.replace(wait, other="choose another folder with --out"))
+    held = lock.take(
+        path / CHECKPOINTS / LOCK,
+        path,
+        dataclasses.replace(wait, other="choose another folder with --out"),
+    )
     try:
-        if not force and (path / MANIFEST).exists():  # finished by another process since the first look
+        # finished by another process since the first look
+        if not force and (path / MANIFEST).exists():
             held.close()
             return _finished(path, digest)
         with files.disk_errors(path):
@@ -166,10 +196,15 @@ def _slug(name: str) -> str:
 
 
 def _begin(path: Path, digest: str, force: bool) -> None:
-    """Make the folder ready: sweep what a kill left, and check that the unfinished run is the one asked for."""
+    """Make the folder ready: sweep what a kill left, and check that the unfinished run is the one
+    asked for."""
     _sweep(path)
     started = path / CHECKPOINTS / STARTED
-    before: dict[str, Any] = files.read_json(started) if started.exists() else {"digest": digest, "starts": 0, "clear": False}
+    before: dict[str, Any] = (
+        files.read_json(started)
+        if started.exists()
+        else {"digest": digest, "starts": 0, "clear": False}
+    )
     if before["digest"] != digest and not force:
         raise UserError(
             "an unfinished run with other settings or other images is here",
@@ -183,7 +218,9 @@ def _begin(path: Path, digest: str, force: bool) -> None:
         "clear": force or before["clear"],
     }
     files.write_json(started, state)
-    if state["clear"]:  # told before it is done: at every moment of a kill the folder is a whole run or one to be cleared
+    # told before it is done: at every moment of a kill the folder is a whole run or one to be
+    # cleared
+    if state["clear"]:
         (path / MANIFEST).unlink(missing_ok=True)
         for file in [*_checkpoint_files(path), *(file for _, file in _results(path))]:
             if file != started:
@@ -207,7 +244,8 @@ def _finished(path: Path, digest: str) -> RunDir:
 
 def _refuse_foreign(path: Path) -> None:
     """A folder that holds anything but a run is not ours to write into."""
-    signs = (path / CHECKPOINTS / STARTED, path / MANIFEST)  # a run at work has the first, then both, then the second
+    # a run at work has the first, then both, then the second
+    signs = (path / CHECKPOINTS / STARTED, path / MANIFEST)
     if not path.is_dir() or any(sign.exists() for sign in (*signs, signs[0])):
         return
     foreign = sorted(item.name for item in path.iterdir() if item.name != CHECKPOINTS)
@@ -226,12 +264,14 @@ def _remove_checkpoints(path: Path, unlock: Callable[[], None]) -> None:
     unlock()
 
 
-# --- the files ------------------------------------------------------------------------------------------------------
+# --- the files ----------------------------------------------------------------------------------
 
 
 def _identity(entry: Mapping[str, Any]) -> str:
     return json.dumps(
-        {key: None if isinstance(value, float) else value for key, value in entry.items()}, sort_keys=True, default=str
+        {key: None if isinstance(value, float) else value for key, value in entry.items()},
+        sort_keys=True,
+        default=str,
     )
 
 
@@ -247,17 +287,29 @@ def _told(log: Path) -> Counter[str]:
     try:
         return Counter(_identity(json.loads(line)) for line in whole.splitlines())
     except ValueError as error:
-        raise UserError(f"damaged: a line is not JSON ({error})", where=log, fix="start over with --force") from error
+        raise UserError(
+            f"damaged: a line is not JSON ({error})", where=log, fix="start over with --force"
+        ) from error
 
 
 def _results(path: Path) -> list[tuple[str, Path]]:
     """The files of a run, but for hidden ones, `run.json` and the checkpoints."""
-    found = sorted((file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file())
-    return [(name, file) for name, file in found if name != MANIFEST and not name.startswith((f"{CHECKPOINTS}/", "."))]
+    found = sorted(
+        (file.relative_to(path).as_posix(), file) for file in path.rglob("*") if file.is_file()
+    )
+    return [
+        (name, file)
+        for name, file in found
+        if name != MANIFEST and not name.startswith((f"{CHECKPOINTS}/", "."))
+    ]
 
 
 def _checkpoint_files(path: Path) -> list[Path]:
-    return [file for file in (path / CHECKPOINTS).rglob("*") if file.is_file() and not file.name.startswith(LOCK)]
+    return [
+        file
+        for file in (path / CHECKPOINTS).rglob("*")
+        if file.is_file() and not file.name.startswith(LOCK)
+    ]
 
 
 def _sweep(path: Path) -> None:
@@ -267,7 +319,8 @@ def _sweep(path: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of every package that can change a result, none of them imported."""
+    """The versions of Python and of every package that can change a result, none of them
+    imported."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -276,23 +329,40 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from, `-dirty` where files were changed; None outside a checkout."""
+    """The commit of the checkout that this code runs from, `-dirty` where files were changed; None
+    outside a checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+        return (
+            subprocess.run(
+                command, capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            or None
+        )
     return None
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------
 
 
 def finished(path: Path, verify: bool = True) -> Path:
-    """`path` itself, once its files agree with the digests in `run.json` (with their sizes alone, unless `verify`).
+    """`path` itself, once its files agree with the digests in `run.json` (with their sizes alone,
+    unless `verify`).
 
-    Raises `UserError` where there is no complete run, a file is missing, or its bytes are not those that were written.
+    Raises `UserError` where there is no complete run, a file is missing, or its bytes are not those
+    that were written.
     """
     manifest = path / MANIFEST
     if not manifest.exists():
@@ -302,18 +372,34 @@ def finished(path: Path, verify: bool = True) -> Path:
                 where=path,
                 fix="give the same `finetune fit` command again: it goes on where it stopped",
             )
-        raise UserError("no run is here: it has no run.json", where=path, fix="give the folder that `finetune fit` printed")
+        raise UserError(
+            "no run is here: it has no run.json",
+            where=path,
+            fix="give the folder that `finetune fit` printed",
+        )
     info = files.read_json(manifest)
     found = info.get("format") if isinstance(info, dict) else None
     if found != FORMAT:
-        raise UserError(f"run format {found!r} is not {FORMAT}", where=manifest, fix="use the version of Regraft that made it")
+        raise UserError(
+            f"run format {found!r} is not {FORMAT}",
+            where=manifest,
+            fix="use the version of Regraft that made it",
+        )
     for name, expected in info["files"].items():
         file = path / name
         if not file.is_file():
-            raise UserError("missing, though run.json lists it", where=file, fix="restore the file, or fit again with --force")
-        if file.stat().st_size != expected["bytes"] or (verify and files.file_digest(file) != expected["sha256"]):
             raise UserError(
-                "damaged: it is not what the run wrote", where=file, fix="restore the file, or fit again with --force"
+                "missing, though run.json lists it",
+                where=file,
+                fix="restore the file, or fit again with --force",
+            )
+        if file.stat().st_size != expected["bytes"] or (
+            verify and files.file_digest(file) != expected["sha256"]
+        ):
+            raise UserError(
+                "damaged: it is not what the run wrote",
+                where=file,
+                fix="restore the file, or fit again with --force",
             )
     return path
 

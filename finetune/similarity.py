@@ -1,10 +1,12 @@
-"""How far the images are from the photographs of ImageNet, without one of them: by a ruler network's own memory.
+"""How far the images are from the photographs of ImageNet, without one of them: by a ruler
+network's own memory.
 
-BatchNorm layers remember the mean and variance that each channel had over the training images. The distance compares
-them with what the target images give: per channel (μ − μ_s)²/σ_s² + (σ/σ_s − 1)², the median over the channels of a
-layer, then over the layers. The idea is that of AdaBN (Li et al. 2016, arXiv 1603.04779) and of source-free adaptation
-by BatchNorm matching (Ishii & Sugiyama 2021, arXiv 2101.10842). The ruler is always EfficientNet-Lite0, so that one scale serves
-every backbone, those without BatchNorm too.
+BatchNorm layers remember the mean and variance that each channel had over the training images. The
+distance compares them with what the target images give: per channel (μ − μ_s)²/σ_s² + (σ/σ_s − 1)²,
+the median over the channels of a layer, then over the layers. The idea is that of AdaBN (Li et al.
+2016, arXiv 1603.04779) and of source-free adaptation by BatchNorm matching (Ishii & Sugiyama 2021,
+arXiv 2101.10842). The ruler is always EfficientNet-Lite0, so that one scale serves every backbone,
+those without BatchNorm too.
 """
 
 from __future__ import annotations
@@ -27,17 +29,21 @@ if TYPE_CHECKING:
 RULER = "tf_efficientnet_lite0"
 SAMPLE = 128  # images looked at
 BOOTSTRAP = 200  # resamples of the images
-NEAR, FAR = 0.10, 0.20  # below: near, above: far; between crops of photographs (0.03) and drawn digits (0.3)
+# below: near, above: far; between crops of photographs (0.03) and drawn digits (0.3)
+NEAR, FAR = (0.10, 0.20)
 KNN = 5  # neighbours of the second opinion
-CHANCE_NEAR, CHANCE_FAR = 0.60, 0.30  # share of the way from chance to 1 that k-NN reaches: above: near, below: far
+# share of the way from chance to 1 that k-NN reaches: above: near, below: far
+CHANCE_NEAR, CHANCE_FAR = (0.60, 0.30)
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """`word` is near, moderate, far, or unknown (a backbone with another pretraining, or no ruler here).
+    """`word` is near, moderate, far, or unknown (a backbone with another pretraining, or no ruler
+    here).
 
-    `distance` with its 90 % bootstrap interval over the images; `knn` is the leave-one-out accuracy of `KNN` cosine
-    neighbours on the backbone's pooled features, `knn_word` what it says; `notes` says where the two disagree.
+    `distance` with its 90 % bootstrap interval over the images; `knn` is the leave-one-out accuracy
+    of `KNN` cosine neighbours on the backbone's pooled features, `knn_word` what it says; `notes`
+    says where the two disagree.
     """
 
     word: str
@@ -50,11 +56,18 @@ class Similarity:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "notes": list(self.notes), "ruler": RULER, "near_below": NEAR, "far_above": FAR}
+        return {
+            **self.__dict__,
+            "notes": list(self.notes),
+            "ruler": RULER,
+            "near_below": NEAR,
+            "far_above": FAR,
+        }
 
 
 def measure(images: ImageSet, pretraining: str, *, store: Store, seed: int = 0) -> Similarity:
-    """Distance of (a seeded sample of) `images`; `pretraining` is that of the backbone which will be used."""
+    """Distance of (a seeded sample of) `images`; `pretraining` is that of the backbone which will
+    be used."""
     sample = _sample(len(images), seed)
     ruler = catalog.open_named(RULER)
     found = extraction.extract(
@@ -71,13 +84,20 @@ def measure(images: ImageSet, pretraining: str, *, store: Store, seed: int = 0) 
     layers = _running_statistics(ruler.load())
     value = distance(moments.mean(0), layers)
     rng = np.random.default_rng(seed)
-    share = rng.multinomial(len(moments), np.full(len(moments), 1 / len(moments)), size=BOOTSTRAP) / len(moments)
+    share = rng.multinomial(
+        len(moments), np.full(len(moments), 1 / len(moments)), size=BOOTSTRAP
+    ) / len(moments)
     spread = [distance(drawn, layers) for drawn in share @ moments]
     low, high = (float(q) for q in np.quantile(spread, [0.05, 0.95]))
     if pretraining != "imagenet":
-        note = f"the backbone's pretraining is {pretraining}: the distance to ImageNet's photographs says nothing about it"
+        note = (
+            f"the backbone's pretraining is {pretraining}: the distance to "
+            f"ImageNet's photographs says nothing about it"
+        )
         return Similarity("unknown", value, low, high, len(moments), None, "unknown", (note,))
-    return Similarity(_word(value), value, low, high, len(moments), None, "unknown", _border(value, low, high))
+    return Similarity(
+        _word(value), value, low, high, len(moments), None, "unknown", _border(value, low, high)
+    )
 
 
 def unknown(reason: str) -> Similarity:
@@ -85,8 +105,11 @@ def unknown(reason: str) -> Similarity:
     return Similarity("unknown", None, None, None, 0, None, "unknown", (reason,))
 
 
-def second_opinion(first: Similarity, pooled: NDArray[np.float32], y: NDArray[np.int64]) -> Similarity:
-    """Add what leave-one-out k-NN on the pooled features says: good features for these classes mean a near domain."""
+def second_opinion(
+    first: Similarity, pooled: NDArray[np.float32], y: NDArray[np.int64]
+) -> Similarity:
+    """Add what leave-one-out k-NN on the pooled features says: good features for these classes mean
+    a near domain."""
     from dataclasses import replace
 
     counts = np.bincount(y)
@@ -105,7 +128,8 @@ def second_opinion(first: Similarity, pooled: NDArray[np.float32], y: NDArray[np
     if first.word in ("near", "far") and word in ("near", "far") and word != first.word:
         notes = (
             *notes,
-            f"the two opinions disagree: the images look {first.word}, but {KNN}-NN on the features is right for {accuracy:.0%}",
+            f"the two opinions disagree: the images look {first.word}, but {KNN}-NN on the "
+            f"features is right for {accuracy:.0%}",
         )
     return replace(first, knn=accuracy, knn_word=word, notes=notes)
 
@@ -114,7 +138,8 @@ Layers = list[tuple[NDArray[np.float64], NDArray[np.float64], float]]
 
 
 def distance(moments: NDArray[np.float64], layers: Layers) -> float:
-    """The distance of pooled moments (means and mean squares, layer by layer) to running statistics `(mean, var, eps)`."""
+    """The distance of pooled moments (means and mean squares, layer by layer) to running statistics
+    `(mean, var, eps)`."""
     medians, start = [], 0
     for mean_s, var_s, eps in layers:
         width = len(mean_s)
@@ -122,7 +147,9 @@ def distance(moments: NDArray[np.float64], layers: Layers) -> float:
         start += 2 * width
         variance = np.maximum(square - mean**2, 0) + eps
         source = var_s + eps
-        medians.append(np.median((mean - mean_s) ** 2 / source + (np.sqrt(variance / source) - 1) ** 2))
+        medians.append(
+            np.median((mean - mean_s) ** 2 / source + (np.sqrt(variance / source) - 1) ** 2)
+        )
     return float(np.median(medians))
 
 
@@ -134,7 +161,9 @@ def _running_statistics(backbone: Backbone) -> Layers:
     for norm in norms:
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        layers.append((norm.running_mean.double().numpy(), norm.running_var.double().numpy(), float(norm.eps)))
+        layers.append(
+            (norm.running_mean.double().numpy(), norm.running_var.double().numpy(), float(norm.eps))
+        )
     return layers
 
 
@@ -150,4 +179,8 @@ def _word(value: float) -> str:
 
 def _border(value: float, low: float, high: float) -> tuple[str, ...]:
     words = sorted({_word(low), _word(value), _word(high)})
-    return () if len(words) == 1 else (f"the interval {low:.3f}–{high:.3f} reaches across {' and '.join(words)}",)
+    return (
+        ()
+        if len(words) == 1
+        else (f"the interval {low:.3f}–{high:.3f} reaches across {' and '.join(words)}",)
+    )

@@ -1,7 +1,9 @@
-"""Keeping a gallery quick: small segments are merged, removed images dropped, and the search index follows.
+"""Keeping a gallery quick: small segments are merged, removed images dropped, and the search index
+follows.
 
-Vectors that no search index covers are compared with one by one, so that adding a few images costs no more than them. When
-there is too much of anything (removed rows, segments, rows outside of the index), `tend` puts it right.
+Vectors that no search index covers are compared with one by one, so that adding a few images costs
+no more than them. When there is too much of anything (removed rows, segments, rows outside of the
+index), `tend` puts it right.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ MEASURED_AT = 10  # the k of an approximate index's recall
 
 
 def tend(writer: Writer, *, everything: bool = False) -> None:
-    """Merge what is due to be merged and make the search index where it is due; all of it with `everything`."""
+    """Merge what is due to be merged and make the search index where it is due; all of it with
+    `everything`."""
     with contextlib.closing(segments.read(writer.folder)) as now:
         stale = _index_is_due(now)
         numbers = _due(now, everything or stale)
@@ -48,10 +51,13 @@ def _due(now: Snapshot, everything: bool) -> list[int]:
     covered = (now.meta.get("search") or {}).get("segments", [])
     if len(rows) <= MOST_SEGMENTS:
         return []
-    # From small to large, while a segment is not much larger than all before it: each row is copied a few times in its life.
+    # From small to large, while a segment is not much larger than all before it: each row is copied
+    # a few times in its life.
     chosen: list[int] = []
     total = 0
-    for number in sorted((number for number in rows if number not in covered), key=rows.__getitem__):
+    for number in sorted(
+        (number for number in rows if number not in covered), key=rows.__getitem__
+    ):
         if len(chosen) >= 2 and rows[number] > 2 * total:
             break
         chosen.append(number)
@@ -61,14 +67,19 @@ def _due(now: Snapshot, everything: bool) -> list[int]:
 
 def _index_is_due(now: Snapshot) -> bool:
     """Whether a search index is wanted, and missing or behind."""
-    if not len(now) or _factory(len(now), int(now.meta["manifest"]["width"]), now.meta["search settings"]) == EXACT:
+    if (
+        not len(now)
+        or _factory(len(now), int(now.meta["manifest"]["width"]), now.meta["search settings"])
+        == EXACT
+    ):
         return False
     covered = (now.meta.get("search") or {}).get("rows", 0)
     return len(now.dead) - covered > UNCOVERED_SHARE * covered
 
 
 def _merge(writer: Writer, now: Snapshot, numbers: Sequence[int]) -> None:
-    """Write the images that count of these segments into a new one, and forget the others, in one commit."""
+    """Write the images that count of these segments into a new one, and forget the others, in one
+    commit."""
     now.verify(f"segments/{number}.f32" for number in numbers)
     parts = []
     for number, table, start in zip(now.segments, now.tables, now.starts.tolist(), strict=True):
@@ -76,7 +87,9 @@ def _merge(writer: Writer, now: Snapshot, numbers: Sequence[int]) -> None:
             parts.append(start + np.flatnonzero(~now.dead[start : start + len(table)]))
     positions = np.concatenate(parts)
     search = now.meta.get("search")
-    changes: dict[str, Any] = {"search": None} if search and set(search["segments"]) & set(numbers) else {}
+    changes: dict[str, Any] = (
+        {"search": None} if search and set(search["segments"]) & set(numbers) else {}
+    )
     made = writer.write_vectors(_copied(now, positions)) if len(positions) else None
     with writer.commit(**changes) as db:
         if made is not None:
@@ -110,7 +123,8 @@ def _make_index(writer: Writer) -> None:
 
 
 def _factory(n: int, d: int, settings: dict[str, Any]) -> str:
-    """The faiss factory string for n vectors of d numbers; `EXACT` where every query is compared with every vector."""
+    """The faiss factory string for n vectors of d numbers; `EXACT` where every query is compared
+    with every vector."""
     asked: str = settings["factory"]
     return spec.choose(n, d, settings["memory_mb"]) if asked == "auto" else asked
 
@@ -122,7 +136,8 @@ def index_file(
     settings: dict[str, Any],
     progress: Callable[[float, str], None] | None = None,
 ) -> tuple[Stored, dict[str, Any]] | None:
-    """Build and write a search index over `table`, the rows of the segments `numbers`; None where exact search serves.
+    """Build and write a search index over `table`, the rows of the segments `numbers`; None where
+    exact search serves.
 
     `settings` holds `factory`, `recall` and `memory_mb`, as `index.build` takes them.
     """
@@ -131,8 +146,16 @@ def index_file(
         return None
     from retrieval import index
 
-    made = index.build(table, factory=factory, recall=settings["recall"], k=MEASURED_AT, progress=progress)
+    made = index.build(
+        table, factory=factory, recall=settings["recall"], k=MEASURED_AT, progress=progress
+    )
     name = f"search/{writer.meta['generation'] + 1}.faiss"
     stored = writer.write_file(name, made.save)
-    about = {"file": name, "rows": len(table), "segments": list(numbers), "spec": asdict(made.spec), "words": str(made.spec)}
+    about = {
+        "file": name,
+        "rows": len(table),
+        "segments": list(numbers),
+        "spec": asdict(made.spec),
+        "words": str(made.spec),
+    }
     return stored, about

@@ -1,4 +1,5 @@
-"""A contact sheet: answers as one HTML page that holds its own thumbnails, so that it opens anywhere, without network."""
+"""A contact sheet: answers as one HTML page that holds its own thumbnails, so that it opens
+anywhere, without network."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ QUALITY = 80
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem auto; max-width: 80rem; padding: 0 1rem; }
+body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem auto; max-width: 80rem;
+  padding: 0 1rem; }
 section { margin-bottom: 2.5rem; }
 h1 { font-size: 1.3rem; } h2 { font-size: 1rem; overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .75rem; }
@@ -30,22 +32,35 @@ img { max-width: 100%; max-height: 9rem; border-radius: .25rem; }
 figcaption { font-size: .8rem; overflow-wrap: anywhere; }
 .score { font-variant-numeric: tabular-nums; font-weight: 600; }
 .more { opacity: .7; }
-.mark { display: inline-block; border: 1px solid; border-radius: 1rem; padding: 0 .5rem; margin: .15rem .25rem 0 0; }
+.mark { display: inline-block; border: 1px solid; border-radius: 1rem; padding: 0 .5rem;
+  margin: .15rem .25rem 0 0; }
 """
 
 
 def page(answers: Sequence[Answer], root: Path, title: str) -> str:
-    """The page of `answers`; hits are read below `root`, queries where their names say. What cannot be shown says so."""
+    """The page of `answers`; hits are read below `root`, queries where their names say. What cannot
+    be shown says so."""
     parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title>"]
-    parts.append(f'<meta name=viewport content="width=device-width"><style>{STYLE}</style><h1>{escape(title)}</h1>')
+    parts.append(
+        f"<meta name=viewport "
+        f'content="width=device-width"><style>{STYLE}</style><h1>{escape(title)}</h1>'
+    )
     for answer in answers:
         parts.append(f"<section><h2>{_name(answer.query)}</h2><div class=grid>")
         parts += [_figure(Path(name), name, "query", "") for name in answer.parts]
         for hit in answer.hits:
             more = _marks(hit, hit.path)
-            more += "".join(f"<div class=more>= {_name(path)} {_marks(hit, path)}</div>" for path in hit.also)
-            more += "".join(f"<div class=more>≈ {_name(path)} {_marks(hit, path)}</div>" for path in hit.similar)
-            parts.append(_figure(root / hit.path, hit.path, "", f"<div class=score>{hit.score:.3f}</div>", more))
+            more += "".join(
+                f"<div class=more>= {_name(path)} {_marks(hit, path)}</div>" for path in hit.also
+            )
+            more += "".join(
+                f"<div class=more>≈ {_name(path)} {_marks(hit, path)}</div>" for path in hit.similar
+            )
+            parts.append(
+                _figure(
+                    root / hit.path, hit.path, "", f"<div class=score>{hit.score:.3f}</div>", more
+                )
+            )
         parts.append("</div>")
         if not answer.hits:
             parts.append("<p>Nothing was found.</p>")
@@ -63,7 +78,9 @@ def _marks(hit: Hit, path: str) -> str:
 
 def _figure(file: Path, name: str, kind: str, score: str, more: str = "") -> str:
     try:
-        picture = f'<img alt="{_name(name)}" src="data:image/jpeg;base64,{thumbnail(file.read_bytes())}">'
+        picture = (
+            f'<img alt="{_name(name)}" src="data:image/jpeg;base64,{thumbnail(file.read_bytes())}">'
+        )
     except (OSError, decode.DecodeError) as error:
         picture = f"<span>cannot be shown: {escape(_why(error))}</span>"
     return (

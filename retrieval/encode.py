@@ -1,8 +1,10 @@
-"""From an image to its vector: which network, read where, seen how, normalised how; and the manifest that holds it all.
+"""From an image to its vector: which network, read where, seen how, normalised how; and the
+manifest that holds it all.
 
-A vector is the mean over scales and views of the unit-length features (the taps side by side, each at unit length), at
-unit length again; with whitening, rotated and rescaled, and once more at unit length. So the inner product of two vectors
-is their cosine. What made the vectors of a gallery is in its manifest; a query made in any other way is refused.
+A vector is the mean over scales and views of the unit-length features (the taps side by side, each
+at unit length), at unit length again; with whitening, rotated and rescaled, and once more at unit
+length. So the inner product of two vectors is their cosine. What made the vectors of a gallery is
+in its manifest; a query made in any other way is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
     from finetune.backbones.stages import Backbone
 
 ROWS = 4096  # vectors made at once
-SIDE = 32  # input sizes of other scales are rounded to a multiple of it, the stride of most networks
+SIDE = (
+    32  # input sizes of other scales are rounded to a multiple of it, the stride of most networks
+)
 VIEWS = {False: ("",), True: ("", "flip")}
 
 Load = Callable[[], "Backbone"]
@@ -43,10 +47,12 @@ Load = Callable[[], "Backbone"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns images into vectors. `networks` holds one description a scale, `loads` what gives their torch backbones.
+    """Turns images into vectors. `networks` holds one description a scale, `loads` what gives their
+    torch backbones.
 
-    `engine` and `precision` are what is really used. `save_weights` writes the weights as safetensors where a query could
-    not find them elsewhere, else it is None. `run` is (path, digest of its run.json) where they are a run's.
+    `engine` and `precision` are what is really used. `save_weights` writes the weights as
+    safetensors where a query could not find them elsewhere, else it is None. `run` is (path, digest
+    of its run.json) where they are a run's.
     """
 
     networks: tuple[Network, ...]
@@ -68,7 +74,7 @@ class Encoder:
         return sum(self.networks[0].width(tap) for tap in self.taps)
 
 
-# ------------------------------------------------------------------------------------------------------------ opening
+# ------------------------------------------------------------------------------------------ opening
 
 
 def open_named(
@@ -82,7 +88,8 @@ def open_named(
     engine_name: str = "auto",
     precision: str = "auto",
 ) -> Encoder:
-    """The encoder of a network by name. Raises `UserError` for what does not exist or cannot be had."""
+    """The encoder of a network by name. Raises `UserError` for what does not exist or cannot be
+    had."""
     from finetune.backbones import catalog
     from finetune.backbones import weights as home
 
@@ -90,8 +97,14 @@ def open_named(
     base = catalog.open_named(name, weights, size)
     kind = home.find(name, weights).kind
     if kind == "random" and len(scales) > 1:
-        raise UserError("random weights cannot be loaded a second time", where="--scales", fix="save them, and give the file")
-    others = {s: catalog.open_named(name, weights, _side(base.network, s)) for s in scales if s != 1.0}
+        raise UserError(
+            "random weights cannot be loaded a second time",
+            where="--scales",
+            fix="save them, and give the file",
+        )
+    others = {
+        s: catalog.open_named(name, weights, _side(base.network, s)) for s in scales if s != 1.0
+    }
     opened = [others.get(s, base) for s in scales]
     used, bits = device.resolve(engine_name, precision)
 
@@ -123,7 +136,8 @@ def open_run(
     engine_name: str | None = None,
     precision: str | None = None,
 ) -> Encoder:
-    """The encoder of a finished run's network, read where its head reads it unless `taps` are given."""
+    """The encoder of a finished run's network, read where its head reads it unless `taps` are
+    given."""
     from finetune import classifier, run
     from finetune.backbones import catalog
 
@@ -134,8 +148,12 @@ def open_run(
     for scale in scales:
         network, load = model.network, model.load
         if scale != 1.0:
-            load = functools.cache(functools.partial(_load_sized, model.network, weights, _side(model.network, scale)))
-            network = catalog.framed(load().network, "whole" if model.network.preprocess.squash else "crop")
+            load = functools.cache(
+                functools.partial(_load_sized, model.network, weights, _side(model.network, scale))
+            )
+            network = catalog.framed(
+                load().network, "whole" if model.network.preprocess.squash else "crop"
+            )
         networks.append(network)
         loads.append(load)
     used, bits = device.resolve(model.engine, model.precision)
@@ -182,7 +200,7 @@ def run_digest(folder: Path) -> str:
     return files.file_digest(folder / "run.json")
 
 
-# ------------------------------------------------------------------------------------------------------------ manifest
+# ----------------------------------------------------------------------------------------- manifest
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
@@ -201,20 +219,27 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         "engine": encoder.engine,
         "precision": encoder.precision,
         "network format": engine.FORMAT,
-        "whitening": None if whitening is None else files.digest(whitening.mean.tobytes(), whitening.matrix.tobytes()),
+        "whitening": None
+        if whitening is None
+        else files.digest(whitening.mean.tobytes(), whitening.matrix.tobytes()),
     }
     return json.loads(json.dumps(about))
 
 
 def check_manifest(index: dict[str, Any], other: dict[str, Any], where: object = None) -> None:
-    """Refuse to compare vectors that were made in different ways: a `UserError` names the first field that differs."""
+    """Refuse to compare vectors that were made in different ways: a `UserError` names the first
+    field that differs."""
     for field in dict.fromkeys((*index, *other)):
         a, b = index.get(field), other.get(field)
         if a != b:
             fix = "build the index again, or make the query as the index was made"
             if field == "engine" and a == "openvino":
                 fix = "pip install openvino, or build the index again with --engine torch"
-            raise UserError(f"{field} differs: the index has {_short(a)}, the query {_short(b)}", where=where, fix=fix)
+            raise UserError(
+                f"{field} differs: the index has {_short(a)}, the query {_short(b)}",
+                where=where,
+                fix=fix,
+            )
 
 
 def _short(value: Any) -> str:
@@ -223,7 +248,8 @@ def _short(value: Any) -> str:
 
 
 def from_manifest(folder: Path, manifest: dict[str, Any]) -> Encoder:
-    """The encoder that made the vectors of the gallery in `folder`; refused where this machine would make other ones.
+    """The encoder that made the vectors of the gallery in `folder`; refused where this machine
+    would make other ones.
 
     No torch is imported before a network has to be converted.
     """
@@ -234,13 +260,17 @@ def from_manifest(folder: Path, manifest: dict[str, Any]) -> Encoder:
     used = about["engine"] if about["engine"] != "openvino" or device.has_openvino() else "torch"
     encoder = Encoder(
         networks=networks,
-        loads=tuple(functools.cache(functools.partial(_load_again, network, source)) for network in networks),
+        loads=tuple(
+            functools.cache(functools.partial(_load_again, network, source)) for network in networks
+        ),
         taps=tuple(Tap.parse(text) for text in about["taps"]),
         scales=tuple(about["scales"]),
         views=tuple(about["views"]),
         engine=used,
         precision=about["precision"],
-        whitening=Whitening.load(folder / manifest["whitening file"]) if manifest.get("whitening file") else None,
+        whitening=Whitening.load(folder / manifest["whitening file"])
+        if manifest.get("whitening file")
+        else None,
     )
     check_manifest(about, describe(encoder), folder)
     return encoder
@@ -258,17 +288,25 @@ def _load_again(network: Network, source: str) -> Backbone:
 
     own = create.load(network.name, source, network.preprocess.size)
     if own.network.digest != network.digest:
-        what = f"weights differ: the index has {network.digest[:12]} ({network.source}), here are {own.network.digest[:12]}"
-        raise UserError(what, where=network.name, fix="install the weights that the index was made with, or build it again")
+        what = (
+            f"weights differ: the index has {network.digest[:12]} ({network.source}), "
+            f"here are {own.network.digest[:12]}"
+        )
+        raise UserError(
+            what,
+            where=network.name,
+            fix="install the weights that the index was made with, or build it again",
+        )
     return dataclasses.replace(own, network=network)
 
 
-# ------------------------------------------------------------------------------------------------------------ encoding
+# ----------------------------------------------------------------------------------------- encoding
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Features of images, ready to become vectors block by block. `images` are those that could be read, `faults` the others."""
+    """Features of images, ready to become vectors block by block. `images` are those that could be
+    read, `faults` the others."""
 
     encoder: Encoder
     images: ImageSet
@@ -276,41 +314,67 @@ class Encoded:
     parts: tuple[tuple[Features, NDArray[np.int64]], ...]
 
     def blocks(self, at: NDArray[np.int64] | None = None) -> Iterator[Rows]:
-        """Vectors of the images at positions `at` (all of them), `(m, width)` each, not yet checked for length."""
+        """Vectors of the images at positions `at` (all of them), `(m, width)` each, not yet checked
+        for length."""
         at = np.arange(len(self.images)) if at is None else at
         for start in range(0, len(at), ROWS):
             rows = at[start : start + ROWS]
-            seen = [[np.asarray(part.blocks[tap][where[rows]]) for tap in self.encoder.taps] for part, where in self.parts]
+            seen = [
+                [np.asarray(part.blocks[tap][where[rows]]) for tap in self.encoder.taps]
+                for part, where in self.parts
+            ]
             yield combine(self.encoder, seen)
 
 
 def from_store(
-    encoder: Encoder, source: ImageSet, digests: Sequence[str], store: Store, progress: Progress | None = None
+    encoder: Encoder,
+    source: ImageSet,
+    digests: Sequence[str],
+    store: Store,
+    progress: Progress | None = None,
 ) -> Encoded:
-    """Features of images by way of the store: the network sees unknown content alone. What cannot be read is a fault.
+    """Features of images by way of the store: the network sees unknown content alone. What cannot
+    be read is a fault.
 
     An image whose features are all zero has no direction: it is a fault, too.
     """
     parts = [
         extraction.extract(
-            source, network, encoder.taps, load, store=store, engine_name=encoder.engine, precision=encoder.precision,
-            view=view, on_bad="skip", known=digests, progress=progress,
+            source,
+            network,
+            encoder.taps,
+            load,
+            store=store,
+            engine_name=encoder.engine,
+            precision=encoder.precision,
+            view=view,
+            on_bad="skip",
+            known=digests,
+            progress=progress,
         )
         for network, load in zip(encoder.networks, encoder.loads, strict=True)
         for view in encoder.views
-    ]  # fmt: skip
+    ]
     faults = {fault.path: fault for part in parts for fault in part.faults}
     found = _kept(encoder, source, parts, faults)
     for start in range(0, len(found.images), ROWS):
         rows = np.arange(start, min(start + ROWS, len(found.images)))
-        alive = [np.any(part.blocks[tap][where[rows]], axis=1) for part, where in found.parts for tap in encoder.taps]
+        alive = [
+            np.any(part.blocks[tap][where[rows]], axis=1)
+            for part, where in found.parts
+            for tap in encoder.taps
+        ]
         for i in rows[~np.logical_or.reduce(alive)].tolist():
             faults[found.images.paths[i]] = _no_direction(found.images.paths[i])
     return _kept(encoder, source, parts, faults)
 
 
-def _kept(encoder: Encoder, source: ImageSet, parts: Sequence[Features], faults: dict[str, Fault]) -> Encoded:
-    good = np.array([i for i, path in enumerate(source.paths) if path not in faults], dtype=np.int64)
+def _kept(
+    encoder: Encoder, source: ImageSet, parts: Sequence[Features], faults: dict[str, Fault]
+) -> Encoded:
+    good = np.array(
+        [i for i, path in enumerate(source.paths) if path not in faults], dtype=np.int64
+    )
     kept = source.subset(good)
     where = []
     for part in parts:
@@ -326,19 +390,28 @@ def _no_direction(path: str) -> Fault:
 def open_runners(encoder: Encoder) -> tuple[engine.Runner, ...]:
     """The networks of an encoder, ready to run: one a scale."""
     return tuple(
-        engine.open_runner(network, encoder.taps, load, engine=encoder.engine, precision=encoder.precision)
+        engine.open_runner(
+            network, encoder.taps, load, engine=encoder.engine, precision=encoder.precision
+        )
         for network, load in zip(encoder.networks, encoder.loads, strict=True)
     )
 
 
 def directly(
-    encoder: Encoder, source: ImageSet, runners: Sequence[engine.Runner], progress: Progress | None = None
+    encoder: Encoder,
+    source: ImageSet,
+    runners: Sequence[engine.Runner],
+    progress: Progress | None = None,
 ) -> tuple[Rows, dict[int, Fault]]:
-    """Vectors of images `(n, width)` past the store, and the faults by position; the row of a fault is zero."""
+    """Vectors of images `(n, width)` past the store, and the faults by position; the row of a fault
+    is zero."""
     faults: dict[int, Fault] = {}
     seen: list[list[Rows]] = []
     for network, runner in zip(encoder.networks, runners, strict=True):
-        seen += [_read(encoder.taps, source, network, runner, view, faults, progress) for view in encoder.views]
+        seen += [
+            _read(encoder.taps, source, network, runner, view, faults, progress)
+            for view in encoder.views
+        ]
     plain = combine(dataclasses.replace(encoder, whitening=None), seen)
     for i in np.flatnonzero(~np.any(plain, axis=1)).tolist():
         faults.setdefault(i, _no_direction(source.paths[i]))
@@ -356,17 +429,21 @@ def _read(
     faults: dict[int, Fault],
     progress: Progress | None,
 ) -> list[Rows]:
-    """A block of features a tap, `(n, width)`; new faults join the others, the rows of all of them are zero."""
+    """A block of features a tap, `(n, width)`; new faults join the others, the rows of all of them
+    are zero."""
     blocks = [np.zeros((len(source), network.width(tap)), np.float32) for tap in taps]
     todo = [i for i in range(len(source)) if i not in faults]
-    for batch, outputs in extraction.stream(source, todo, network, lambda: runner, faults, view=view, progress=progress):
+    for batch, outputs in extraction.stream(
+        source, todo, network, lambda: runner, faults, view=view, progress=progress
+    ):
         for block, output in zip(blocks, outputs, strict=True):
             block[batch] = output
     return blocks
 
 
 def combine(encoder: Encoder, seen: Sequence[Sequence[Rows]]) -> Rows:
-    """Vectors of features: `seen[view][tap]` is `(m, width of the tap)`, a view being one of scales × views."""
+    """Vectors of features: `seen[view][tap]` is `(m, width of the tap)`, a view being one of scales
+    × views."""
     total = unit(side_by_side(seen[0], normalize=True))
     for blocks in seen[1:]:
         total += unit(side_by_side(blocks, normalize=True))

@@ -1,7 +1,9 @@
-"""How good a gallery's answers are: judged by folder names or by a table of pairs, and its near-duplicates.
+"""How good a gallery's answers are: judged by folder names or by a table of pairs, and its
+near-duplicates.
 
-Rankings are exact, so that the figures are those of the features; what a search index loses beside them is measured apart.
-A query that is in the gallery is known by its digest and is left out of its own ranking.
+Rankings are exact, so that the figures are those of the features; what a search index loses beside
+them is measured apart. A query that is in the gallery is known by its digest and is left out of its
+own ranking.
 """
 
 from __future__ import annotations
@@ -36,10 +38,12 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Judged:
-    """`metrics` by name, each a mean over queries with its interval. `depth` results a query were judged.
+    """`metrics` by name, each a mean over queries with its interval. `depth` results a query were
+    judged.
 
-    `left_out` counts images that could not be queries: without a folder, or in two; `search` says how the gallery searches
-    and `search_recall` which share of the exact results that finds (1 where it is exact).
+    `left_out` counts images that could not be queries: without a folder, or in two; `search` says
+    how the gallery searches and `search_recall` which share of the exact results that finds (1
+    where it is exact).
     """
 
     queries: int
@@ -51,7 +55,10 @@ class Judged:
     search_recall: float
 
     def to_json(self) -> dict[str, Any]:
-        values = {name: {key: _number(value) for key, value in asdict(one).items()} for name, one in self.metrics.items()}
+        values = {
+            name: {key: _number(value) for key, value in asdict(one).items()}
+            for name, one in self.metrics.items()
+        }
         return {**asdict(self), "metrics": values}
 
     def to_text(self) -> str:
@@ -61,8 +68,12 @@ class Judged:
         if without := next(iter(self.metrics.values())).left_out:
             lines.append(f"  {without} queries have nothing to find and are left out of the means")
         if self.left_out:
-            lines.append(f"  left out as queries: {self.left_out} of the images, in no folder or in two")
-        lines.append(f"search: {self.search}; it finds {self.search_recall:.1%} of what exact search finds")
+            lines.append(
+                f"  left out as queries: {self.left_out} of the images, in no folder or in two"
+            )
+        lines.append(
+            f"search: {self.search}; it finds {self.search_recall:.1%} of what exact search finds"
+        )
         return "\n".join(lines)
 
 
@@ -78,8 +89,8 @@ def _number(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Queries:
-    """Vectors `(q, d)`, the positions of the queries themselves (−1: not in the gallery), and for each the mask of its
-    positives over the images that count, `(n,)`."""
+    """Vectors `(q, d)`, the positions of the queries themselves (−1: not in the gallery), and for
+    each the mask of its positives over the images that count, `(n,)`."""
 
     vectors: Rows
     own: Ints
@@ -87,17 +98,25 @@ class _Queries:
 
 
 def by_folder(
-    gallery: Gallery, queries: Path | None = None, *, ks: Sequence[int] = KS, limit: int = 2000, seed: int = 0
+    gallery: Gallery,
+    queries: Path | None = None,
+    *,
+    ks: Sequence[int] = KS,
+    limit: int = 2000,
+    seed: int = 0,
 ) -> Judged:
-    """Judge with folder names as classes: two images match if the first folders on their ways have the same name.
+    """Judge with folder names as classes: two images match if the first folders on their ways have
+    the same name.
 
-    The queries are the gallery's own images, at most `limit` of them, drawn by `seed`; or the images in the folder
-    `queries`, with its own folders as classes.
+    The queries are the gallery's own images, at most `limit` of them, drawn by `seed`; or the
+    images in the folder `queries`, with its own folders as classes.
     """
     _refuse_empty(gallery)
     positions, ids = gallery.now.everything()
     names = _labels(gallery, ids.tolist())
-    codes = {name: i for i, name in enumerate(dict.fromkeys(name for name in names if name is not None))}
+    codes = {
+        name: i for i, name in enumerate(dict.fromkeys(name for name in names if name is not None))
+    }
     labels = np.array([-1 if name is None else codes[name] for name in names], dtype=np.int64)
     if queries is None:
         able = np.flatnonzero(labels >= 0)
@@ -117,13 +136,17 @@ def by_folder(
         raise UserError(
             "no image lies in a folder, so that none has a class",
             where=queries or gallery.folder,
-            fix="say in a table which images match: --labels pairs.csv, with the columns query,match",
+            fix="say in a table which images match: --labels pairs.csv, "
+            "with the columns query,match",
         )
-    return _judge(gallery, positions, _Queries(vectors, own, lambda i: labels == asked[i]), ks, left_out)
+    return _judge(
+        gallery, positions, _Queries(vectors, own, lambda i: labels == asked[i]), ks, left_out
+    )
 
 
 def by_pairs(gallery: Gallery, table: Path, *, ks: Sequence[int] = KS) -> Judged:
-    """Judge with a CSV of `query,match`: a line a pair, both as paths of the gallery or relative to the table's folder.
+    """Judge with a CSV of `query,match`: a line a pair, both as paths of the gallery or relative to
+    the table's folder.
 
     A query may be a file that is not in the gallery; a match has to be in it.
     """
@@ -131,7 +154,10 @@ def by_pairs(gallery: Gallery, table: Path, *, ks: Sequence[int] = KS) -> Judged
     wanted = _read_pairs(table)
     positions, ids = gallery.now.everything()
     place = {number: i for i, number in enumerate(ids.tolist())}
-    known = {from_database(path): place[image] for path, image in gallery.now.db.execute("select path, image from path")}
+    known = {
+        from_database(path): place[image]
+        for path, image in gallery.now.db.execute("select path, image from path")
+    }
     root = gallery.root
 
     def find(text: str) -> int | None:
@@ -148,17 +174,23 @@ def by_pairs(gallery: Gallery, table: Path, *, ks: Sequence[int] = KS) -> Judged
         for (at, line), (text, _) in zip(found, matches, strict=True):
             if at is None:
                 raise UserError(
-                    f"{text!r} is not in the gallery", where=f"{table}, line {line}", fix="give a path of the gallery"
+                    f"{text!r} is not in the gallery",
+                    where=f"{table}, line {line}",
+                    fix="give a path of the gallery",
                 )
         truth.append(np.array([at for at, _ in found], dtype=np.int64))
     inside = [find(query) for query in wanted]
     own = np.array([-1 if at is None else positions[at] for at in inside], dtype=np.int64)
     vectors = np.zeros((len(own), int(gallery.manifest["width"])), np.float32)
     vectors[own >= 0] = gallery.now.vectors(own[own >= 0])
-    outside = [(i, query) for i, (query, at) in enumerate(zip(wanted, inside, strict=True)) if at is None]
+    outside = [
+        (i, query) for i, (query, at) in enumerate(zip(wanted, inside, strict=True)) if at is None
+    ]
     if outside:
         paths = tuple(written(query, table.parent) for _, query in outside)
-        source = ImageSet(str(table), table.parent, paths, np.full(len(paths), -1, dtype=np.int64), ())
+        source = ImageSet(
+            str(table), table.parent, paths, np.full(len(paths), -1, dtype=np.int64), ()
+        )
         vectors[[i for i, _ in outside]], own[[i for i, _ in outside]] = _vectors(gallery, source)
 
     def positives(i: int) -> NDArray[np.bool_]:
@@ -182,13 +214,23 @@ def _read_pairs(table: Path) -> dict[str, list[tuple[str, int]]]:
             reader = csv.reader(file)
             header = [name.strip().lower() for name in next(reader, [])]
             if header[:2] != ["query", "match"]:
-                raise UserError(f"the first line is {','.join(header)!r}", where=table, fix="it must be: query,match")
+                raise UserError(
+                    f"the first line is {','.join(header)!r}",
+                    where=table,
+                    fix="it must be: query,match",
+                )
             for row in reader:
                 if len(row) < 2 or not row[0].strip() or not row[1].strip():
-                    raise UserError("a query or its match is missing", where=f"{table}, line {reader.line_num}")
+                    raise UserError(
+                        "a query or its match is missing", where=f"{table}, line {reader.line_num}"
+                    )
                 wanted.setdefault(row[0].strip(), []).append((row[1].strip(), reader.line_num))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot be read as a table ({error})", where=table, fix="give a UTF-8 CSV of query,match") from error
+        raise UserError(
+            f"cannot be read as a table ({error})",
+            where=table,
+            fix="give a UTF-8 CSV of query,match",
+        ) from error
     if not wanted:
         raise UserError("holds no pairs", where=table, fix="write a line of query,match for each")
     return wanted
@@ -203,7 +245,8 @@ def _vectors(gallery: Gallery, source: ImageSet) -> tuple[Rows, Ints]:
 
 
 def _labels(gallery: Gallery, ids: Sequence[int]) -> list[str | None]:
-    """The first folder on the way of each image, seen from the gallery's folder that holds it; None for none, or for two."""
+    """The first folder on the way of each image, seen from the gallery's folder that holds it; None
+    for none, or for two."""
     rows = gallery.now.db.execute("select path from source").fetchall()
     sources = sorted((from_database(path) for (path,) in rows), key=len, reverse=True)
     paths = gallery.now.paths(ids)
@@ -214,7 +257,9 @@ def _labels(gallery: Gallery, ids: Sequence[int]) -> list[str | None]:
     return found
 
 
-def _judge(gallery: Gallery, positions: Ints, queries: _Queries, ks: Sequence[int], left_out: int) -> Judged:
+def _judge(
+    gallery: Gallery, positions: Ints, queries: _Queries, ks: Sequence[int], left_out: int
+) -> Judged:
     base = gallery.now.table()
     n, k = len(positions), max(ks)
     depth = n if n <= FULL else min(n, max(DEPTH, k))
@@ -233,16 +278,27 @@ def _judge(gallery: Gallery, positions: Ints, queries: _Queries, ks: Sequence[in
             order = _first(row, depth)
             found[i], totals[i] = mask[order], mask.sum()
             best.append(positions[order[: min(k, n - (own[i] >= 0))]])
-    names = {f"{name}@{at}": measure(found, totals, at) for name, measure in _MEASURES.items() for at in ks}
+    names = {
+        f"{name}@{at}": measure(found, totals, at)
+        for name, measure in _MEASURES.items()
+        for at in ks
+    }
     end = "" if depth == n else f"@{depth}"
-    names |= {f"mAP{end}": metrics.average_precision(found, totals), f"MRR{end}": metrics.reciprocal_rank(found, totals)}
+    names |= {
+        f"mAP{end}": metrics.average_precision(found, totals),
+        f"MRR{end}": metrics.reciprocal_rank(found, totals),
+    }
     summaries = {name: metrics.summarise(values) for name, values in names.items()}
     recall = _search_recall(gallery, queries, best, k)
     kind = "exact" if gallery.index is None else gallery.index.spec.factory
     return Judged(len(own), n, depth, summaries, left_out, kind, recall)
 
 
-_MEASURES = {"recall": metrics.recall_at, "precision": metrics.precision_at, "success": metrics.success_at}
+_MEASURES = {
+    "recall": metrics.recall_at,
+    "precision": metrics.precision_at,
+    "success": metrics.success_at,
+}
 
 
 def _first(scores: NDArray[np.float32], depth: int) -> Ints:
@@ -259,19 +315,22 @@ def _search_recall(gallery: Gallery, queries: _Queries, best: Sequence[Ints], k:
         return 1.0
     own = [[int(position)] if position >= 0 else [] for position in queries.own]
     found = gallery.ranked(queries.vectors, k, own)
-    shares = [len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, best, strict=True) if len(b)]
+    shares = [
+        len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, best, strict=True) if len(b)
+    ]
     return float(np.mean(shares)) if shares else 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------- duplicates
+# --------------------------------------------------------------------------------------- duplicates
 
 
 def duplicates(gallery: Gallery, threshold: float) -> list[dict[str, Any]]:
-    """Groups of images that are alike, the most alike first: `{"score": …, "paths": […]}`, with `missing_paths` and
-    `changed_paths` where files are not what the gallery remembers.
+    """Groups of images that are alike, the most alike first: `{"score": …, "paths": […]}`, with
+    `missing_paths` and `changed_paths` where files are not what the gallery remembers.
 
-    Two images whose cosine is at least `threshold` are in one group, and so is what is alike to either; `score` is the
-    lowest cosine of the pairs that hold a group together. Files of the same bytes are a group of score 1.
+    Two images whose cosine is at least `threshold` are in one group, and so is what is alike to
+    either; `score` is the lowest cosine of the pairs that hold a group together. Files of the same
+    bytes are a group of score 1.
     """
     _, ids = gallery.now.everything()
     files, root = gallery.now.files(ids.tolist()), gallery.root
@@ -298,4 +357,8 @@ def duplicates(gallery: Gallery, threshold: float) -> list[dict[str, Any]]:
 def _group(score: float, known: hits.Known, root: Path) -> dict[str, Any]:
     missing, changed = hits.gone(root, known)
     marks = {"missing_paths": sorted(missing), "changed_paths": sorted(changed)}
-    return {"score": score, "paths": sorted(known), **{name: paths for name, paths in marks.items() if paths}}
+    return {
+        "score": score,
+        "paths": sorted(known),
+        **{name: paths for name, paths in marks.items() if paths},
+    }

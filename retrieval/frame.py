@@ -1,9 +1,12 @@
-"""Which part of a picture the network looks at: the centre crop of its weights' own transform, or the whole picture, squashed.
+"""Which part of a picture the network looks at: the centre crop of its weights' own transform, or
+the whole picture, squashed.
 
-A crop loses the ends of long pictures for good, and pictures that differ only there become duplicates of each other. So the
-whole is taken unless the crop finds better on a sample, by more than one paired standard error, as in `finetune fit`. Where
-folders name classes, better means average precision with every picture as a query; without classes, how surely an altered copy
-of a picture (its sides cut or mirrored outwards, brighter or darker, smaller, a JPEG) finds it among the others.
+A crop loses the ends of long pictures for good, and pictures that differ only there become
+duplicates of each other. So the whole is taken unless the crop finds better on a sample, by more
+than one paired standard error, as in `finetune fit`. Where folders name classes, better means
+average precision with every picture as a query; without classes, how surely an altered copy of a
+picture (its sides cut or mirrored outwards, brighter or darker, smaller, a JPEG) finds it among the
+others.
 """
 
 from __future__ import annotations
@@ -32,10 +35,12 @@ from retrieval import encode, metrics
 from retrieval.encode import Encoder
 from retrieval.vectors import Ints, Rows
 
-FRAMES = {"crop": "crop", "squash": "whole", "whole": "whole"}  # as users write them → as `catalog.framed` calls them
+# as users write them → as `catalog.framed` calls them
+FRAMES = {"crop": "crop", "squash": "whole", "whole": "whole"}
 SAMPLE = 200  # pictures that decide
 FEW = 20  # fewer decide nothing
-SQUARE = 0.03  # where the crop costs less than this share of the pictures, on average, for their shape, it stays
+# where the crop costs less than this share of the pictures, on average, for their shape, it stays
+SQUARE = 0.03
 SAME, APART = 0.99, 0.95  # cosines: two pictures that look the same, and surely not
 CUT = 0.08  # of a side, at most, that an altered copy loses or gains
 LONGEST = 8192  # pixels of an altered copy: a JPEG has limits
@@ -58,25 +63,41 @@ def seen(encoder: Encoder) -> str:
 
 
 def check(encoder: Encoder, asked: str | None) -> None:
-    """Refuse a frame that does not exist, and one that is not that of the run: its network has learned with its own."""
+    """Refuse a frame that does not exist, and one that is not that of the run: its network has
+    learned with its own."""
     if asked not in (None, "auto", *FRAMES):
-        raise UserError(f"no frame is called {asked!r}", where="--frame", fix="choose auto, crop or squash")
+        raise UserError(
+            f"no frame is called {asked!r}", where="--frame", fix="choose auto, crop or squash"
+        )
     if encoder.run and asked not in (None, "auto") and FRAMES[str(asked)] != FRAMES[seen(encoder)]:
-        what = f"the run {encoder.run[0]} looks at pictures in the frame {seen(encoder)!r}, not {asked!r}"
+        what = (
+            f"the run {encoder.run[0]} looks at pictures in the "
+            f"frame {seen(encoder)!r}, not {asked!r}"
+        )
         raise UserError(what, where="--frame", fix="leave out --frame: a run brings its own")
 
 
 def framed(encoder: Encoder, name: str) -> Encoder:
     """The encoder of a named network, looking at pictures in another frame."""
-    return dataclasses.replace(encoder, networks=tuple(catalog.framed(network, FRAMES[name]) for network in encoder.networks))
+    return dataclasses.replace(
+        encoder,
+        networks=tuple(catalog.framed(network, FRAMES[name]) for network in encoder.networks),
+    )
 
 
 def choose(
-    encoder: Encoder, source: ImageSet, digests: Sequence[str], folders: Sequence[str | None], store: Store, seed: int = 0
+    encoder: Encoder,
+    source: ImageSet,
+    digests: Sequence[str],
+    folders: Sequence[str | None],
+    store: Store,
+    seed: int = 0,
 ) -> Frame:
-    """Crop or squash, from a sample of `source`; `folders` names the class of each image where there is one.
+    """Crop or squash, from a sample of `source`; `folders` names the class of each image where
+    there is one.
 
-    The features of the sample go through the store, so that those of the chosen frame are not made again.
+    The features of the sample go through the store, so that those of the chosen frame are not made
+    again.
     """
     if seen(encoder) == "squash":
         return Frame("squash", "as the weights were trained")
@@ -92,7 +113,12 @@ def choose(
     if len(part) < FEW:
         return Frame("squash", f"{words}; too few to measure more: {len(part)}")
     alone = dataclasses.replace(
-        encoder, networks=encoder.networks[:1], loads=encoder.loads[:1], scales=(1.0,), views=("",), whitening=None
+        encoder,
+        networks=encoder.networks[:1],
+        loads=encoder.loads[:1],
+        scales=(1.0,),
+        views=("",),
+        whitening=None,
     )
     sample, known = source.subset(part), [digests[i] for i in part]
     tables, kept = _tables(alone, sample, known, store)
@@ -102,13 +128,22 @@ def choose(
         better, numbers = _by_class(tables, labels[part][kept])
     else:
         better, numbers = _by_copies(alone, sample.subset(kept), tables, seed)
-    alike = np.triu((tables["crop"] @ tables["crop"].T >= SAME) & (tables["squash"] @ tables["squash"].T < APART), 1).sum()
-    pairs = f"; {alike} pair{'s look' if alike > 1 else ' looks'} the same in the crop alone" if alike else ""
+    alike = np.triu(
+        (tables["crop"] @ tables["crop"].T >= SAME)
+        & (tables["squash"] @ tables["squash"].T < APART),
+        1,
+    ).sum()
+    pairs = (
+        f"; {alike} pair{'s look' if alike > 1 else ' looks'} the same in the crop alone"
+        if alike
+        else ""
+    )
     return Frame("crop" if better else "squash", f"{numbers}; {words}{pairs}")
 
 
 def first_folder(path: str, sources: Sequence[str]) -> str | None:
-    """The first folder on the way of an image, seen from that of `sources` which holds it; None where it lies in none."""
+    """The first folder on the way of an image, seen from that of `sources` which holds it; None
+    where it lies in none."""
     for source in sources:
         if source != "." and path.startswith(f"{source}/"):
             path = path[len(source) + 1 :]
@@ -116,11 +151,12 @@ def first_folder(path: str, sources: Sequence[str]) -> str | None:
     return path.split("/")[0] if "/" in path else None
 
 
-# ------------------------------------------------------------------------------------------------------------ the sample
+# --------------------------------------------------------------------------------------- the sample
 
 
 def _drawn(labels: Ints, known: NDArray[np.bool_], seed: int) -> Ints:
-    """At most `SAMPLE` images of classes with at least two, as many of each as can be; none where classes say nothing."""
+    """At most `SAMPLE` images of classes with at least two, as many of each as can be; none where
+    classes say nothing."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.flatnonzero(known))
     members: dict[int, list[int]] = defaultdict(list)
@@ -149,22 +185,33 @@ def _cut(sample: ImageSet) -> float:
     return float(np.mean(lost)) if lost else 0.0
 
 
-def _tables(encoder: Encoder, sample: ImageSet, digests: Sequence[str], store: Store) -> tuple[dict[str, Rows], Ints]:
-    """Vectors of the sample in both frames, and the positions of the pictures that could be read."""
-    found = {name: encode.from_store(framed(encoder, name), sample, digests, store) for name in ("crop", "squash")}
+def _tables(
+    encoder: Encoder, sample: ImageSet, digests: Sequence[str], store: Store
+) -> tuple[dict[str, Rows], Ints]:
+    """Vectors of the sample in both frames, and the positions of the pictures that could be
+    read."""
+    found = {
+        name: encode.from_store(framed(encoder, name), sample, digests, store)
+        for name in ("crop", "squash")
+    }
     readable = set.intersection(*(set(one.images.paths) for one in found.values()))
     tables = {}
     for name, one in found.items():
-        at = np.array([i for i, path in enumerate(one.images.paths) if path in readable], dtype=np.int64)
+        at = np.array(
+            [i for i, path in enumerate(one.images.paths) if path in readable], dtype=np.int64
+        )
         tables[name] = np.concatenate([np.zeros((0, encoder.width), np.float32), *one.blocks(at)])
-    return tables, np.array([i for i, path in enumerate(sample.paths) if path in readable], dtype=np.int64)
+    return tables, np.array(
+        [i for i, path in enumerate(sample.paths) if path in readable], dtype=np.int64
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
 
 
 def _better(gain: Floats) -> tuple[bool, float]:
-    """Whether the crop is better by more than one standard error of the paired differences, and that error."""
+    """Whether the crop is better by more than one standard error of the paired differences, and
+    that error."""
     error = float(gain.std() / math.sqrt(len(gain)))
     return bool(gain.mean() > error), error
 
@@ -182,29 +229,46 @@ def _by_class(tables: dict[str, Rows], labels: Ints) -> tuple[bool, str]:
         precision[name] = metrics.average_precision(hits[good], totals[good])
         first[name] = metrics.success_at(hits[good], totals[good], 1).mean()
     better, error = _better(precision["crop"] - precision["squash"])
-    means = {name: f"mAP {values.mean():.3f}, the first right {first[name]:.1%}" for name, values in precision.items()}
+    means = {
+        name: f"mAP {values.mean():.3f}, the first right {first[name]:.1%}"
+        for name, values in precision.items()
+    }
     words = f"{means['squash']}; in the crop {means['crop']} (paired error of mAP {error:.3f}"
     return better, f"{words}; {len(precision['crop'])} images by their folders)"
 
 
-def _by_copies(encoder: Encoder, sample: ImageSet, tables: dict[str, Rows], seed: int) -> tuple[bool, str]:
-    """An altered copy of every picture is a query for it: by log loss, after one fitted temperature a frame."""
+def _by_copies(
+    encoder: Encoder, sample: ImageSet, tables: dict[str, Rows], seed: int
+) -> tuple[bool, str]:
+    """An altered copy of every picture is a query for it: by log loss, after one fitted temperature
+    a frame."""
     pre = encoder.networks[0].preprocess
     with ThreadPoolExecutor(hardware.cores()) as pool:
-        made = pool.map(lambda i: _altered(sample.read(i), pre, np.random.default_rng([seed, i])), range(len(sample)))
+        made = pool.map(
+            lambda i: _altered(sample.read(i), pre, np.random.default_rng([seed, i])),
+            range(len(sample)),
+        )
         copies = dict(zip(sample.paths, made, strict=True))
     queries = dataclasses.replace(sample, source=copies.__getitem__)
-    runners = encode.open_runners(encoder)  # how a picture is cut to the input is no part of the network
+    # how a picture is cut to the input is no part of the network
+    runners = encode.open_runners(encoder)
     losses, first = {}, {}
     for name, table in tables.items():
         asked, _ = encode.directly(framed(encoder, name), queries, runners)
         scores = (asked @ table.T).astype(np.float64)
         own = np.diagonal(scores)
         first[name] = np.mean((scores >= own[:, None]).sum(axis=1) == 1)
-        losses[name] = min((_log_loss(scores, own, t) for t in TEMPERATURES), key=lambda loss: float(loss.mean()))
+        losses[name] = min(
+            (_log_loss(scores, own, t) for t in TEMPERATURES), key=lambda loss: float(loss.mean())
+        )
     better, error = _better(losses["squash"] - losses["crop"])
-    means = {name: f"{first[name]:.1%} (log loss {loss.mean():.3f})" for name, loss in losses.items()}
-    words = f"altered copies find {len(sample)} pictures first in {means['squash']}, in the crop {means['crop']}"
+    means = {
+        name: f"{first[name]:.1%} (log loss {loss.mean():.3f})" for name, loss in losses.items()
+    }
+    words = (
+        f"altered copies find {len(sample)} pictures first in "
+        f"{means['squash']}, in the crop {means['crop']}"
+    )
     return better, f"{words}, paired error {error:.3f}"
 
 
@@ -215,7 +279,8 @@ def _log_loss(scores: Floats, own: Floats, temperature: float) -> Floats:
 
 
 def _altered(data: bytes, pre: Preprocess, rng: np.random.Generator) -> bytes:
-    """A copy as copies come about: each side cut, or mirrored outwards, a little; brighter or darker; smaller; a JPEG."""
+    """A copy as copies come about: each side cut, or mirrored outwards, a little; brighter or
+    darker; smaller; a JPEG."""
     image: Any = decode.decode(data, short_side=math.ceil(pre.resize * decode.DRAFT_MARGIN))
     shrink = max(1.0, min(image.size) / (pre.resize * decode.DRAFT_MARGIN)) / rng.uniform(0.5, 1)
     width, height = image.size

@@ -1,4 +1,5 @@
-"""What a query found, and what has become of the files since: pure values, one look at the disk a path."""
+"""What a query found, and what has become of the files since: pure values, one look at the disk a
+path."""
 
 from __future__ import annotations
 
@@ -12,16 +13,17 @@ from typing import Any
 from finetune.names import shown, typed
 
 SAME, MISSING, CHANGED = "the same file", "missing", "changed since"
-Known = Mapping[str, tuple[int, int]]  # path → bytes and time of change in ns, as an index remembers them
+# path → bytes and time of change in ns, as an index remembers them
+Known = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One image of an answer. `score` is the cosine; `also` are further paths of the same bytes, `similar` the paths of
-    near-duplicates that were collapsed into it.
+    """One image of an answer. `score` is the cosine; `also` are further paths of the same bytes,
+    `similar` the paths of near-duplicates that were collapsed into it.
 
-    `same`: it has the very bytes of the query. `missing` are those of its paths where no file is any more, `changed` those
-    whose file has another size or time than the index remembers.
+    `same`: it has the very bytes of the query. `missing` are those of its paths where no file is
+    any more, `changed` those whose file has another size or time than the index remembers.
     """
 
     id: int
@@ -34,16 +36,30 @@ class Hit:
     changed: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """`same`, `missing` and `changed` are there where they are true, and speak of `path`; the lists are of all paths."""
-        lists = {"also": self.also, "similar": self.similar, "missing_paths": self.missing, "changed_paths": self.changed}
+        """`same`, `missing` and `changed` are there where they are true, and speak of `path`; the
+        lists are of all paths."""
+        lists = {
+            "also": self.also,
+            "similar": self.similar,
+            "missing_paths": self.missing,
+            "changed_paths": self.changed,
+        }
         more = {name: [shown(path) for path in paths] for name, paths in lists.items() if paths}
-        marks = {"same": self.same, "missing": self.path in self.missing, "changed": self.path in self.changed}
+        marks = {
+            "same": self.same,
+            "missing": self.path in self.missing,
+            "changed": self.path in self.changed,
+        }
         words = {name: True for name, is_so in marks.items() if is_so}
         return {"path": shown(self.path), "score": self.score, "id": self.id, **words, **more}
 
     def marks(self, path: str) -> list[str]:
         """What to know of one of the paths, in words."""
-        words = ((SAME, self.same and path not in self.similar), (MISSING, path in self.missing), (CHANGED, path in self.changed))
+        words = (
+            (SAME, self.same and path not in self.similar),
+            (MISSING, path in self.missing),
+            (CHANGED, path in self.changed),
+        )
         return [word for word, is_so in words if is_so]
 
 
@@ -59,7 +75,8 @@ class Answer:
         return {"query": shown(self.query), "hits": [hit.to_json() for hit in self.hits]}
 
     def to_text(self) -> str:
-        """A line a hit, below it a line for each further path; what is to be known of a path stands behind it."""
+        """A line a hit, below it a line for each further path; what is to be known of a path stands
+        behind it."""
         lines = [shown(self.query)]
         for hit in self.hits:
             lines.append(f"  {hit.score:6.3f}  {_marked(hit, hit.path)}")
@@ -74,17 +91,20 @@ def _marked(hit: Hit, path: str) -> str:
 
 
 def gone(root: Path, known: Known) -> tuple[list[str], list[str]]:
-    """The paths where no file is any more, and those whose size or time is another: one look at each, no byte is read."""
+    """The paths where no file is any more, and those whose size or time is another: one look at
+    each, no byte is read."""
     missing, changed = [], []
     for path, (size, mtime) in known.items():
         try:
-            info = os.stat(os.path.join(root, path))  # noqa: PTH116, PTH118
+            info = os.stat(os.path.join(root, path))
         except OSError:
             missing.append(path)
             continue
         if not S_ISREG(info.st_mode):
             missing.append(path)
-        elif info.st_size != size or (mtime >= 0 and info.st_mtime_ns != mtime):  # below 0: its time was not settled
+        elif info.st_size != size or (
+            mtime >= 0 and info.st_mtime_ns != mtime
+        ):  # below 0: its time was not settled
             changed.append(path)
     return missing, changed
 
@@ -93,7 +113,14 @@ def advice(missing: Iterable[str], changed: Iterable[str], index: Path) -> tuple
     """One line on files that are not what the index remembers; none where all are."""
     counts = ((len(set(missing)), MISSING), (len(set(changed)), CHANGED))
     words = " and ".join(f"{count} {word}" for count, word in counts if count)
-    return (f"of the files shown, {words}: `retrieve sync {typed(index)}` brings the index up to date",) if words else ()
+    return (
+        (
+            f"of the files shown, {words}: `retrieve sync "
+            f"{typed(index)}` brings the index up to date",
+        )
+        if words
+        else ()
+    )
 
 
 def others(paths: Sequence[str], root: Path, file: Path) -> tuple[str, ...]:

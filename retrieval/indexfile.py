@@ -1,9 +1,10 @@
-"""The file of an index: what the index library wrote, and behind it a description that its digest guards.
+"""The file of an index: what the index library wrote, and behind it a description that its digest
+guards.
 
     payload | description (JSON) | SHA-256 of the description | its length, 8 bytes | magic, 8 bytes
 
-The payload comes first so that its own library can map it into memory, or open the file by itself: it ignores the rest.
-Nothing in it is pickled, and it is checked before any reader interprets it.
+The payload comes first so that its own library can map it into memory, or open the file by itself:
+it ignores the rest. Nothing in it is pickled, and it is checked before any reader interprets it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ CHUNK = 1 << 22
 AGAIN = "restore it from a copy, or build the index again"
 
 
-def write(path: Path, description: dict[str, Any], feed: Callable[[Callable[[bytes], None]], None]) -> None:
-    """Write an index file, whole or not at all. `feed` is given a function that takes the payload piece by piece."""
+def write(
+    path: Path, description: dict[str, Any], feed: Callable[[Callable[[bytes], None]], None]
+) -> None:
+    """Write an index file, whole or not at all. `feed` is given a function that takes the payload
+    piece by piece."""
     with files.atomic(path) as temporary, temporary.open("wb") as file:
         state = hashlib.sha256()
 
@@ -42,7 +46,8 @@ def write(path: Path, description: dict[str, Any], feed: Callable[[Callable[[byt
 def read(path: Path, *, verify: bool = True) -> dict[str, Any]:
     """The description of an index file. `verify` reads the payload too and compares its digest.
 
-    Raises `UserError` for a missing file, one of another kind, and any damage: cut short, or a byte changed.
+    Raises `UserError` for a missing file, one of another kind, and any damage: cut short, or a byte
+    changed.
     """
     try:
         with path.open("rb") as file:
@@ -58,10 +63,16 @@ def _read(file: BinaryIO, path: Path, verify: bool) -> dict[str, Any]:
     file.seek(max(0, size - TAIL))
     tail = file.read(TAIL)
     if len(tail) < TAIL or not tail.endswith(MAGIC):
-        raise UserError(f"no index file of this version, or cut short ({size:,} bytes)", where=path, fix=AGAIN)
+        raise UserError(
+            f"no index file of this version, or cut short ({size:,} bytes)", where=path, fix=AGAIN
+        )
     length = int.from_bytes(tail[32:40], "little")
     if length > min(size - TAIL, LONGEST):
-        raise UserError(f"damaged: a description of {length:,} bytes in a file of {size:,}", where=path, fix=AGAIN)
+        raise UserError(
+            f"damaged: a description of {length:,} bytes in a file of {size:,}",
+            where=path,
+            fix=AGAIN,
+        )
     file.seek(size - TAIL - length)
     text = file.read(length)
     if hashlib.sha256(text).digest() != tail[:32]:
@@ -70,9 +81,15 @@ def _read(file: BinaryIO, path: Path, verify: bool) -> dict[str, Any]:
         description = json.loads(text)
         expected, digest = int(description["payload bytes"]), str(description["payload sha256"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"damaged: its description does not parse ({error})", where=path, fix=AGAIN) from error
+        raise UserError(
+            f"damaged: its description does not parse ({error})", where=path, fix=AGAIN
+        ) from error
     if expected != size - TAIL - length:
-        raise UserError(f"damaged: {size - TAIL - length:,} bytes where {expected:,} were written", where=path, fix=AGAIN)
+        raise UserError(
+            f"damaged: {size - TAIL - length:,} bytes where {expected:,} were written",
+            where=path,
+            fix=AGAIN,
+        )
     if verify and _digest(file, expected) != digest:
         raise UserError("damaged: its content is not what was written", where=path, fix=AGAIN)
     return dict(description)

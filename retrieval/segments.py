@@ -1,17 +1,18 @@
-"""The durable ground below a gallery: immutable files of vectors, and one database that says which of them count.
+"""The durable ground below a gallery: immutable files of vectors, and one database that says which
+of them count.
 
 A folder `photos.index/` holds
 
-    gallery.sqlite      what exists: images, paths, segments, the manifest; its commits are the only moments of change
-    segments/N.f32      unit vectors, little-endian float32, row by row; never changed after the rename that made them
-    search/G.faiss      where the gallery is large: an index over some of the segments
-    network/            weights and whitening that a query needs and cannot find elsewhere
-    manifest.json       a copy of the manifest, for people
-    writer.lock         one writer at a time
+    gallery.sqlite      what exists: images, paths, segments, the manifest; its commits are the only
+    moments of change segments/N.f32      unit vectors, little-endian float32, row by row; never
+    changed after the rename that made them search/G.faiss      where the gallery is large: an index
+    over some of the segments network/            weights and whitening that a query needs and
+    cannot find elsewhere manifest.json       a copy of the manifest, for people writer.lock
+    one writer at a time
 
-A writer makes new files durable first (file, fsync, rename, fsync of the folder), then one transaction makes them count.
-What a killed writer leaves behind counts for nothing and is swept by the next. A reader sees the gallery as of the moment
-when it came, whatever writers do afterwards.
+A writer makes new files durable first (file, fsync, rename, fsync of the folder), then one
+transaction makes them count. What a killed writer leaves behind counts for nothing and is swept by
+the next. A reader sees the gallery as of the moment when it came, whatever writers do afterwards.
 """
 
 from __future__ import annotations
@@ -35,11 +36,20 @@ FORMAT = 1
 SEAL = "seal"  # a key of the table `meta`
 DATABASE, LOCK, MANIFEST = "gallery.sqlite", "writer.lock", "manifest.json"
 FOLDERS = ("segments", "search", "network")
-OURS = {MANIFEST, *FOLDERS, *(name + end for name in (DATABASE, LOCK) for end in ("", "-wal", "-shm", "-journal"))}
-VERIFIED_BYTES = 64_000_000  # up to here every reader checks the content of all files, beyond it their sizes
+OURS = {
+    MANIFEST,
+    *FOLDERS,
+    *(name + end for name in (DATABASE, LOCK) for end in ("", "-wal", "-shm", "-journal")),
+}
+VERIFIED_BYTES = (
+    64_000_000  # up to here every reader checks the content of all files, beyond it their sizes
+)
 LOOKUP = 900  # bound values a query: below SQLite's limit
-CHECKED_BYTES = 1_000_000  # up to here every reader checks the database's rows against its indexes, 15 ms for 1,000 images
-REBUILD = "restore the index from a copy, or build it again: `retrieve build IMAGES -o INDEX --force`"
+# up to here every reader checks the database's rows against its indexes, 15 ms for 1,000 images
+CHECKED_BYTES = 1_000_000
+REBUILD = (
+    "restore the index from a copy, or build it again: `retrieve build IMAGES -o INDEX --force`"
+)
 
 Rows = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -47,18 +57,24 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Stored:
-    """A file of the gallery as it was written: its name relative to the folder, its size and the SHA-256 of its bytes."""
+    """A file of the gallery as it was written: its name relative to the folder, its size and the
+    SHA-256 of its bytes."""
 
     name: str
     bytes: int
     digest: str
 
     def check(self, folder: Path, *, content: bool) -> None:
-        """Refuse a file that is not what was written. A missing one is a `FileNotFoundError`: see `read`."""
+        """Refuse a file that is not what was written. A missing one is a `FileNotFoundError`: see
+        `read`."""
         path = folder / self.name
         size = path.stat().st_size
         if size != self.bytes:
-            raise UserError(f"damaged: {size:,} bytes where {self.bytes:,} were written", where=path, fix=REBUILD)
+            raise UserError(
+                f"damaged: {size:,} bytes where {self.bytes:,} were written",
+                where=path,
+                fix=REBUILD,
+            )
         if content and files.file_digest(path) != self.digest:
             raise UserError("damaged: its content is not what was written", where=path, fix=REBUILD)
 
@@ -67,8 +83,9 @@ class Stored:
 class Snapshot:
     """A gallery as of one moment; the open transaction of `db` keeps it so until `close`.
 
-    Vectors have *positions*: the rows of `tables`, one segment after the other, from `starts[i]` on; the segments that
-    the search index covers come first. `dead` (n,) bool marks the rows of removed images.
+    Vectors have *positions*: the rows of `tables`, one segment after the other, from `starts[i]`
+    on; the segments that the search index covers come first. `dead` (n,) bool marks the rows of
+    removed images.
     """
 
     folder: Path
@@ -111,7 +128,9 @@ class Snapshot:
             start = int(self.starts[i])
             rows = (positions[owner == i] - start).tolist()
             query = "select row, id from image where segment = ? and row in ({marks})"
-            found.update({start + row: number for row, number in self.select(query, rows, self.segments[i])})
+            found.update(
+                {start + row: number for row, number in self.select(query, rows, self.segments[i])}
+            )
         return [found[int(p)] for p in positions]
 
     def positions(self, digests: Sequence[str]) -> dict[str, tuple[int, int, bool]]:
@@ -120,14 +139,18 @@ class Snapshot:
         query = "select digest, id, segment, row, alive from image where digest in ({marks})"
         found = self.select(query, [bytes.fromhex(d) for d in digests])
         with damaged_rows(self.folder):
-            return {digest.hex(): (number, start[segment] + row, bool(alive)) for digest, number, segment, row, alive in found}
+            return {
+                digest.hex(): (number, start[segment] + row, bool(alive))
+                for digest, number, segment, row, alive in found
+            }
 
     def paths(self, ids: Sequence[int]) -> dict[int, tuple[str, ...]]:
         """The paths of images, sorted."""
         return {number: tuple(sorted(files)) for number, files in self.files(ids).items()}
 
     def files(self, ids: Sequence[int]) -> dict[int, dict[str, tuple[int, int]]]:
-        """The files of images: path → bytes and time of change, as they were when they were last looked at."""
+        """The files of images: path → bytes and time of change, as they were when they were last
+        looked at."""
         found: dict[int, dict[str, tuple[int, int]]] = {number: {} for number in ids}
         query = "select image, path, size, mtime from path where image in ({marks})"
         for number, path, size, mtime in self.select(query, list(found)):
@@ -140,12 +163,15 @@ class Snapshot:
         with database_errors(self.folder):
             rows = self.db.execute("select segment, row, id from image where alive = 1").fetchall()
         with damaged_rows(self.folder):
-            table = np.array([(start[segment] + row, number) for segment, row, number in rows], dtype=np.int64).reshape(-1, 2)
+            table = np.array(
+                [(start[segment] + row, number) for segment, row, number in rows], dtype=np.int64
+            ).reshape(-1, 2)
         table = table[np.argsort(table[:, 0])]
         return table[:, 0], table[:, 1]
 
     def table(self) -> Rows:
-        """The vectors of all images that count, by position; not copied where one segment holds exactly them."""
+        """The vectors of all images that count, by position; not copied where one segment holds
+        exactly them."""
         if len(self.tables) == 1 and not self.dead.any():
             return self.tables[0]
         return self.vectors(np.flatnonzero(~self.dead))
@@ -156,7 +182,8 @@ class Snapshot:
             return select(self.db, query, values, *first)
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Read every byte of these files, or of everything. Raises `UserError` naming what is damaged or missing."""
+        """Read every byte of these files, or of everything. Raises `UserError` naming what is
+        damaged or missing."""
         wanted = None if names is None else set(names)
         if wanted is None:
             check_rows(self.db, self.folder)
@@ -174,25 +201,37 @@ class Snapshot:
         try:
             word = "" if copy.read_bytes() == manifest_text(self.meta) else "another one"
         except OSError as error:
-            word = "missing" if isinstance(error, FileNotFoundError) else f"not readable ({error.strerror})"
+            word = (
+                "missing"
+                if isinstance(error, FileNotFoundError)
+                else f"not readable ({error.strerror})"
+            )
         if word:
             fix = "any change writes it again: `retrieve compact INDEX`"
-            raise UserError(f"the copy of the manifest is {word}; the index itself is whole", where=copy, fix=fix)
+            raise UserError(
+                f"the copy of the manifest is {word}; the index itself is whole",
+                where=copy,
+                fix=fix,
+            )
 
 
 def read(folder: Path) -> Snapshot:
-    """The gallery in `folder`, as it is now. Raises `UserError` where there is none, and for damaged files."""
+    """The gallery in `folder`, as it is now. Raises `UserError` where there is none, and for
+    damaged files."""
     before = None
     while True:
         db = open_database(folder)
         try:
             return _load(folder, db)
         except FileNotFoundError as error:
-            # A writer may have swept a segment between our look at the database and at the file: look again.
+            # A writer may have swept a segment between our look at the database and at the file:
+            # look again.
             (now,) = db.execute("select value from meta where key = 'generation'").fetchone()
             db.close()
             if now == before:
-                raise UserError("damaged: this file is missing", where=error.filename, fix=REBUILD) from error
+                raise UserError(
+                    "damaged: this file is missing", where=error.filename, fix=REBUILD
+                ) from error
             before = now
         except BaseException:
             db.close()
@@ -220,7 +259,10 @@ def open_database(folder: Path) -> sqlite3.Connection:
         try:
             return _connect(f"{uri}?mode=ro", folder)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+            if error.sqlite_errorcode & 0xFF not in (
+                sqlite3.SQLITE_CANTOPEN,
+                sqlite3.SQLITE_READONLY,
+            ):
                 raise
             # A folder that cannot be written holds no writer, so that no lock is needed.
             return _connect(f"{uri}?mode=ro&immutable=1", folder)
@@ -248,14 +290,19 @@ def has_index(db: sqlite3.Connection) -> bool:
 def _load(folder: Path, db: sqlite3.Connection) -> Snapshot:
     with database_errors(folder):
         meta = read_meta(db, folder)
-        known = {number: (file, rows) for number, file, rows in db.execute("select number, file, rows from segment")}
+        known = {
+            number: (file, rows)
+            for number, file, rows in db.execute("select number, file, rows from segment")
+        }
         gone = db.execute("select segment, row from image where alive = 0").fetchall()
     check(db, folder)
     with damaged_rows(folder):
         covered = (meta.get("search") or {}).get("segments", [])
         order = (*covered, *sorted(set(known) - set(covered)))
         width = int(meta["manifest"]["width"])
-        tables = tuple(open_table(folder / known[number][0], width, known[number][1]) for number in order)
+        tables = tuple(
+            open_table(folder / known[number][0], width, known[number][1]) for number in order
+        )
         starts = np.cumsum([0, *(len(table) for table in tables)], dtype=np.int64)
         dead = np.zeros(starts[-1], dtype=np.bool_)
         begin = dict(zip(order, starts.tolist(), strict=False))
@@ -270,12 +317,15 @@ def stored_files(db: sqlite3.Connection, folder: Path) -> list[Stored]:
 
 
 def check(db: sqlite3.Connection, folder: Path) -> None:
-    """Refuse a gallery that is not as it was written: by content, or where it is large, by the sizes of its files.
+    """Refuse a gallery that is not as it was written: by content, or where it is large, by the
+    sizes of its files.
 
     Raises `UserError`, and `FileNotFoundError` for a file that is not there.
     """
     with database_errors(folder):
-        (size,) = db.execute("select page_count * page_size from pragma_page_count, pragma_page_size").fetchone()
+        (size,) = db.execute(
+            "select page_count * page_size from pragma_page_count, pragma_page_size"
+        ).fetchone()
     if size <= CHECKED_BYTES:
         check_rows(db, folder)
     stored = stored_files(db, folder)
@@ -286,7 +336,8 @@ def check(db: sqlite3.Connection, folder: Path) -> None:
 
 
 def check_rows(db: sqlite3.Connection, folder: Path) -> None:
-    """Refuse a database whose pages are not in order, or whose rows are not those that its indexes know."""
+    """Refuse a database whose pages are not in order, or whose rows are not those that its indexes
+    know."""
     with database_errors(folder):
         (word,) = db.execute("pragma integrity_check(1)").fetchone()
     if word != "ok":
@@ -298,28 +349,40 @@ def open_table(path: Path, width: int, rows: int | None = None) -> Rows:
     size = path.stat().st_size
     rows = size // (4 * width) if rows is None else rows
     if size != rows * width * 4:
-        raise UserError(f"damaged: it does not hold {rows:,} rows of {width} numbers", where=path, fix=REBUILD)
+        raise UserError(
+            f"damaged: it does not hold {rows:,} rows of {width} numbers", where=path, fix=REBUILD
+        )
     return np.memmap(path, dtype="<f4", mode="r", shape=(rows, width))
 
 
-def select(db: sqlite3.Connection, query: str, values: Sequence[Any], *first: Any) -> list[tuple[Any, ...]]:
-    """Rows of a query that holds `in ({marks})`: asked in parts, since SQLite bounds the number of values."""
+def select(
+    db: sqlite3.Connection, query: str, values: Sequence[Any], *first: Any
+) -> list[tuple[Any, ...]]:
+    """Rows of a query that holds `in ({marks})`: asked in parts, since SQLite bounds the number of
+    values."""
     found: list[tuple[Any, ...]] = []
     for i in range(0, len(values), LOOKUP):
         part = values[i : i + LOOKUP]
-        found += db.execute(query.format(marks=",".join("?" * len(part))), (*first, *part)).fetchall()
+        found += db.execute(
+            query.format(marks=",".join("?" * len(part))), (*first, *part)
+        ).fetchall()
     return found
 
 
 def below(path: str) -> tuple[str, list[str | bytes]]:
-    """The condition that a column `path` is this path or lies below it, and its values. Names that are no UTF-8 are bytes."""
+    """The condition that a column `path` is this path or lies below it, and its values. Names that
+    are no UTF-8 are bytes."""
     start, end = f"{path}/", f"{path}0"  # 0 comes right after the slash
     ranges = [to_database(start), to_database(end), as_bytes(start), as_bytes(end)]
-    return "(path = ? or (path > ? and path < ?) or (path > ? and path < ?))", [to_database(path), *ranges]
+    return "(path = ? or (path > ? and path < ?) or (path > ? and path < ?))", [
+        to_database(path),
+        *ranges,
+    ]
 
 
 def read_meta(db: sqlite3.Connection, folder: Path) -> dict[str, Any]:
-    """The values of the table `meta`; another format is refused, and what is not as it was written."""
+    """The values of the table `meta`; another format is refused, and what is not as it was
+    written."""
     texts = dict(db.execute("select key, value from meta"))
     sealed = texts.pop(SEAL, None)
     meta = {key: json.loads(value) for key, value in texts.items()}
@@ -329,7 +392,9 @@ def read_meta(db: sqlite3.Connection, folder: Path) -> dict[str, Any]:
     with damaged_rows(folder):
         generation, digest = json.loads(sealed) if sealed is not None else (-1, "")
         # Version 0.1.0 keeps the seal of a generation before its own: it says nothing then.
-        if generation > meta["generation"] or (generation == meta["generation"] and digest != seal(texts)):
+        if generation > meta["generation"] or (
+            generation == meta["generation"] and digest != seal(texts)
+        ):
             raise ValueError("its description is not what was written")
     return meta
 
@@ -350,7 +415,11 @@ def damaged_rows(folder: Path) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
-        words = str(error) if type(error) is ValueError else f"its rows contradict each other ({error!r})"
+        words = (
+            str(error)
+            if type(error) is ValueError
+            else f"its rows contradict each other ({error!r})"
+        )
         raise UserError(f"damaged: {words}", where=folder / DATABASE, fix=REBUILD) from error
 
 
@@ -360,12 +429,15 @@ def missing_files() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise UserError("damaged: this file is missing", where=error.filename, fix=REBUILD) from error
+        raise UserError(
+            "damaged: this file is missing", where=error.filename, fix=REBUILD
+        ) from error
 
 
 @contextlib.contextmanager
 def database_errors(folder: Path) -> Iterator[None]:
-    """Turn SQLite's errors into a `UserError`: a full disk, a folder that cannot be written, damage."""
+    """Turn SQLite's errors into a `UserError`: a full disk, a folder that cannot be written,
+    damage."""
     try:
         yield
     except (sqlite3.Error, json.JSONDecodeError) as error:
@@ -375,7 +447,10 @@ def database_errors(folder: Path) -> Iterator[None]:
         elif "locked" in words:
             what, fix = "another process is at work here", "wait until it ends"
         elif "readonly" in words or "unable to open" in words:
-            what, fix = "cannot be written", "mend the permissions, or copy the index to a place of your own"
+            what, fix = (
+                "cannot be written",
+                "mend the permissions, or copy the index to a place of your own",
+            )
         else:
             what, fix = "damaged", REBUILD
         raise UserError(f"{what} ({words})", where=folder / DATABASE, fix=fix) from error

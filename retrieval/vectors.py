@@ -1,4 +1,5 @@
-"""Vectors before and beside any index, in NumPy alone: made ready for cosine search, whitened, compared pair by pair."""
+"""Vectors before and beside any index, in NumPy alone: made ready for cosine search, whitened,
+compared pair by pair."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ Progress = Callable[[float, str], None]
 BLOCK = 65_536  # rows read at once
 NAMED = 10  # bad rows that a message names
 ROUNDING = 1e-6  # float32 inner products of unit vectors are this sure
-SHORTEN_FROM, SAMPLE = 2000, 1024  # rows: of `near_duplicates` where shorter rows pay; to choose their length on
+# rows: of `near_duplicates` where shorter rows pay; to choose their length on
+SHORTEN_FROM, SAMPLE = (2000, 1024)
 AXES = (32, 64, 128, 256)
 REST = 4e-6  # added to the squared length of what the axes leave: more than float32 rounds away
 PAIR_COST, WORTH = 100.0, 0.7  # one pair looked up, and the least gain, in full products a pair
@@ -30,7 +32,8 @@ CROWD = 0.01  # share of a block's pairs from which the whole block is compared
 
 
 class BadRows(UserError):  # noqa: N818 — it says what is wrong with the rows, not that something went wrong
-    """Rows that cannot be searched for: NaN, infinite, or all zeros. `rows` are their numbers, for the caller to name."""
+    """Rows that cannot be searched for: NaN, infinite, or all zeros. `rows` are their numbers, for
+    the caller to name."""
 
     def __init__(self, rows: list[int], total: int) -> None:
         self.rows = rows
@@ -42,10 +45,11 @@ class BadRows(UserError):  # noqa: N818 — it says what is wrong with the rows,
 
 
 def prepare(X: ArrayLike) -> Rows:
-    """A copy of `X` `(n, d)` made ready for search: float32, C-contiguous, every row at unit length.
+    """A copy of `X` `(n, d)` made ready for search: float32, C-contiguous, every row at unit
+    length.
 
-    Inner products of such rows are cosines. Raises `BadRows` for rows that have no direction, `UserError` for anything
-    that is not a table of real numbers.
+    Inner products of such rows are cosines. Raises `BadRows` for rows that have no direction,
+    `UserError` for anything that is not a table of real numbers.
     """
     given = np.asarray(X)
     if (
@@ -53,13 +57,17 @@ def prepare(X: ArrayLike) -> Rows:
         or given.shape[1] == 0
         or not (np.issubdtype(given.dtype, np.floating) or np.issubdtype(given.dtype, np.integer))
     ):
-        raise UserError(f"vectors of shape {given.shape} and type {given.dtype}", fix="give a table (rows, numbers) of floats")
+        raise UserError(
+            f"vectors of shape {given.shape} and type {given.dtype}",
+            fix="give a table (rows, numbers) of floats",
+        )
     wide = given if given.dtype == np.float64 else given.astype(np.float32)
     largest = np.abs(wide).max(axis=1, initial=0)
     bad = ~(np.isfinite(largest) & (largest > 0))
     if bad.any():
         raise BadRows(np.flatnonzero(bad).tolist(), len(given))
-    scaled = wide / largest[:, None]  # first by the largest entry: squares of very large or small ones leave float32's range
+    # first by the largest entry: squares of very large or small ones leave float32's range
+    scaled = wide / largest[:, None]
     scaled /= np.linalg.norm(scaled, axis=1, keepdims=True)
     return np.ascontiguousarray(scaled, dtype=np.float32)
 
@@ -71,10 +79,12 @@ def blocks(n: int, size: int = BLOCK) -> Iterator[slice]:
 
 
 def check_prepared(X: Rows) -> None:
-    """Refuse a table that `prepare` did not make. Reads it block by block, so that it may be memory-mapped."""
+    """Refuse a table that `prepare` did not make. Reads it block by block, so that it may be
+    memory-mapped."""
     if X.ndim != 2 or X.dtype != np.float32 or 0 in X.shape:
         raise UserError(
-            f"vectors of shape {X.shape} and type {X.dtype}", fix="give float32 rows at unit length, as `prepare` makes them"
+            f"vectors of shape {X.shape} and type {X.dtype}",
+            fix="give float32 rows at unit length, as `prepare` makes them",
         )
     for part in blocks(len(X)):
         norms = np.einsum("ij,ij->i", X[part], X[part])
@@ -82,11 +92,12 @@ def check_prepared(X: Rows) -> None:
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             raise UserError(
-                f"row {part.start + row} has length {math.sqrt(abs(norms[row])):.6g}, not 1", fix="use `prepare` first"
+                f"row {part.start + row} has length {math.sqrt(abs(norms[row])):.6g}, not 1",
+                fix="use `prepare` first",
             )
 
 
-# --- what every search does --------------------------------------------------------------------------------------------
+# --- what every search does ---------------------------------------------------------------------
 
 
 def unit_queries(Q: ArrayLike, k: int, d: int) -> Rows:
@@ -95,7 +106,9 @@ def unit_queries(Q: ArrayLike, k: int, d: int) -> Rows:
     given = np.asarray(Q)
     if given.ndim != 2 or given.shape[1] != d:
         raise UserError(
-            f"queries of shape {given.shape}", where="query", fix=f"the index holds vectors of {d} numbers: give (q, {d})"
+            f"queries of shape {given.shape}",
+            where="query",
+            fix=f"the index holds vectors of {d} numbers: give (q, {d})",
         )
     return prepare(given)
 
@@ -107,12 +120,20 @@ def row_mask(exclude: ArrayLike | None, n: int) -> Mask | None:
     given = np.asarray(exclude)
     if given.dtype == np.bool_:
         if given.shape != (n,):
-            raise UserError(f"a mask of shape {given.shape}", where="exclude", fix=f"the index holds {n} vectors")
+            raise UserError(
+                f"a mask of shape {given.shape}",
+                where="exclude",
+                fix=f"the index holds {n} vectors",
+            )
         return given if given.any() else None
     if not given.size:
         return None
     if not np.issubdtype(given.dtype, np.integer) or given.min() < 0 or given.max() >= n:
-        raise UserError(f"positions from {given.min()} to {given.max()}", where="exclude", fix=f"the index holds 0 to {n - 1}")
+        raise UserError(
+            f"positions from {given.min()} to {given.max()}",
+            where="exclude",
+            fix=f"the index holds 0 to {n - 1}",
+        )
     mask = np.zeros(n, np.bool_)
     mask[given] = True
     return mask
@@ -135,7 +156,8 @@ def repeated(positions: Ints) -> Mask:
 
 
 def swaps(n: int, held: Ints) -> tuple[Ints, Ints]:
-    """Which slots hold another row than their own, sorted, and which row: held rows trade places with the last ones."""
+    """Which slots hold another row than their own, sorted, and which row: held rows trade places
+    with the last ones."""
     tail = np.arange(n - len(held), n)
     out, back = np.setdiff1d(held, tail), np.setdiff1d(tail, held)
     moved, to = np.concatenate([out, back]), np.concatenate([back, out])
@@ -151,18 +173,25 @@ def slot_order(n: int, held: Ints) -> Ints:
     return order
 
 
-# --- pairs ----------------------------------------------------------------------------------------------------------
+# --- pairs --------------------------------------------------------------------------------------
 
 
-def near_duplicates(X: Rows, threshold: float, *, block: int = 2048, limit: int = 5_000_000) -> list[tuple[int, int, float]]:
-    """All pairs of rows of `X` (from `prepare`) whose cosine is at least `threshold`: `(i, j, score)` with i < j, best first.
+def near_duplicates(
+    X: Rows, threshold: float, *, block: int = 2048, limit: int = 5_000_000
+) -> list[tuple[int, int, float]]:
+    """All pairs of rows of `X` (from `prepare`) whose cosine is at least `threshold`: `(i, j,
+    score)` with i < j, best first.
 
-    Exact: every pair is compared, or shown to be below the threshold by a bound (`_shortened`). Memory is linear in n and
-    in the number of pairs; more than `limit` pairs are a `UserError`. A score within float32's rounding
-    (1e-6) of the threshold counts as reaching it.
+    Exact: every pair is compared, or shown to be below the threshold by a bound (`_shortened`).
+    Memory is linear in n and in the number of pairs; more than `limit` pairs are a `UserError`. A
+    score within float32's rounding (1e-6) of the threshold counts as reaching it.
     """
     if not -1 <= threshold <= 1:
-        raise UserError(f"a cosine of {threshold}", where="threshold", fix="give a number from −1 to 1, such as 0.95")
+        raise UserError(
+            f"a cosine of {threshold}",
+            where="threshold",
+            fix="give a number from −1 to 1, such as 0.95",
+        )
     found: list[tuple[NDArray[np.int64], NDArray[np.int64], Rows]] = []
     total, lowest = 0, np.float32(threshold - ROUNDING)
     short = _shortened(X, threshold)
@@ -170,7 +199,9 @@ def near_duplicates(X: Rows, threshold: float, *, block: int = 2048, limit: int 
         for right in blocks(len(X) - left.start, block):
             right = slice(left.start + right.start, left.start + right.stop)
             i, j, score = _reaching(short[left] @ short[right].T, lowest, left.start, right.start)
-            if short is not X and len(i) > CROWD * (left.stop - left.start) * (right.stop - right.start):
+            if short is not X and len(i) > CROWD * (left.stop - left.start) * (
+                right.stop - right.start
+            ):
                 i, j, score = _reaching(X[left] @ X[right].T, lowest, left.start, right.start)
             elif short is not X:
                 score = _cosines(X, i, j)
@@ -179,19 +210,25 @@ def near_duplicates(X: Rows, threshold: float, *, block: int = 2048, limit: int 
             total += len(i)
             if total > limit:
                 fix = "raise the threshold: so many pairs are groups, not near-duplicates"
-                raise UserError(f"more than {limit:,} pairs reach {threshold}", where="threshold", fix=fix)
+                raise UserError(
+                    f"more than {limit:,} pairs reach {threshold}", where="threshold", fix=fix
+                )
             if len(i):
                 found.append((i, j, score))
     if not found:
         return []
     i, j, score = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((j, i, -score))
-    return list(zip(i[order].tolist(), j[order].tolist(), np.clip(score[order], -1, 1).tolist(), strict=True))
+    return list(
+        zip(
+            i[order].tolist(), j[order].tolist(), np.clip(score[order], -1, 1).tolist(), strict=True
+        )
+    )
 
 
 def _reaching(scores: Rows, lowest: np.float32, top: int, left: int) -> tuple[Ints, Ints, Rows]:
-    """Rows and columns, counted from `top` and `left`, where a block of scores reaches `lowest` above the diagonal; with the
-    scores."""
+    """Rows and columns, counted from `top` and `left`, where a block of scores reaches `lowest`
+    above the diagonal; with the scores."""
     flat = np.flatnonzero(scores >= lowest)
     i, j = flat // scores.shape[1] + top, flat % scores.shape[1] + left
     keep = j > i
@@ -205,11 +242,12 @@ def _cosines(X: Rows, i: Ints, j: Ints) -> Rows:
 
 
 def _shortened(X: Rows, threshold: float) -> Rows:
-    """Shorter rows `(n, m + 1)` whose inner products are never below those of `X`, or `X` itself where they would not help.
+    """Shorter rows `(n, m + 1)` whose inner products are never below those of `X`, or `X` itself
+    where they would not help.
 
-    The first m numbers are the coordinates along the main axes of a sample, the last is the length of what they leave: by
-    Cauchy and Schwarz no inner product of two rests is above the product of their lengths. m is the number of axes with
-    which a pair costs least, on the sample.
+    The first m numbers are the coordinates along the main axes of a sample, the last is the length
+    of what they leave: by Cauchy and Schwarz no inner product of two rests is above the product of
+    their lengths. m is the number of axes with which a pair costs least, on the sample.
     """
     n, d = X.shape
     if n < SHORTEN_FROM or d < 2 * AXES[0]:
@@ -226,7 +264,8 @@ def _shortened(X: Rows, threshold: float) -> Rows:
 
 
 def _with_rest(X: Rows, axes: Rows) -> Rows:
-    """Coordinates of unit rows along orthonormal `axes` `(d, m)`, and the length of the rest, rounded up: `(n, m + 1)`."""
+    """Coordinates of unit rows along orthonormal `axes` `(d, m)`, and the length of the rest,
+    rounded up: `(n, m + 1)`."""
     short = np.empty((len(X), axes.shape[1] + 1), np.float32)
     np.matmul(X, axes, out=short[:, :-1])
     inside = np.einsum("ij,ij->i", short[:, :-1], short[:, :-1])
@@ -235,9 +274,11 @@ def _with_rest(X: Rows, axes: Rows) -> Rows:
 
 
 def _main_axes(sample: Rows, count: int) -> Rows:
-    """Orthonormal axes `(d, count)` that hold most of the sample's length, the first most: subspace iteration (Halko,
-    Martinsson and Tropp 2011)."""
-    axes = sample.T @ np.random.default_rng(0).standard_normal((len(sample), count), dtype=np.float32)
+    """Orthonormal axes `(d, count)` that hold most of the sample's length, the first most: subspace
+    iteration (Halko, Martinsson and Tropp 2011)."""
+    axes = sample.T @ np.random.default_rng(0).standard_normal(
+        (len(sample), count), dtype=np.float32
+    )
     for _ in range(2):
         axes = sample.T @ (sample @ np.linalg.qr(axes)[0])
     basis = np.linalg.qr(axes.astype(np.float64))[0]
@@ -246,14 +287,15 @@ def _main_axes(sample: Rows, count: int) -> Rows:
     return (basis @ turn[:, ::-1]).astype(np.float32)
 
 
-# --- whitening ------------------------------------------------------------------------------------------------------
+# --- whitening ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Whitening:
     """PCA-whitening, `x → (x - mean) @ matrix`: `mean` `(d,)`, `matrix` `(d, dim)`, both float32.
 
-    What comes out is not at unit length: `prepare` it. `shrinkage` is how far the covariance was drawn to a sphere.
+    What comes out is not at unit length: `prepare` it. `shrinkage` is how far the covariance was
+    drawn to a sphere.
     """
 
     mean: Rows
@@ -264,7 +306,9 @@ class Whitening:
         """`X` `(n, d)` whitened, `(n, dim)`."""
         if X.ndim != 2 or X.shape[1] != len(self.mean):
             raise UserError(
-                f"vectors of shape {X.shape}", where="whitening", fix=f"it was fitted on vectors of {len(self.mean)} numbers"
+                f"vectors of shape {X.shape}",
+                where="whitening",
+                fix=f"it was fitted on vectors of {len(self.mean)} numbers",
             )
         return np.ascontiguousarray((X - self.mean) @ self.matrix, dtype=np.float32)
 
@@ -285,26 +329,42 @@ class Whitening:
             arrays = load(path.read_bytes())
             made = cls(arrays["mean"], arrays["matrix"], float(arrays["shrinkage"][0]))
         except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
-            raise UserError(f"no whitening can be read ({error})", where=path, fix="fit it again") from error
-        right = made.matrix.ndim == 2 and made.mean.shape == made.matrix.shape[:1] and np.isfinite(made.matrix).all()
+            raise UserError(
+                f"no whitening can be read ({error})", where=path, fix="fit it again"
+            ) from error
+        right = (
+            made.matrix.ndim == 2
+            and made.mean.shape == made.matrix.shape[:1]
+            and np.isfinite(made.matrix).all()
+        )
         if not (right and made.mean.dtype == made.matrix.dtype == np.float32):
-            raise UserError(f"damaged: mean {made.mean.shape}, matrix {made.matrix.shape}", where=path, fix="fit it again")
+            raise UserError(
+                f"damaged: mean {made.mean.shape}, matrix {made.matrix.shape}",
+                where=path,
+                fix="fit it again",
+            )
         return made
 
 
 def whiten(X: ArrayLike, dim: int, shrinkage: float | None = None) -> Whitening:
     """Fit PCA-whitening to `dim` dimensions on `X` `(n, d)`.
 
-    The covariance is `(1 - s) S + s tr(S)/d I` before its eigenvectors are scaled: without s, the directions that few
-    samples say little about are blown up. `shrinkage` None takes the s of Ledoit & Wolf, "A well-conditioned estimator
-    for large-dimensional covariance matrices", 2004. Where n < d the n × n Gram matrix is decomposed instead. Raises
-    `UserError` where the sample has fewer than `dim` directions.
+    The covariance is `(1 - s) S + s tr(S)/d I` before its eigenvectors are scaled: without s, the
+    directions that few samples say little about are blown up. `shrinkage` None takes the s of
+    Ledoit & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004.
+    Where n < d the n × n Gram matrix is decomposed instead. Raises `UserError` where the sample has
+    fewer than `dim` directions.
     """
     data = np.asarray(X, dtype=np.float64)
     if data.ndim != 2 or len(data) < 2 or not np.isfinite(data).all():
-        raise UserError(f"whitening needs at least two finite vectors, not shape {data.shape}", where="whitening")
+        raise UserError(
+            f"whitening needs at least two finite vectors, not shape {data.shape}",
+            where="whitening",
+        )
     if shrinkage is not None and not 0 <= shrinkage <= 1:
-        raise UserError(f"shrinkage {shrinkage}", where="whitening", fix="give a number from 0 to 1")
+        raise UserError(
+            f"shrinkage {shrinkage}", where="whitening", fix="give a number from 0 to 1"
+        )
     n, d = data.shape
     mean = data.mean(axis=0)
     data = data - mean
@@ -314,17 +374,26 @@ def whiten(X: ArrayLike, dim: int, shrinkage: float | None = None) -> Whitening:
     values, vectors = values[::-1], vectors[:, ::-1]
     directions = int(np.count_nonzero(values > values[0] * 1e-9)) if values[0] > 0 else 0
     if not 1 <= dim <= directions:
-        fix = f"ask for 1 to {directions}, or fit on more images" if directions else "these vectors are all equal"
-        raise UserError(f"{dim} dimensions from {n} vectors that span {directions}", where="whitening", fix=fix)
+        fix = (
+            f"ask for 1 to {directions}, or fit on more images"
+            if directions
+            else "these vectors are all equal"
+        )
+        raise UserError(
+            f"{dim} dimensions from {n} vectors that span {directions}", where="whitening", fix=fix
+        )
     s = _ledoit_wolf(data, values, d) if shrinkage is None else shrinkage
     if few:
         vectors = data.T @ vectors[:, :dim] / np.sqrt(n * values[:dim])
     scale = np.sqrt((1 - s) * values[:dim] + s * values.sum() / d)
-    return Whitening(mean.astype(np.float32), (vectors[:, :dim] / scale).astype(np.float32), float(s))
+    return Whitening(
+        mean.astype(np.float32), (vectors[:, :dim] / scale).astype(np.float32), float(s)
+    )
 
 
 def _ledoit_wolf(centred: NDArray[np.float64], values: NDArray[np.float64], d: int) -> float:
-    """The shrinkage of Ledoit & Wolf (2004), from the eigenvalues of S: no d × d matrix a sample is formed."""
+    """The shrinkage of Ledoit & Wolf (2004), from the eigenvalues of S: no d × d matrix a sample is
+    formed."""
     n = len(centred)
     squares = float((values**2).sum())
     distance = squares - float(values.sum()) ** 2 / d

@@ -42,16 +42,21 @@ from retrieval.segments import (
 
 SCHEMA = (
     "create table meta (key text primary key, value text not null) without rowid",
-    "create table file (name text primary key, bytes integer not null, digest text not null) without rowid",
-    "create table segment (number integer primary key, file text not null unique, rows integer not null)",
+    "create table file (name text primary key, bytes integer not null, digest text not "
+    "null) without rowid",
+    "create table segment (number integer primary key, file text not null unique, rows "
+    "integer not null)",
     # An id is never given twice, also not after its image was forgotten.
-    "create table image (id integer primary key autoincrement, digest blob not null unique, segment integer not null, "
+    "create table image (id integer primary key autoincrement, digest blob not null "
+    "unique, segment integer not null, "
     "row integer not null, alive integer not null, unique (segment, row))",
     "create index image_dead on image (segment, row) where alive = 0",
-    "create table path (path text primary key, image integer not null, size integer not null, mtime integer not null) "
+    "create table path (path text primary key, image integer not null, size integer not "
+    "null, mtime integer not null) "
     "without rowid",
     "create index path_image on path (image)",
-    "create table fault (path text primary key, size integer not null, mtime integer not null, kind text not null, "
+    "create table fault (path text primary key, size integer not null, mtime integer not "
+    "null, kind text not null, "
     "detail text not null) without rowid",
     "create table source (path text primary key) without rowid",
 )
@@ -63,10 +68,13 @@ class Writer:
     def __init__(self, folder: Path, db: sqlite3.Connection) -> None:
         self.folder, self.db = folder, db
         self.is_new = not has_index(db)
-        self.meta: dict[str, Any] = {"format": FORMAT, "generation": 0, "next": 1} if self.is_new else read_meta(db, folder)
+        self.meta: dict[str, Any] = (
+            {"format": FORMAT, "generation": 0, "next": 1} if self.is_new else read_meta(db, folder)
+        )
 
     def write_file(self, name: str, fill: Callable[[Path], None]) -> Stored:
-        """Make a file durable: `fill` writes to the path that it gets. It counts once `commit` has `keep` of it."""
+        """Make a file durable: `fill` writes to the path that it gets. It counts once `commit` has
+        `keep` of it."""
         path = self.folder / name
         with files.atomic(path) as temporary:
             fill(temporary)
@@ -77,7 +85,8 @@ class Writer:
     def write_vectors(self, blocks: Iterable[Rows]) -> tuple[int, Stored]:
         """Write a segment of rows given in blocks `(m, width)`; returns its number and file."""
         number = int(self.meta["next"])
-        self.meta["next"] = number + 1  # a number is never used twice: a late reader must not meet another segment's rows
+        # a number is never used twice: a late reader must not meet another segment's rows
+        self.meta["next"] = number + 1
 
         def fill(temporary: Path) -> None:
             with temporary.open("wb") as file:
@@ -88,7 +97,8 @@ class Writer:
 
     @contextlib.contextmanager
     def commit(self, **changes: Any) -> Iterator[sqlite3.Connection]:
-        """One transaction: what is done to the database in it, and `changes` of `meta`, become visible at once or not at all."""
+        """One transaction: what is done to the database in it, and `changes` of `meta`, become
+        visible at once or not at all."""
         with database_errors(self.folder):
             self.db.execute("begin immediate")
             try:
@@ -100,7 +110,8 @@ class Writer:
                 texts = {key: json.dumps(value, allow_nan=False) for key, value in meta.items()}
                 texts[SEAL] = json.dumps([meta["generation"], seal(texts)])
                 self.db.executemany(
-                    "insert into meta (key, value) values (?, ?) on conflict (key) do update set value = excluded.value",
+                    "insert into meta (key, value) values (?, ?) on conflict "
+                    "(key) do update set value = excluded.value",
                     list(texts.items()),
                 )
                 self.db.execute("commit")
@@ -128,18 +139,24 @@ class Writer:
     def drop_segments(self, numbers: Iterable[int]) -> None:
         """Inside `commit`: these segments, and the images that are still in them, are forgotten."""
         for number in numbers:
-            self.db.execute("delete from file where name = (select file from segment where number = ?)", (number,))
+            self.db.execute(
+                "delete from file where name = (select file from segment where number = ?)",
+                (number,),
+            )
             self.db.execute("delete from segment where number = ?", (number,))
             self.db.execute("delete from image where segment = ?", (number,))
 
     def sweep(self) -> None:
         """Remove files that do not count, and bring the copy of the manifest up to date."""
-        kept = set() if self.is_new else {name for (name,) in self.db.execute("select name from file")}
+        kept = (
+            set() if self.is_new else {name for (name,) in self.db.execute("select name from file")}
+        )
         for name in FOLDERS:
             folder = self.folder / name
             for path in folder.iterdir() if folder.is_dir() else ():
                 if f"{name}/{path.name}" not in kept:
-                    with contextlib.suppress(OSError):  # on Windows, a reader may still have it open: the next one sweeps it
+                    # on Windows, a reader may still have it open: the next one sweeps it
+                    with contextlib.suppress(OSError):
                         path.unlink()
         for path in self.folder.glob(f".{MANIFEST}.*.tmp"):
             path.unlink()
@@ -151,11 +168,15 @@ class Writer:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, *, create: bool = False, replace: bool = False, wait: Wait = NO_WAIT) -> Iterator[Writer]:
-    """Become the one writer of the gallery in `folder`; with `create`, also where there is none yet.
+def writing(
+    folder: Path, *, create: bool = False, replace: bool = False, wait: Wait = NO_WAIT
+) -> Iterator[Writer]:
+    """Become the one writer of the gallery in `folder`; with `create`, also where there is none
+    yet.
 
-    Raises `UserError` where another process is writing for longer than `wait` (with its id), and where there is no gallery.
-    A first build that fails leaves nothing behind. With `replace`, a database that cannot be read is given up.
+    Raises `UserError` where another process is writing for longer than `wait` (with its id), and
+    where there is no gallery. A first build that fails leaves nothing behind. With `replace`, a
+    database that cannot be read is given up.
     """
     if create:
         _refuse_foreign(folder)
@@ -229,10 +250,18 @@ def _remove_unborn(folder: Path, existed: bool) -> None:
 def _refuse_foreign(folder: Path) -> None:
     """A folder that holds anything but an index is not ours to write into."""
     if folder.exists() and not folder.is_dir():
-        raise UserError("a file of this name is here", where=folder, fix="choose another name with -o")
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in OURS) if folder.is_dir() else []
+        raise UserError(
+            "a file of this name is here", where=folder, fix="choose another name with -o"
+        )
+    foreign = (
+        sorted(p.name for p in folder.iterdir() if p.name not in OURS) if folder.is_dir() else []
+    )
     if foreign and not (folder / DATABASE).exists():
-        raise UserError(f"not an index: the folder holds {shown(foreign[0])!r}", where=folder, fix="choose a new folder with -o")
+        raise UserError(
+            f"not an index: the folder holds {shown(foreign[0])!r}",
+            where=folder,
+            fix="choose a new folder with -o",
+        )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Guards around every test, and the networks and images that several test files share.
 
-No test writes outside its temporary folder or reaches beyond this machine: the cache and the home folder are temporary,
-and sockets to other machines are refused. A test that lets code try the network takes the fixture `no_network` and
-clears it; any other attempt fails the test.
+No test writes outside its temporary folder or reaches beyond this machine: the cache and the home
+folder are temporary, and sockets to other machines are refused. A test that lets code try the
+network takes the fixture `no_network` and clears it; any other attempt fails the test.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from PIL import Image, ImageDraw
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # read when torch is imported
 # Processes that tests start import the modules beside this file, too.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+)
 
 if TYPE_CHECKING:
     import webs
@@ -31,12 +33,13 @@ if TYPE_CHECKING:
 SHAPES = ("circle", "square", "triangle")
 
 
-# ----------------------------------------------------------------------------------------------------------- guards
+# ------------------------------------------------------------------------------------------- guards
 
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is slow to make and the same for every test: converted networks and their descriptions, by content."""
+    """What is slow to make and the same for every test: converted networks and their descriptions,
+    by content."""
     return tmp_path_factory.mktemp("shared-cache")
 
 
@@ -51,8 +54,11 @@ def session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def own_folders(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache and a home folder for this test alone (but for the parts of the cache that are shared)."""
+def own_folders(
+    tmp_path_factory: pytest.TempPathFactory, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache and a home folder for this test alone (but for the parts of the cache that are
+    shared)."""
     base = tmp_path_factory.mktemp("own")
     for name in ("home", "cache"):
         (base / name).mkdir()
@@ -68,7 +74,12 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, shared_cache: Path, mo
 def is_here(address: Any) -> bool:
     """Whether a socket address, or a host name, stays on this machine."""
     host = address[0] if isinstance(address, tuple) else address
-    if host is None or isinstance(host, bytes) or str(host) in ("", "localhost") or str(host).startswith("/"):
+    if (
+        host is None
+        or isinstance(host, bytes)
+        or str(host) in ("", "localhost")
+        or str(host).startswith("/")
+    ):
         return True
     try:
         return ipaddress.ip_address(str(host).partition("%")[0]).is_loopback
@@ -92,14 +103,16 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return call
 
     for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name), 2 if name == "sendto" else 1))
+        monkeypatch.setattr(
+            socket.socket, name, guarded(getattr(socket.socket, name), 2 if name == "sendto" else 1)
+        )
     for name in ("create_connection", "getaddrinfo", "gethostbyname"):
         monkeypatch.setattr(socket, name, guarded(getattr(socket, name), 0))
     yield attempts
     assert [] == attempts, "the code under test tried to reach another machine"
 
 
-# ----------------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def draw(kind: str, rng: np.random.Generator, side: int = 64) -> Image.Image:
@@ -120,7 +133,8 @@ def draw(kind: str, rng: np.random.Generator, side: int = 64) -> Image.Image:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder per class with 20 drawn PNGs each; the same pixels in every session. Do not write into it."""
+    """A folder per class with 20 drawn PNGs each; the same pixels in every session. Do not write
+    into it."""
     root = tmp_path_factory.mktemp("shapes")
     rng = np.random.default_rng(0)
     for kind in SHAPES:
@@ -132,19 +146,23 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shades(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dark and light pictures, 20 each: told apart after three epochs from nothing, so that the moved model can ship."""
+    """Dark and light pictures, 20 each: told apart after three epochs from nothing, so that the
+    moved model can ship."""
     root = tmp_path_factory.mktemp("shades")
     rng = np.random.default_rng(0)
     for name, ground in (("dark", 20), ("light", 200)):
         (root / name).mkdir()
         for i in range(20):
-            Image.fromarray(rng.integers(ground, ground + 40, (48, 64, 3), np.uint8)).save(root / name / f"{i:02d}.png")
+            Image.fromarray(rng.integers(ground, ground + 40, (48, 64, 3), np.uint8)).save(
+                root / name / f"{i:02d}.png"
+            )
     return root
 
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 20 JPEGs of 500 × 375 pixels: crops of scikit-learn's two sample photographs."""
+    """A folder with 20 JPEGs of 500 × 375 pixels: crops of scikit-learn's two sample
+    photographs."""
     from sklearn.datasets import load_sample_images
 
     root = tmp_path_factory.mktemp("photographs")
@@ -153,18 +171,24 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         whole = Image.fromarray(load_sample_images().images[i % 2])
         scale = rng.uniform(0.5, 1.0)
         width, height = int(500 * scale), int(375 * scale)
-        x, y = int(rng.integers(0, whole.width - width + 1)), int(rng.integers(0, whole.height - height + 1))
-        crop = whole.crop((x, y, x + width, y + height)).resize((500, 375), Image.Resampling.BICUBIC)
+        x, y = (
+            int(rng.integers(0, whole.width - width + 1)),
+            int(rng.integers(0, whole.height - height + 1)),
+        )
+        crop = whole.crop((x, y, x + width, y + height)).resize(
+            (500, 375), Image.Resampling.BICUBIC
+        )
         crop.save(root / f"{i:02d}.jpg", quality=90)
     return root
 
 
-# --------------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Backbone:
-    """A small network with seeded random weights, for the tests that need none. Do not train it: `load` another."""
+    """A small network with seeded random weights, for the tests that need none. Do not train it:
+    `load` another."""
     import torch
 
     from finetune.backbones import create

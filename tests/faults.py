@@ -1,4 +1,5 @@
-"""A folder with one of each fault and oddity that images come with, and the pieces to make such files."""
+"""A folder with one of each fault and oddity that images come with, and the pieces to make such
+files."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ IGNORED = "train/cat/notes.txt"
 
 
 def make_fault_folder(root: Path) -> Path:
-    """Make `root` with train/ and test/ of drawn cats (discs) and dogs (crosses), and one of each fault among them."""
+    """Make `root` with train/ and test/ of drawn cats (discs) and dogs (crosses), and one of each
+    fault among them."""
     for label in ("cat", "dog"):
         for i in range(12):
             _write(root / "train" / label / f"{i:02d}.png", encode(draw(label, seed=i), "PNG"))
@@ -45,9 +47,13 @@ def make_fault_folder(root: Path) -> Path:
     _write(root / "train/dog/bomb.png", png_header(30_000, 20_000))
     _write(root / "train/cat/cmyk.jpg", encode(cat.convert("CMYK"), "JPEG", quality=95))
     _write(
-        root / "train/dog/sixteen bits.png", encode(Image.fromarray(np.asarray(dog.convert("L")).astype(np.uint16) * 257), "PNG")
+        root / "train/dog/sixteen bits.png",
+        encode(Image.fromarray(np.asarray(dog.convert("L")).astype(np.uint16) * 257), "PNG"),
     )
-    _write(root / "train/dog/rotated.jpg", encode(dog.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif(6)))
+    _write(
+        root / "train/dog/rotated.jpg",
+        encode(dog.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=95, exif=exif(6)),
+    )
     _write(root / "train/cat/Grüße 猫.png", encode(draw("cat", seed=52), "PNG"))
     _write(root / SOLO, encode(draw("disc and cross", seed=53), "PNG"))
     _write(root / COPIED[1], (root / COPIED[0]).read_bytes())
@@ -56,7 +62,8 @@ def make_fault_folder(root: Path) -> Path:
 
 
 def draw(label: str, *, seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """A disc for a cat, a cross for a dog, both for anything else, at a seeded place in seeded colours."""
+    """A disc for a cat, a cross for a dog, both for anything else, at a seeded place in seeded
+    colours."""
     rng = np.random.default_rng([seed, len(label)])
     image = Image.fromarray(rng.integers(180, 256, (size[1], size[0], 3), dtype=np.uint8))
     pen = ImageDraw.Draw(image)
@@ -87,9 +94,14 @@ def exif(orientation: int) -> Image.Exif:
 def png_header(width: int, height: int) -> bytes:
     """A grey PNG that announces `width` × `height` pixels and holds the first rows of them."""
     rows = zlib.compress(bytes((width + 1) * 4))
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)),
+        (b"IDAT", rows),
+        (b"IEND", b""),
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
     )
 
 

@@ -1,7 +1,8 @@
 """Galleries without a network: files are short texts, and a text decides its vector.
 
-`words` are the content of a file: each different word gives another direction, `near:W:x` one that is close to that of W.
-A file that says `broken` cannot be decoded, one that says `zero` has features that are all zero.
+`words` are the content of a file: each different word gives another direction, `near:W:x` one that
+is close to that of W. A file that says `broken` cannot be decoded, one that says `zero` has
+features that are all zero.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from retrieval.encode import Encoder
 
 WIDTH = 16
 PREPROCESS = Preprocess(32, 32, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-NETWORK = Network("tiny", "0" * 64, "made for tests", "random", PREPROCESS, {"pooled": WIDTH, "stage1": 8}, ("stem", "stage1"))
+NETWORK = Network(
+    "tiny",
+    "0" * 64,
+    "made for tests",
+    "random",
+    PREPROCESS,
+    {"pooled": WIDTH, "stage1": 8},
+    ("stem", "stage1"),
+)
 POOLED = Tap("pooled")
 
 Rows = NDArray[np.float32]
@@ -63,14 +72,26 @@ def _random(text: str, width: int) -> Rows:
 
 
 def install(patch: Callable[[Any, str, Any], None]) -> Asked:
-    """Put the network that reads texts in the place of the real one; `patch` is `monkeypatch.setattr`, or `setattr`."""
+    """Put the network that reads texts in the place of the real one; `patch` is
+    `monkeypatch.setattr`, or `setattr`."""
     asked = Asked()
 
     def extract(
-        source: ImageSet, network: Network, taps: Sequence[Tap], _load: Any, *, view: str = "", known: Sequence[str], **_how: Any
+        source: ImageSet,
+        network: Network,
+        taps: Sequence[Tap],
+        _load: Any,
+        *,
+        view: str = "",
+        known: Sequence[str],
+        **_how: Any,
     ) -> Features:
         data = [source.read(i) for i in range(len(source))]
-        bad = tuple(Fault(source.paths[i], "damaged", "for the test") for i, text in enumerate(data) if text == b"broken")
+        bad = tuple(
+            Fault(source.paths[i], "damaged", "for the test")
+            for i, text in enumerate(data)
+            if text == b"broken"
+        )
         good = [i for i, text in enumerate(data) if text != b"broken"]
         asked.contents += [data[i].decode(errors="replace") for i in good]
         blocks = {tap: _table([data[i] for i in good], network, tap, view) for tap in taps}
@@ -94,7 +115,9 @@ def install(patch: Callable[[Any, str, Any], None]) -> Asked:
             asked.contents.append(data.decode(errors="replace"))
             yield [i], [_table([data], network, tap, view) for tap in opened().taps]
 
-    def open_runner(_network: Network, taps: Sequence[Tap], _load: Any, **_how: Any) -> engine.Runner:
+    def open_runner(
+        _network: Network, taps: Sequence[Tap], _load: Any, **_how: Any
+    ) -> engine.Runner:
         return engine.Runner(tuple(taps), "torch", "float32", 16, lambda batches: iter(()))
 
     patch(extraction, "extract", extract)
@@ -124,7 +147,8 @@ def write(root: Path, contents: dict[str, str]) -> Path:
 
 
 def pictures(root: Path, count: int) -> list[Path]:
-    """`count` PNG files `0000.png` … of 40 × 30 pixels that all differ, for what has to decode them."""
+    """`count` PNG files `0000.png` … of 40 × 30 pixels that all differ, for what has to decode
+    them."""
     root.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         Image.new("RGB", (40, 30), (i % 256, i // 256, 128)).save(root / f"{i:04d}.png")

@@ -1,4 +1,5 @@
-"""Names of files that are hard to show: what a file system takes, and a table, a page or a terminal does not."""
+"""Names of files that are hard to show: what a file system takes, and a table, a page or a terminal
+does not."""
 
 from __future__ import annotations
 

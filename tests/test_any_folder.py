@@ -1,6 +1,8 @@
-"""Random folders, tables and rules: no traceback, no refusal without a way on, and every file used or named as left out.
+"""Random folders, tables and rules: no traceback, no refusal without a way on, and every file used
+or named as left out.
 
-The suite tries some; `make bench` tries 2,000 through scan and check, and 100 through a whole `fit`.
+The suite tries some; `make bench` tries 2,000 through scan and check, and 100 through a whole
+`fit`.
 """
 
 from __future__ import annotations
@@ -60,16 +62,32 @@ FILES = (
     ".hidden.png",
     "y.ico",
 )
-RESULTS = {"run": ("runs/r/run.json", "runs/r/recipe.yaml"), "gallery": ("a/g/gallery.sqlite",), "note": ("runs/note.txt",)}
+RESULTS = {
+    "run": ("runs/r/run.json", "runs/r/recipe.yaml"),
+    "gallery": ("a/g/gallery.sqlite",),
+    "note": ("runs/note.txt",),
+}
 
-a_file = st.tuples(st.sampled_from(FOLDERS), st.sampled_from(FILES), st.sampled_from(list(CONTENTS)))
+a_file = st.tuples(
+    st.sampled_from(FOLDERS), st.sampled_from(FILES), st.sampled_from(list(CONTENTS))
+)
 a_folder = st.lists(a_file, min_size=1, max_size=40, unique_by=lambda entry: entry[:2])
 
 
-def a_set_of(places: tuple[str, ...], base: tuple[str, ...]) -> st.SearchStrategy[list[tuple[str, str, str]]]:
-    """A folder that can be fitted: twelve good images in two classes, and anything else in folders of the same layout."""
-    good = [(base[i % len(base)], f"{i}.png", f"{kind} {i}") for i in range(6) for kind in ("cat", "dog")]
-    good = [(place if kind[:3] == "cat" else place[:-1] + "b", f"{kind[:3]}{name}", kind) for place, name, kind in good]
+def a_set_of(
+    places: tuple[str, ...], base: tuple[str, ...]
+) -> st.SearchStrategy[list[tuple[str, str, str]]]:
+    """A folder that can be fitted: twelve good images in two classes, and anything else in folders
+    of the same layout."""
+    good = [
+        (base[i % len(base)], f"{i}.png", f"{kind} {i}")
+        for i in range(6)
+        for kind in ("cat", "dog")
+    ]
+    good = [
+        (place if kind[:3] == "cat" else place[:-1] + "b", f"{kind[:3]}{name}", kind)
+        for place, name, kind in good
+    ]
     more = st.lists(
         st.tuples(st.sampled_from(places), st.sampled_from(FILES), st.sampled_from(list(CONTENTS))),
         max_size=12,
@@ -78,7 +96,9 @@ def a_set_of(places: tuple[str, ...], base: tuple[str, ...]) -> st.SearchStrateg
     return more.map(lambda entries: good + entries)
 
 
-a_set = st.one_of(a_set_of(FOLDERS[1:7], ("a",)), a_set_of(FOLDERS[7:], ("train/a", "train/a", "test/a")))
+a_set = st.one_of(
+    a_set_of(FOLDERS[1:7], ("a",)), a_set_of(FOLDERS[7:], ("train/a", "train/a", "test/a"))
+)
 some_results = st.sets(st.sampled_from(sorted(RESULTS)), max_size=2)
 rules = st.fixed_dictionaries(
     {},
@@ -91,7 +111,13 @@ rules = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
     },
 )
-LENIENT = {"on_bad_image": "skip", "on_conflict": "first", "on_leak": "skip", "on_empty_class": "skip", "test": "none"}
+LENIENT = {
+    "on_bad_image": "skip",
+    "on_conflict": "first",
+    "on_leak": "skip",
+    "on_empty_class": "skip",
+    "test": "none",
+}
 
 
 def make(root: Path, files: list[tuple[str, str, str]], results: set[str]) -> set[str]:
@@ -103,7 +129,11 @@ def make(root: Path, files: list[tuple[str, str, str]], results: set[str]) -> se
     for name in (name for kind in results for name in RESULTS[kind]):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("{}", encoding="utf-8")
-    return {os.path.relpath(Path(here) / name, root) for here, _, inside in os.walk(root) for name in inside}
+    return {
+        os.path.relpath(Path(here) / name, root)
+        for here, _, inside in os.walk(root)
+        for name in inside
+    }
 
 
 def assert_way_on(error: UserError) -> None:
@@ -115,13 +145,17 @@ def assert_way_on(error: UserError) -> None:
 
 def assert_account(there: set[str], used: set[str], named: list[str]) -> None:
     """The files on the disk are the used ones and the named ones, and none is both."""
-    below = {path for path in there for name in named if name.endswith("/") and path.startswith(name)}
+    below = {
+        path for path in there for name in named if name.endswith("/") and path.startswith(name)
+    }
     left = (set(named) & there) | below
     assert there == used | left, f"dropped in silence: {sorted(there - used - left)}"
     assert not used & left
 
 
-def scan_and_check(files: list[tuple[str, str, str]], results: set[str], rule: dict[str, Any]) -> None:
+def scan_and_check(
+    files: list[tuple[str, str, str]], results: set[str], rule: dict[str, Any]
+) -> None:
     """One folder through the scan of a job and through the check."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
@@ -132,7 +166,9 @@ def scan_and_check(files: list[tuple[str, str, str]], results: set[str], rule: d
         try:
             settings_, _ = options.build(root, None, (), rule)
             found, ids = analysis.scan(settings_, opened, told.append)
-            assert_account(there, set(found.paths), [fault.path for fault in omissions.account(found)])
+            assert_account(
+                there, set(found.paths), [fault.path for fault in omissions.account(found)]
+            )
             assert len(ids) == len(found)
         except UserError as error:
             assert_way_on(error)
@@ -143,7 +179,11 @@ def scan_and_check(files: list[tuple[str, str, str]], results: set[str], rule: d
         except UserError as error:
             assert_way_on(error)
             return
-        broken = {f"{place}/{name}".lstrip("/") for place, name, kind in files if kind in ("empty", "text", "cut", "another cut")}
+        broken = {
+            f"{place}/{name}".lstrip("/")
+            for place, name, kind in files
+            if kind in ("empty", "text", "cut", "another cut")
+        }
         seen = set(images.load(root, on_empty_class="skip").paths)
         assert broken & seen <= {fault.path for fault in report.faults}
         report.to_text().encode()
@@ -152,13 +192,26 @@ def scan_and_check(files: list[tuple[str, str, str]], results: set[str], rule: d
 def fit(files: list[tuple[str, str, str]], results: set[str], rule: dict[str, Any]) -> bool:
     """One folder through a whole job; whether a run came of it."""
     quick = ("backbone.frame=whole", "svm.kernels=[linear]", "svm.C=[1]", "svm.folds=2")
-    tiny: dict[str, Any] = {"backbone": ["test_resnet"], "weights": "random", "engine": "torch", "precision": "float32"}
+    tiny: dict[str, Any] = {
+        "backbone": ["test_resnet"],
+        "weights": "random",
+        "engine": "torch",
+        "precision": "float32",
+    }
     with tempfile.TemporaryDirectory() as folder:
         root, out = Path(folder) / "data", Path(folder) / "run"
         root.mkdir()
         there = make(root, files, results)
         try:
-            job.fit(root, out=out, strategy="svm", taps=["pooled"], assignments=quick, **{**LENIENT, **rule}, **tiny)
+            job.fit(
+                root,
+                out=out,
+                strategy="svm",
+                taps=["pooled"],
+                assignments=quick,
+                **{**LENIENT, **rule},
+                **tiny,
+            )
         except UserError as error:
             assert_way_on(error)
             return False
@@ -166,17 +219,21 @@ def fit(files: list[tuple[str, str, str]], results: set[str], rule: dict[str, An
         if (out / "left_out.csv").exists():
             with (out / "left_out.csv").open(encoding="utf-8", newline="") as file:
                 named = [meant(row["path"]) for row in csv.DictReader(file)]
-        below = {path for path in there for name in named if name.endswith("/") and path.startswith(name)}
+        below = {
+            path for path in there for name in named if name.endswith("/") and path.startswith(name)
+        }
         used = there - set(named) - below
         trained = job.load(out).predict([root / path for path in sorted(used)])
-        assert len(used) == len(trained.images)  # all that was not named can be read, and is predicted
+        # all that was not named can be read, and is predicted
+        assert len(used) == len(trained.images)
         return True
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(a_folder, some_results, rules)
 def test_any_folder_is_read_or_refused_with_a_way_on(files: Any, results: Any, rule: Any) -> None:
-    """Whatever lies in a folder, scan and check end in an account of every file, or in a sentence that says what to do."""
+    """Whatever lies in a folder, scan and check end in an account of every file, or in a sentence
+    that says what to do."""
     scan_and_check(files, results, rule)
 
 
@@ -230,13 +287,20 @@ CELLS = (
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1"]),
     st.sampled_from(["stop", "skip"]),
 )
-def test_any_table_is_read_or_refused_with_a_way_on(header: Any, rows: Any, mark: str, encoding: str, on_bad: str) -> None:
-    """Columns of any names, ragged rows, missing files, other encodings: images with labels, or what to do."""
+def test_any_table_is_read_or_refused_with_a_way_on(
+    header: Any, rows: Any, mark: str, encoding: str, on_bad: str
+) -> None:
+    """Columns of any names, ragged rows, missing files, other encodings: images with labels, or
+    what to do."""
     text = io.StringIO()
     csv.writer(text, delimiter=mark).writerows([header, *rows])
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for name, kind in (("1.png", "cat 1"), ("a/2.jpg", "dog 2"), (os.fsdecode(b"caf\xe9.png"), "cat 3")):
+        for name, kind in (
+            ("1.png", "cat 1"),
+            ("a/2.jpg", "dog 2"),
+            (os.fsdecode(b"caf\xe9.png"), "cat 3"),
+        ):
             (root / name).parent.mkdir(exist_ok=True)
             (root / name).write_bytes(CONTENTS[kind])
         (root / "table.csv").write_bytes(text.getvalue().encode(encoding))
@@ -244,7 +308,9 @@ def test_any_table_is_read_or_refused_with_a_way_on(header: Any, rows: Any, mark
             settings_, _ = options.build(root / "table.csv", None, (), {"on_bad_image": on_bad})
             found = images.load(root / "table.csv", layout=recipe.layout(settings_.data))
             assert len(found) == len(set(found.paths))
-            assert found.notes or len(found) == sum(any(cell.strip() for cell in row) for row in rows)
+            assert found.notes or len(found) == sum(
+                any(cell.strip() for cell in row) for row in rows
+            )
         except UserError as error:
             assert_way_on(error)
 

@@ -1,4 +1,5 @@
-"""Durable files: whole or not at all, whatever happens in the middle; and errors that say what to do."""
+"""Durable files: whole or not at all, whatever happens in the middle; and errors that say what to
+do."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def test_an_error_says_where_what_and_what_to_do() -> None:
@@ -31,7 +32,11 @@ def test_an_error_says_where_what_and_what_to_do() -> None:
     error = UserError("no tap is written 'fc9'", where=Path("recipe.yaml"), fix="write pooled")
 
     assert "recipe.yaml: no tap is written 'fc9'\n  → write pooled" == str(error)
-    assert ("no tap is written 'fc9'", "recipe.yaml", "write pooled") == (error.what, error.where, error.fix)
+    assert ("no tap is written 'fc9'", "recipe.yaml", "write pooled") == (
+        error.what,
+        error.where,
+        error.fix,
+    )
 
 
 def test_an_error_needs_neither_place_nor_remedy() -> None:
@@ -39,7 +44,7 @@ def test_an_error_needs_neither_place_nor_remedy() -> None:
     assert "the disk is full" == str(UserError("the disk is full"))
 
 
-# ----------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def test_a_file_is_written_whole_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
@@ -51,8 +56,11 @@ def test_a_file_is_written_whole_and_nothing_is_left_beside_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("fault", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path: Path, fault: type[BaseException]) -> None:
-    """Whatever stops the writer, the file that stood there is untouched and the half-written one is gone."""
+def test_a_failure_in_the_middle_leaves_the_old_file(
+    tmp_path: Path, fault: type[BaseException]
+) -> None:
+    """Whatever stops the writer, the file that stood there is untouched and the half-written one is
+    gone."""
     path = tmp_path / "metrics.json"
     files.write_text(path, "old")
 
@@ -80,12 +88,16 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_complete(tmp_path: Path
     assert "new" == path.read_text()
 
 
-def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_are_on_the_disk_before_the_name_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A power cut after the rename must not find an empty file: fsync comes first."""
     order: list[str] = []
     replace, fsync = Path.replace, os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (order.append("fsync"), fsync(handle))[1])
-    monkeypatch.setattr(Path, "replace", lambda self, to: (order.append("replace"), replace(self, to))[1])
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (order.append("replace"), replace(self, to))[1]
+    )
 
     files.write_bytes(tmp_path / "x", b"x")
 
@@ -115,7 +127,9 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
         (errno.ENOTDIR, "a file stands where a folder is needed", "choose another name"),
     ],
 )
-def test_a_fault_of_the_disk_becomes_an_error_that_names_the_place(tmp_path: Path, number: int, what: str, fix: str) -> None:
+def test_a_fault_of_the_disk_becomes_an_error_that_names_the_place(
+    tmp_path: Path, number: int, what: str, fix: str
+) -> None:
     """Full, read-only or in the way: the user reads where and what to do, not a traceback."""
     with pytest.raises(UserError) as caught, files.disk_errors(tmp_path):
         raise OSError(number, os.strerror(number))
@@ -155,7 +169,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
         files.write_text(tmp_path / "runs" / "run.json", "{}")
 
 
-# -------------------------------------------------------------------------------------------------------------- JSON
+# --------------------------------------------------------------------------------------------- JSON
 
 
 def test_json_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -192,14 +206,16 @@ def test_missing_json_is_named(tmp_path: Path) -> None:
         files.read_json(tmp_path / "config.json")
 
 
-# ----------------------------------------------------------------------------------------------------------- digests
+# ------------------------------------------------------------------------------------------ digests
 
 
 def test_the_digest_of_a_file_is_that_of_sha256sum(tmp_path: Path) -> None:
     """Anyone can check it with the system's own tool."""
     (tmp_path / "x").write_bytes(b"abc")
 
-    assert "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" == files.file_digest(tmp_path / "x")
+    assert "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" == files.file_digest(
+        tmp_path / "x"
+    )
 
 
 def test_parts_are_not_merely_joined() -> None:
@@ -210,13 +226,18 @@ def test_parts_are_not_merely_joined() -> None:
 
 
 def test_the_digest_of_a_list_of_parts_is_fixed() -> None:
-    """Length first (8 bytes, little-endian), then the bytes, part by part: names of folders depend on it."""
+    """Length first (8 bytes, little-endian), then the bytes, part by part: names of folders depend
+    on it."""
     expected = hashlib.sha256(b"\x02\0\0\0\0\0\0\0ab\x01\0\0\0\0\0\0\0c").hexdigest()
 
     assert expected == files.digest("ab", "c")
 
 
-@given(st.dictionaries(st.text(), st.one_of(st.integers(), st.text(), st.booleans(), st.none()), max_size=5))
+@given(
+    st.dictionaries(
+        st.text(), st.one_of(st.integers(), st.text(), st.booleans(), st.none()), max_size=5
+    )
+)
 def test_the_digest_of_json_ignores_the_order_of_keys(value: dict[str, object]) -> None:
     """The same settings written in another order are the same settings."""
     assert files.digest_json(value) == files.digest_json(dict(reversed(value.items())))
@@ -227,10 +248,12 @@ def test_the_digest_of_json_tells_types_apart() -> None:
     assert 3 == len({files.digest_json(value) for value in (1, True, "1")})
 
 
-# ------------------------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
-def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """$REGRAFT_CACHE, else $XDG_CACHE_HOME/regraft, else ~/.cache/regraft."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -245,7 +268,8 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
 
 
 def test_the_cache_says_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever finds the folder reads that it may be deleted; what the user wrote there is not overwritten."""
+    """Whoever finds the folder reads that it may be deleted; what the user wrote there is not
+    overwritten."""
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "c"))
 
     assert tmp_path / "c" / "features" == files.cache_dir("features")
@@ -257,13 +281,24 @@ def test_the_cache_says_whose_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "mine" == (tmp_path / "c" / "README.txt").read_text()
 
 
-@pytest.mark.parametrize("place", ["a file", "below a file", "a link to nowhere", "a name that is too long", "~nobody-at-all/c"])
-def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+@pytest.mark.parametrize(
+    "place",
+    ["a file", "below a file", "a link to nowhere", "a name that is too long", "~nobody-at-all/c"],
+)
+def test_a_cache_that_cannot_be_made_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     """The message has the variable, the path and what to set."""
     (tmp_path / "f").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "f" / "x")
-    places = {"a file": tmp_path / "f", "below a file": tmp_path / "f" / "c", "a link to nowhere": tmp_path / "link"}
-    monkeypatch.setenv("REGRAFT_CACHE", str(places.get(place, place if "~" in place else tmp_path / ("x" * 300))))
+    places = {
+        "a file": tmp_path / "f",
+        "below a file": tmp_path / "f" / "c",
+        "a link to nowhere": tmp_path / "link",
+    }
+    monkeypatch.setenv(
+        "REGRAFT_CACHE", str(places.get(place, place if "~" in place else tmp_path / ("x" * 300)))
+    )
 
     with pytest.raises(UserError) as caught:
         files.cache_dir("features")
@@ -271,8 +306,11 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytes
     assert "set $REGRAFT_CACHE to a folder that you may write to" == caught.value.fix
 
 
-def test_a_variable_that_names_no_place_is_as_if_it_was_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty ones, and a relative $XDG_CACHE_HOME, as its specification says; parents that do not exist are made."""
+def test_a_variable_that_names_no_place_is_as_if_it_was_not_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Empty ones, and a relative $XDG_CACHE_HOME, as its specification says; parents that do not
+    exist are made."""
     monkeypatch.setenv("HOME", str(tmp_path / "new" / "home"))
     monkeypatch.setenv("REGRAFT_CACHE", "")
     for value in ("", "relative/cache"):
@@ -294,7 +332,9 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
     assert "set $REGRAFT_CACHE" in caught.value.fix
 
 
-def test_a_home_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The message says that it is the cache which is meant, and which variable moves it."""
     (tmp_path / "home").write_text("")
     monkeypatch.delenv("REGRAFT_CACHE")
@@ -305,17 +345,23 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pyt
     assert "set $REGRAFT_CACHE" in caught.value.fix
 
 
-def test_a_file_in_the_place_of_a_part_of_the_cache_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_the_place_of_a_part_of_the_cache_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The command that mends it is named."""
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path))
     (tmp_path / "features").write_text("")
 
-    with pytest.raises(UserError, match="a file stands where a folder of the cache is needed") as caught:
+    with pytest.raises(
+        UserError, match="a file stands where a folder of the cache is needed"
+    ) as caught:
         files.cache_dir("features")
     assert "finetune cache --clear" in caught.value.fix
 
 
-def test_a_cache_that_may_only_be_read_is_given_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_may_only_be_read_is_given_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in an image of a container: what is in it serves those who only read."""
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path))
     (tmp_path / "compiled").mkdir()
@@ -330,14 +376,19 @@ def test_a_cache_that_may_only_be_read_is_given_as_it_is(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("number", [errno.ENAMETOOLONG, errno.ELOOP])
 def test_a_name_that_the_system_refuses_is_named(tmp_path: Path, number: int) -> None:
     """No traceback: another name helps."""
-    with pytest.raises(UserError, match="cannot be written under this name"), files.disk_errors(tmp_path):
+    with (
+        pytest.raises(UserError, match="cannot be written under this name"),
+        files.disk_errors(tmp_path),
+    ):
         raise OSError(number, os.strerror(number))
 
 
-# ----------------------------------------------------------------------------------------------------------------- seals
+# -------------------------------------------------------------------------------------------- seals
 
 
-@pytest.mark.parametrize("damage", ["", "changed", "cut", "gone", "one more", "no seal", "changed seal", "cut seal"])
+@pytest.mark.parametrize(
+    "damage", ["", "changed", "cut", "gone", "one more", "no seal", "changed seal", "cut seal"]
+)
 def test_a_seal_tells_whether_files_are_whole(tmp_path: Path, damage: str) -> None:
     """Of every change of the files, of their number or of the seal itself."""
     both, seal = [tmp_path / "a.bin", tmp_path / "b.bin"], tmp_path / "seal.json"
@@ -366,27 +417,39 @@ def test_a_note_is_one_line_on_stderr_that_a_program_can_hide() -> None:
     hidden = f"import logging; logging.getLogger('regraft').setLevel(logging.ERROR); {code}"
 
     assert ("", "note: hello\n") == (done.stdout, done.stderr)
-    assert "" == subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, check=True).stderr
+    assert (
+        ""
+        == subprocess.run(
+            [sys.executable, "-c", hidden], capture_output=True, text=True, check=True
+        ).stderr
+    )
 
 
 @given(st.lists(st.binary(min_size=32, max_size=32), max_size=8), st.data())
 def test_digests_are_kept_as_they_are(contents: list[bytes], data: st.DataObject) -> None:
-    """Compact, they are still a sequence of the same texts, also those that end in zeros; `first` names each content once."""
+    """Compact, they are still a sequence of the same texts, also those that end in zeros; `first`
+    names each content once."""
     texts = [content.hex() for content in contents]
     kept = files.Digests.of(texts)
-    at = np.array(sorted(data.draw(st.sets(st.integers(0, len(texts) - 1)))) if texts else [], dtype=np.int64)
+    at = np.array(
+        sorted(data.draw(st.sets(st.integers(0, len(texts) - 1)))) if texts else [], dtype=np.int64
+    )
 
     assert texts == list(kept)
     assert kept == tuple(texts)
     assert texts[1:3] == list(kept[1:3])
     assert [texts[i] for i in at] == list(kept.take(at))
-    assert [i for n, i in enumerate(at) if texts[i] not in {texts[j] for j in at[:n]}] == kept.first(at).tolist()
+    assert [
+        i for n, i in enumerate(at) if texts[i] not in {texts[j] for j in at[:n]}
+    ] == kept.first(at).tolist()
     assert 32 * len(texts) == kept.rows.nbytes
 
 
 def test_digests_that_end_in_zeros_are_not_alike() -> None:
     """Numpy's own strings end at the last byte that is not zero; a digest does not."""
-    kept = files.Digests.of(["ab" + "00" * 31, "ab" + "00" * 30 + "01", "00" * 32, "ab" + "00" * 31])
+    kept = files.Digests.of(
+        ["ab" + "00" * 31, "ab" + "00" * 30 + "01", "00" * 32, "ab" + "00" * 31]
+    )
 
     assert [0, 1, 2] == kept.first(np.arange(4)).tolist()
     assert "ab" + "00" * 31 == kept[3]

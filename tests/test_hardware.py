@@ -11,8 +11,12 @@ import pytest
 from finetune import hardware
 
 
-@pytest.mark.parametrize(("most", "asked"), [(1 << 30, [(-3, 1 << 28)]), (1 << 25, [(-3, 1 << 28), (-3, 1 << 25)])])
-def test_freed_memory_is_kept(monkeypatch: pytest.MonkeyPatch, most: int, asked: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(
+    ("most", "asked"), [(1 << 30, [(-3, 1 << 28)]), (1 << 25, [(-3, 1 << 28), (-3, 1 << 25)])]
+)
+def test_freed_memory_is_kept(
+    monkeypatch: pytest.MonkeyPatch, most: int, asked: list[tuple[int, int]]
+) -> None:
     """Some glibc take no threshold of more than 32 MB: those get that."""
     calls: list[tuple[int, int]] = []
 

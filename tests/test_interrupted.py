@@ -1,8 +1,9 @@
-"""The main job cut short: kill -9, Ctrl-C, a full disk, two at once. The same command again ends as if nothing had been.
+"""The main job cut short: kill -9, Ctrl-C, a full disk, two at once. The same command again ends as
+if nothing had been.
 
-A small process (the *nursery*) imports everything once and forks a child for each command, which goes through the console
-script's own door. A child may carry a trap: before or after the n-th call of a function it is killed or interrupted, or
-the function fails.
+A small process (the *nursery*) imports everything once and forks a child for each command, which
+goes through the console script's own door. A child may carry a trap: before or after the n-th call
+of a function it is killed or interrupted, or the function fails.
 """
 
 from __future__ import annotations
@@ -27,15 +28,36 @@ from finetune.features import store
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="forks, and kills by POSIX signals")
 
-TINY = ("--backbone", "test_efficientnet", "--weights", "random", "--engine", "torch", "--precision", "float32")
+TINY = (
+    "--backbone",
+    "test_efficientnet",
+    "--weights",
+    "random",
+    "--engine",
+    "torch",
+    "--precision",
+    "float32",
+)
 SMALL = ("train.patience=0", "train.batch_size=8", "train.input_size=64")
-FIT = (*TINY, "--strategy", "scratch", "--epochs", "3", *(word for one in SMALL for word in ("--set", one)))
+FIT = (
+    *TINY,
+    "--strategy",
+    "scratch",
+    "--epochs",
+    "3",
+    *(word for one in SMALL for word in ("--set", one)),
+)
 
 NURSERY = """
 import json, os, sys
 sys.path.insert(0, sys.argv[1])
 import openvino, sklearn.svm, timm, torch
-from finetune import augment, backbone, cli, console, engine, job, optim, page, policy, report, store, train
+from finetune import cli, console, job, policy
+from finetune.backbones import create
+from finetune.data import augment
+from finetune.features import engine, store
+from finetune.report import collect, render
+from finetune.training import loop, optim
 import test_interrupted as home
 
 torch.set_num_threads(1)
@@ -56,7 +78,7 @@ def live(order: dict[str, Any]) -> None:
     from finetune import cli, similarity
     from finetune.evaluation import model_selection
 
-    with open(order["text"], "wb", buffering=0) as text:  # noqa: PTH123
+    with open(order["text"], "wb", buffering=0) as text:
         os.dup2(text.fileno(), 1)
         os.dup2(text.fileno(), 2)
     os.environ["REGRAFT_CACHE"] = order["cache"]
@@ -80,7 +102,8 @@ def live(order: dict[str, Any]) -> None:
 
 
 def set_trap(target: str, at: int, does: str, after: bool = False) -> None:
-    """Let the `at`-th call of `target` (`module:name` or `module:class.name`) kill, interrupt or fail."""
+    """Let the `at`-th call of `target` (`module:name` or `module:class.name`) kill, interrupt or
+    fail."""
     import importlib
 
     module, _, names = target.partition(":")
@@ -117,7 +140,9 @@ def ending(status: int) -> int:
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", HEARS_CTRL_C + NURSERY, str(Path(__file__).parent)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         yield process
         assert process.stdin is not None
         process.stdin.close()
@@ -131,8 +156,11 @@ class Ward:
         self.runs = base / "runs"
         self.runs.mkdir(parents=True)
 
-    def all(self, *commands: Sequence[object], trap: dict[str, Any] | None = None, limit: int = 0) -> list[int]:
-        """Run commands side by side, with `limit` bytes as the largest file (0: any); their endings."""
+    def all(
+        self, *commands: Sequence[object], trap: dict[str, Any] | None = None, limit: int = 0
+    ) -> list[int]:
+        """Run commands side by side, with `limit` bytes as the largest file (0: any); their
+        endings."""
         orders = [
             {
                 "words": [str(word) for word in words],
@@ -160,8 +188,11 @@ class Ward:
 
 
 @pytest.fixture(scope="module")
-def primed(nursery: subprocess.Popen[str], shades: Path, tmp_path_factory: pytest.TempPathFactory) -> Ward:
-    """An undisturbed run, `runs/whole`. Its cache is where the others get what has nothing to do with the images."""
+def primed(
+    nursery: subprocess.Popen[str], shades: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Ward:
+    """An undisturbed run, `runs/whole`. Its cache is where the others get what has nothing to do
+    with the images."""
     ward = Ward(nursery, tmp_path_factory.mktemp("primed"))
     assert 0 == ward("fit", shades, "--out", "whole", *FIT), ward.text()
     assert "Ship the fine-tuned model" in ward.text()
@@ -179,42 +210,80 @@ def ward(primed: Ward, tmp_path: Path) -> Ward:
 
 
 def results(run: Path) -> dict[str, Any]:
-    """What a run says that has nothing to do with time: predictions, metrics and weights to the byte, and the head."""
+    """What a run says that has nothing to do with time: predictions, metrics and weights to the
+    byte, and the head."""
     found: dict[str, Any] = {
-        name: (run / name).read_bytes() for name in ("predictions.csv", "metrics.json", "model.safetensors", "config.json")
+        name: (run / name).read_bytes()
+        for name in ("predictions.csv", "metrics.json", "model.safetensors", "config.json")
     }
-    with safe_open(run / "head.safetensors", framework="numpy") as file:  # it writes its metadata in any order
-        return found | {"about": file.metadata()} | {key: file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
+    with safe_open(
+        run / "head.safetensors", framework="numpy"
+    ) as file:  # it writes its metadata in any order
+        return (
+            found
+            | {"about": file.metadata()}
+            | {key: file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
+        )
 
 
 def told(run: Path) -> list[Any]:
     """The log without what is measured in seconds."""
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
 def leftovers(folder: Path) -> list[str]:
     """Temporary files, and what only an unfinished run has."""
-    return [path.name for path in folder.rglob("*") if path.name.endswith(".tmp") or path.name == "checkpoints"]
+    return [
+        path.name
+        for path in folder.rglob("*")
+        if path.name.endswith(".tmp") or path.name == "checkpoints"
+    ]
 
 
 MOMENTS = {
-    "features, rows written and not committed": {"target": "finetune.features.store:Store._write_rows", "at": 3, "after": True},
+    "features, rows written and not committed": {
+        "target": "finetune.features.store:Store._write_rows",
+        "at": 3,
+        "after": True,
+    },
     "the SVM": {"target": "finetune.heads.svm:choose", "at": 1},
-    "fine-tuning, after the first checkpoint": {"target": "finetune.training.checkpoints:save", "at": 1, "after": True},
-    "fine-tuning, before the third checkpoint": {"target": "finetune.training.checkpoints:save", "at": 3},
-    "the refit, after its first checkpoint": {"target": "finetune.training.checkpoints:save", "at": 4, "after": True},
+    "fine-tuning, after the first checkpoint": {
+        "target": "finetune.training.checkpoints:save",
+        "at": 1,
+        "after": True,
+    },
+    "fine-tuning, before the third checkpoint": {
+        "target": "finetune.training.checkpoints:save",
+        "at": 3,
+    },
+    "the refit, after its first checkpoint": {
+        "target": "finetune.training.checkpoints:save",
+        "at": 4,
+        "after": True,
+    },
     "the model being written": {"target": "finetune.classifier:save", "at": 1},
-    "the judgement": {"target": "finetune.evaluation.predictions:write_predictions", "at": 1, "after": True},
+    "the judgement": {
+        "target": "finetune.evaluation.predictions:write_predictions",
+        "at": 1,
+        "after": True,
+    },
     "before run.json": {"target": "finetune.run:RunDir.finish", "at": 1},
     "after run.json": {"target": "finetune.run:_remove_checkpoints", "at": 1},
 }
 SELDOM = ("fine-tuning, before the third checkpoint", "the model being written", "before run.json")
 
 
-@pytest.mark.parametrize("moment", [pytest.param(one, marks=[pytest.mark.slow] * (one in SELDOM)) for one in MOMENTS])
-def test_a_killed_fit_goes_on_and_ends_the_same(moment: str, ward: Ward, primed: Ward, shades: Path) -> None:
-    """kill -9, then the same command: results and log are those of an uninterrupted run, to the byte."""
+@pytest.mark.parametrize(
+    "moment", [pytest.param(one, marks=[pytest.mark.slow] * (one in SELDOM)) for one in MOMENTS]
+)
+def test_a_killed_fit_goes_on_and_ends_the_same(
+    moment: str, ward: Ward, primed: Ward, shades: Path
+) -> None:
+    """kill -9, then the same command: results and log are those of an uninterrupted run, to the
+    byte."""
     whole = primed.runs / "whole"
     killed = ward("fit", shades, "--out", "cut", *FIT, trap={"does": "kill", **MOMENTS[moment]})
     was_complete = (ward.runs / "cut/run.json").exists()
@@ -228,9 +297,14 @@ def test_a_killed_fit_goes_on_and_ends_the_same(moment: str, ward: Ward, primed:
 
 
 @pytest.mark.parametrize("moment", ["the SVM", "fine-tuning, after the first checkpoint"])
-def test_ctrl_c_leaves_a_run_that_goes_on(moment: str, ward: Ward, primed: Ward, shades: Path) -> None:
-    """SIGINT exits 130 without a traceback; `predict` says what to do; the same command ends the same."""
-    stopped = ward("fit", shades, "--out", "cut", *FIT, trap={"does": "interrupt", **MOMENTS[moment]})
+def test_ctrl_c_leaves_a_run_that_goes_on(
+    moment: str, ward: Ward, primed: Ward, shades: Path
+) -> None:
+    """SIGINT exits 130 without a traceback; `predict` says what to do; the same command ends the
+    same."""
+    stopped = ward(
+        "fit", shades, "--out", "cut", *FIT, trap={"does": "interrupt", **MOMENTS[moment]}
+    )
 
     assert 130 == stopped
     assert ward.text().endswith("interrupted\n")
@@ -243,18 +317,22 @@ def test_ctrl_c_leaves_a_run_that_goes_on(moment: str, ward: Ward, primed: Ward,
 
 
 def test_two_fits_at_once_share_one_store(ward: Ward, primed: Ward, shades: Path) -> None:
-    """Two processes that start together on an empty store, with different folders, both end right; each row is there once."""
+    """Two processes that start together on an empty store, with different folders, both end right;
+    each row is there once."""
     endings = ward.all(("fit", shades, "--out", "one", *FIT), ("fit", shades, "--out", "two", *FIT))
 
     assert [0, 0] == endings, ward.text(0) + ward.text(1)
-    assert results(primed.runs / "whole") == results(ward.runs / "one") == results(ward.runs / "two")
+    assert (
+        results(primed.runs / "whole") == results(ward.runs / "one") == results(ward.runs / "two")
+    )
     with contextlib.closing(store.Store(ward.base / "cache" / "features")) as opened:
         rows = {row["rows"] for row in opened.summary() if row["backbone"] == "test_efficientnet"}
     assert {32, 40} == rows  # the frame that was not taken was seen on the training images alone
 
 
 def test_two_fits_in_one_folder(ward: Ward, shades: Path) -> None:
-    """Of two that start together in the same folder, one works and the other is told so, or finds the finished run."""
+    """Of two that start together in the same folder, one works and the other is told so, or finds
+    the finished run."""
     endings = ward.all(("fit", shades, "--out", "one", *FIT), ("fit", shades, "--out", "one", *FIT))
 
     assert 0 in endings
@@ -272,8 +350,11 @@ FULL = {
 
 
 @pytest.mark.parametrize("moment", FULL)
-def test_a_full_disk_is_said_and_leaves_a_run_that_goes_on(moment: str, ward: Ward, primed: Ward, shades: Path) -> None:
-    """No space left, wherever: exit 1 with what to do, no half-written file, and the same command ends the same."""
+def test_a_full_disk_is_said_and_leaves_a_run_that_goes_on(
+    moment: str, ward: Ward, primed: Ward, shades: Path
+) -> None:
+    """No space left, wherever: exit 1 with what to do, no half-written file, and the same command
+    ends the same."""
     full = ward("fit", shades, "--out", "cut", *FIT, trap={"does": "full", **FULL[moment]})
 
     assert 1 == full, ward.text()
@@ -286,8 +367,11 @@ def test_a_full_disk_is_said_and_leaves_a_run_that_goes_on(moment: str, ward: Wa
 
 
 @pytest.mark.parametrize("limit", [20_000, 200_000, 1_200_000])
-def test_a_limit_on_the_size_of_files_is_said(limit: int, ward: Ward, primed: Ward, shades: Path) -> None:
-    """What the system really says where a file cannot grow (`ulimit -f`): words and exit 1, no half file, and it goes on."""
+def test_a_limit_on_the_size_of_files_is_said(
+    limit: int, ward: Ward, primed: Ward, shades: Path
+) -> None:
+    """What the system really says where a file cannot grow (`ulimit -f`): words and exit 1, no half
+    file, and it goes on."""
     code = ward("fit", shades, "--out", "cut", *FIT, limit=limit)
 
     assert 1 == code, ward.text()

@@ -1,4 +1,5 @@
-"""Waiting for another process: how long, what is said meanwhile, and what to do where it does not end."""
+"""Waiting for another process: how long, what is said meanwhile, and what to do where it does not
+end."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def held(file: Path) -> sqlite3.Connection:
     return lock.take(file, file.parent)
 
 
-def test_who_waits_gets_the_lock_when_it_is_free(file: Path, held: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_gets_the_lock_when_it_is_free(
+    file: Path, held: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The lock is taken as soon as its holder ends; that we wait, and for whom, is said once."""
     clock = Clock(after=5, then=held.close)
     monkeypatch.setattr(lock, "time", clock)
@@ -56,14 +59,17 @@ def test_waiting_ends(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the holder does not end in time, that is said, with both ways on."""
     clock = Clock()
     monkeypatch.setattr(lock, "time", clock)
-    with pytest.raises(UserError, match=r"(?s)still, after 7 s.*longer: --wait SECONDS; or choose another folder"):
+    with pytest.raises(
+        UserError, match=r"(?s)still, after 7 s.*longer: --wait SECONDS; or choose another folder"
+    ):
         lock.take(file, file.parent, Wait(7, other="choose another folder with --out"))
     assert clock.now == pytest.approx(107)
 
 
 @pytest.mark.usefixtures("held")
 def test_nobody_waits_unasked(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without --wait the refusal comes at once, and names the option; a command without --out does not speak of it."""
+    """Without --wait the refusal comes at once, and names the option; a command without --out does
+    not speak of it."""
     monkeypatch.setattr(lock, "time", Clock())
     said: list[str] = []
     with pytest.raises(UserError) as caught:
@@ -72,7 +78,9 @@ def test_nobody_waits_unasked(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert [] == said
 
 
-def test_who_gives_up_waiting_takes_nothing(file: Path, held: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_gives_up_waiting_takes_nothing(
+    file: Path, held: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C ends the waiting at once, and leaves the lock to whom it belongs."""
 
     def stop() -> None:

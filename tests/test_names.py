@@ -33,7 +33,8 @@ def test_a_name_is_shown_in_printable_text(name: str, text: str) -> None:
 
 @given(st.binary(max_size=20))
 def test_every_name_can_be_read_back(data: bytes) -> None:
-    """Whatever the bytes of a name are, the text that is shown gives them back, and encodes as UTF-8."""
+    """Whatever the bytes of a name are, the text that is shown gives them back, and encodes as
+    UTF-8."""
     name = data.decode("utf-8", "surrogateescape")
 
     text = names.shown(name)
@@ -55,7 +56,8 @@ def test_a_lone_backslash_stands_for_itself(text: str) -> None:
 
 
 def test_what_somebody_wrote_is_a_file_of_that_name_first(tmp_path: Path) -> None:
-    """A name that exists as it is written stays; else the written form is read; the same holds for absolute paths."""
+    """A name that exists as it is written stays; else the written form is read; the same holds for
+    absolute paths."""
     for name in (r"lit\x41.png", "two\nlines.png"):
         (tmp_path / name).touch()
 
@@ -77,9 +79,11 @@ def test_a_spelled_name_can_be_read_back(data: bytes) -> None:
 
 
 def test_a_class_that_can_be_printed_keeps_its_name() -> None:
-    r"""Blanks and a backslash change no name; only what would be read back as another name is written out."""
+    r"""Blanks and a backslash change no name; only what would be read back as another name is
+    written out."""
     assert ["a\\b", " cat ", "Größe", r"lit\\xe9", r"caf\xe9"] == [
-        names.spelled(name) for name in ("a\\b", " cat ", "Größe", r"lit\xe9", os.fsdecode(b"caf\xe9"))
+        names.spelled(name)
+        for name in ("a\\b", " cat ", "Größe", r"lit\xe9", os.fsdecode(b"caf\xe9"))
     ]
 
 
@@ -95,9 +99,13 @@ def test_a_database_gives_the_name_back(data: bytes) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs bash")
-@pytest.mark.parametrize("name", ["plain/a-b.png", "with space", "it's", "caf\udce9 '\\", "two\nlines\x1b", "$HOME `x`"])
+@pytest.mark.parametrize(
+    "name", ["plain/a-b.png", "with space", "it's", "caf\udce9 '\\", "two\nlines\x1b", "$HOME `x`"]
+)
 def test_a_typed_path_means_the_same_to_a_shell(name: str) -> None:
     """Commands that are printed for copying name the very path."""
-    result = subprocess.run(["bash", "-c", f"printf %s {names.typed(name)}"], capture_output=True, check=True)
+    result = subprocess.run(
+        ["bash", "-c", f"printf %s {names.typed(name)}"], capture_output=True, check=True
+    )
 
     assert os.fsencode(name) == result.stdout

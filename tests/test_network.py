@@ -21,14 +21,16 @@ NETWORK = Network(
     widths={"pooled": 512, "fc7": 4096, "stage1": 64, "stage1/3x3": 576, "moments": 9600},
 )
 STAGES = st.one_of(
-    st.sampled_from(["pooled", "stem", "neck", "fc6", "fc7-pre", "moments"]), st.integers(1, 40).map("stage{}".format)
+    st.sampled_from(["pooled", "stem", "neck", "fc6", "fc7-pre", "moments"]),
+    st.integers(1, 40).map("stage{}".format),
 )
 TAPS = st.one_of(
-    st.builds(Tap, STAGES, grid=st.integers(1, 9)), st.builds(Tap, STAGES, pool=st.sampled_from(["mean", "gem", "rmac"]))
+    st.builds(Tap, STAGES, grid=st.integers(1, 9)),
+    st.builds(Tap, STAGES, pool=st.sampled_from(["mean", "gem", "rmac"])),
 )
 
 
-# ------------------------------------------------------------------------------------------------------------- taps
+# --------------------------------------------------------------------------------------------- taps
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_a_tap_has_a_grid_or_a_pool() -> None:
         Tap("stage6", grid=3, pool="gem")
 
 
-# ----------------------------------------------------------------------------------------------------------- widths
+# ------------------------------------------------------------------------------------------- widths
 
 
 @pytest.mark.parametrize(
@@ -107,15 +109,28 @@ def test_a_tap_has_a_grid_or_a_pool() -> None:
     ],
 )
 def test_the_width_of_a_tap(text: str, width: int) -> None:
-    """Named in `widths`, or derived from the width of its stage: a grid has cells × channels features."""
+    """Named in `widths`, or derived from the width of its stage: a grid has cells × channels
+    features."""
     assert width == NETWORK.width(Tap.parse(text))
 
 
 @pytest.mark.parametrize(
-    "text", ["stage9", "stage9/3x3", "stage9/gem", "fc6", "pooled/3x3", "pooled/2x2", "pooled/gem", "fc7/rmac", "moments/gem"]
+    "text",
+    [
+        "stage9",
+        "stage9/3x3",
+        "stage9/gem",
+        "fc6",
+        "pooled/3x3",
+        "pooled/2x2",
+        "pooled/gem",
+        "fc7/rmac",
+        "moments/gem",
+    ],
 )
 def test_a_tap_that_the_network_lacks_is_refused_with_those_that_it_has(text: str) -> None:
-    """A vector has neither a grid nor a pool: such a tap would be the plain one under another name."""
+    """A vector has neither a grid nor a pool: such a tap would be the plain one under another
+    name."""
     with pytest.raises(UserError, match="has no tap") as caught:
         NETWORK.width(Tap.parse(text))
 
@@ -123,7 +138,7 @@ def test_a_tap_that_the_network_lacks_is_refused_with_those_that_it_has(text: st
     assert "pooled, fc7, stage1, stage1/3x3" in caught.value.fix
 
 
-# ------------------------------------------------------------------------------------------------------------- JSON
+# --------------------------------------------------------------------------------------------- JSON
 
 
 def test_a_network_survives_the_way_through_json() -> None:

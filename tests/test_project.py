@@ -1,4 +1,5 @@
-"""Guards of the whole project: who may import whom, that nothing runs from data, that the README tells the truth."""
+"""Guards of the whole project: who may import whom, that nothing runs from data, that the README
+tells the truth."""
 
 from __future__ import annotations
 
@@ -47,10 +48,12 @@ HEAVY = (
     "matplotlib",
     "pandas",
 )
-MALICIOUS = "tests/backbones/test_weights.py"  # makes a pickle that would run code, to see it refused
+MALICIOUS = (
+    "tests/backbones/test_weights.py"  # makes a pickle that would run code, to see it refused
+)
 
 
-# ----------------------------------------------------------------------------------------------------- import direction
+# --------------------------------------------------------------------------------- import direction
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,17 @@ def lines() -> tuple[Line, ...]:
         elif package and cells[0].isdigit():
             libraries = [name.strip() for name in cells[3].split(",")] if len(cells) > 3 else []
             named = frozenset(IMPORTED_AS.get(name, name) for name in libraries if name)
-            found += [Line(package, name, int(cells[0]), cells[2], named) for name in re.findall(r"`(\w+/?)`", cells[1])]
+            found += [
+                Line(package, name, int(cells[0]), cells[2], named)
+                for name in re.findall(r"`(\w+/?)`", cells[1])
+            ]
     return tuple(found)
 
 
 @functools.cache
 def modules() -> dict[str, Path]:
-    """The modules of both packages, by dotted name; the `__init__` of a package goes by the package's name."""
+    """The modules of both packages, by dotted name; the `__init__` of a package goes by the
+    package's name."""
     found = {}
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -94,7 +101,8 @@ def modules() -> dict[str, Path]:
 
 
 def box(module: str) -> tuple[str, str]:
-    """The line of the design's tables that a module belongs to: `finetune.data.images` is of `finetune`, `data/`."""
+    """The line of the design's tables that a module belongs to: `finetune.data.images` is of
+    `finetune`, `data/`."""
     package, _, rest = module.partition(".")
     first, _, inside = rest.partition(".")
     is_folder = inside or (ROOT / package / first).is_dir()
@@ -107,7 +115,8 @@ def parsed(path: Path) -> ast.Module:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names of what a file imports, at the top, inside functions and for types: `finetune.files`, `torch.nn`."""
+    """Dotted names of what a file imports, at the top, inside functions and for types:
+    `finetune.files`, `torch.nn`."""
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -124,10 +133,13 @@ each_module = pytest.mark.parametrize("name", MODULES)
 
 
 def test_the_tables_of_the_design_were_read() -> None:
-    """Both tables are there, with their rows in order, a job in every line, and libraries where they are known to be."""
+    """Both tables are there, with their rows in order, a job in every line, and libraries where
+    they are known to be."""
     home = {(line.package, line.name): line for line in lines()}
 
-    assert {"torch", "timm", "torchvision", "huggingface_hub"} == home["finetune", "backbones/"].libraries
+    assert {"torch", "timm", "torchvision", "huggingface_hub"} == home[
+        "finetune", "backbones/"
+    ].libraries
     assert {"faiss"} == home["retrieval", "index"].libraries
     for package in PACKAGES:
         rows = [line.row for line in lines() if line.package == package]
@@ -136,7 +148,8 @@ def test_the_tables_of_the_design_were_read() -> None:
 
 
 def test_every_package_and_module_has_one_line_in_the_design() -> None:
-    """A new one is put into its row, with its one job, in the commit that brings it; a line goes with its module."""
+    """A new one is put into its row, with its one job, in the commit that brings it; a line goes
+    with its module."""
     counts = Counter((line.package, line.name) for line in lines())
 
     assert dict.fromkeys(BOXES, 1) == dict(counts)
@@ -144,23 +157,37 @@ def test_every_package_and_module_has_one_line_in_the_design() -> None:
 
 @each_module
 def test_imports_go_upwards(name: str) -> None:
-    """A module imports from smaller rows alone, wherever in the file; `finetune` knows nothing of `retrieval`."""
+    """A module imports from smaller rows alone, wherever in the file; `finetune` knows nothing of
+    `retrieval`."""
     rows = {(line.package, line.name): line.row for line in lines()}
     for imported in imports(modules()[name]):
         if imported in PACKAGES or imported not in modules():
             continue
-        assert (name.split(".")[0], imported.split(".")[0]) != ("finetune", "retrieval"), f"{name} imports {imported}"
+        assert (name.split(".")[0], imported.split(".")[0]) != ("finetune", "retrieval"), (
+            f"{name} imports {imported}"
+        )
         if imported.split(".")[0] == name.split(".")[0] and box(imported) != box(name):
-            assert rows[box(imported)] < rows[box(name)], f"{name} imports {imported}, which is not above it"
+            assert rows[box(imported)] < rows[box(name)], (
+                f"{name} imports {imported}, which is not above it"
+            )
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_circle_of_imports(package: str) -> None:
-    """Modules of one package, too, can be put in an order in which each imports only earlier ones."""
-    wanted = {name: {i for i in imports(path) if i in modules() and i != name} for name, path in modules().items()}
-    wanted = {name: {i for i in found if "." in i} for name, found in wanted.items() if name.startswith(f"{package}.")}
+    """Modules of one package, too, can be put in an order in which each imports only earlier
+    ones."""
+    wanted = {
+        name: {i for i in imports(path) if i in modules() and i != name}
+        for name, path in modules().items()
+    }
+    wanted = {
+        name: {i for i in found if "." in i}
+        for name, found in wanted.items()
+        if name.startswith(f"{package}.")
+    }
 
-    tuple(graphlib.TopologicalSorter(wanted).static_order())  # raises CycleError, which names the circle
+    # raises CycleError, which names the circle
+    tuple(graphlib.TopologicalSorter(wanted).static_order())
 
 
 def test_no_folder_is_full() -> None:
@@ -171,8 +198,13 @@ def test_no_folder_is_full() -> None:
 
 
 def test_packages_hold_words_alone() -> None:
-    """The `__init__` of a sub-package imports nothing, so that one of its modules brings no other (but for the commands)."""
-    inits = [path for name, path in modules().items() if path.name == "__init__.py" and "." in name and name != "finetune.cli"]
+    """The `__init__` of a sub-package imports nothing, so that one of its modules brings no other
+    (but for the commands)."""
+    inits = [
+        path
+        for name, path in modules().items()
+        if path.name == "__init__.py" and "." in name and name != "finetune.cli"
+    ]
 
     assert [] == [short(path) for path in inits if len(parsed(path).body) > 1]
     assert all(ast.get_docstring(parsed(path)) for path in inits)
@@ -181,25 +213,37 @@ def test_packages_hold_words_alone() -> None:
 @each_module
 def test_heavy_libraries_stay_in_their_homes(name: str) -> None:
     """What is neither of Python nor small is imported only where the design says."""
-    allowed = {library for line in lines() if (line.package, line.name) == box(name) for library in line.libraries}
+    allowed = {
+        library
+        for line in lines()
+        if (line.package, line.name) == box(name)
+        for library in line.libraries
+    }
     found = {imported.split(".")[0] for imported in imports(modules()[name])}
 
     assert set() == found - set(sys.stdlib_module_names) - set(PACKAGES) - ANYWHERE - allowed
 
 
-# ------------------------------------------------------------------------------------------------------------ doorsteps
+# ---------------------------------------------------------------------------------------- doorsteps
 
 
 def loaded_by(script: str) -> set[str]:
     """Heavy libraries that a fresh process has loaded after `script`."""
-    code = f"import sys\n{script}\nprint()\nprint(*(name for name in {HEAVY!r} if sys.modules.get(name)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    code = (
+        f"import sys\n{script}\nprint()\nprint(*(name for name "
+        f"in {HEAVY!r} if sys.modules.get(name)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
 
     assert 0 == done.returncode, done.stderr
     return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("script", ["import finetune, finetune.cli", "import retrieval, retrieval.cli"])
+@pytest.mark.parametrize(
+    "script", ["import finetune, finetune.cli", "import retrieval, retrieval.cli"]
+)
 def test_the_commands_are_imported_without_any_heavy_library(script: str) -> None:
     """What `--help` needs is click and the standard library."""
     assert set() == loaded_by(script)
@@ -208,21 +252,26 @@ def test_the_commands_are_imported_without_any_heavy_library(script: str) -> Non
 @pytest.mark.parametrize("package", PACKAGES)
 def test_help_answers_without_any_heavy_library(package: str) -> None:
     """`finetune --help` and `retrieve --help`, through the door that users take."""
-    script = f"sys.argv = ['x', '--help']\nfrom {package}.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code"
+    script = (
+        f"sys.argv = ['x', '--help']\nfrom {package}.cli import main\ntry: main()\nexcept "
+        f"SystemExit as e: assert not e.code"
+    )
 
     assert set() == loaded_by(script)
 
 
 def test_what_serves_predictions_is_imported_without_torch() -> None:
-    """`predict` and `query` through a converted network never pay for torch, timm or scikit-learn."""
+    """`predict` and `query` through a converted network never pay for torch, timm or
+    scikit-learn."""
     script = (
-        "import finetune.evaluation.predict, finetune.classifier, finetune.features.engine, retrieval.gallery, retrieval.encode"
+        "import finetune.evaluation.predict, finetune.classifier, finetune.features.engine, "
+        "retrieval.gallery, retrieval.encode"
     )
 
     assert set() == loaded_by(script) & {"torch", "timm", "torchvision", "sklearn", "scipy"}
 
 
-# ---------------------------------------------------------------------------------------------------- data is never code
+# ------------------------------------------------------------------------------- data is never code
 
 
 def sources() -> list[Path]:
@@ -242,9 +291,24 @@ def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
 
 
 def test_nothing_is_pickled() -> None:
-    """No module imports pickle or a library that pickles; one test makes a malicious pickle, to see it refused."""
-    picklers = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-    found = {short(path) for path in sources() for name in imports(path) if name.split(".")[0] in picklers}
+    """No module imports pickle or a library that pickles; one test makes a malicious pickle, to see
+    it refused."""
+    picklers = {
+        "pickle",
+        "cPickle",
+        "_pickle",
+        "dill",
+        "cloudpickle",
+        "joblib",
+        "shelve",
+        "marshal",
+    }
+    found = {
+        short(path)
+        for path in sources()
+        for name in imports(path)
+        if name.split(".")[0] in picklers
+    }
 
     assert {MALICIOUS} == found
 
@@ -253,16 +317,26 @@ def test_nothing_is_evaluated() -> None:
     """No eval, exec, compile or __import__: text never becomes code."""
     words = {"eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec"}
 
-    assert [] == [f"{short(path)}:{call.lineno}" for path in sources() for name, call in calls(path) if name in words]
+    assert [] == [
+        f"{short(path)}:{call.lineno}"
+        for path in sources()
+        for name, call in calls(path)
+        if name in words
+    ]
 
 
 def test_numpy_and_torch_read_data_only() -> None:
-    """`torch.load` says weights_only=True every time, and no `allow_pickle` is anything but False."""
+    """`torch.load` says weights_only=True every time, and no `allow_pickle` is anything but
+    False."""
     wrong = []
     for path in sources():
         for name, call in calls(path):
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-            unsafe = name in ("torch.load", "load_state_dict_from_url", "torch.hub.load_state_dict_from_url")
+            unsafe = name in (
+                "torch.load",
+                "load_state_dict_from_url",
+                "torch.hub.load_state_dict_from_url",
+            )
             if unsafe and given.get("weights_only") != "True":
                 wrong.append(f"{short(path)}:{call.lineno}")
             if given.get("allow_pickle", "False") != "False":
@@ -271,7 +345,7 @@ def test_numpy_and_torch_read_data_only() -> None:
     assert [] == wrong
 
 
-# --------------------------------------------------------------------------------------------------------------- README
+# ------------------------------------------------------------------------------------------- README
 
 
 def readme() -> str:
@@ -279,7 +353,8 @@ def readme() -> str:
 
 
 def command_exists(words: list[str]) -> bool:
-    """Whether the words lead to a command of the two CLIs; what comes after a command is its arguments."""
+    """Whether the words lead to a command of the two CLIs; what comes after a command is its
+    arguments."""
     command: click.Command = {"finetune": finetune, "retrieve": retrieve}[words[0]]
     for word in words[1:]:
         if not isinstance(command, click.Group):
@@ -293,7 +368,8 @@ def command_exists(words: list[str]) -> bool:
 
 
 def commands_of_the_readme() -> Iterator[list[str]]:
-    """Command lines in code spans and blocks; in the table of commands, bare words after one are its siblings."""
+    """Command lines in code spans and blocks; in the table of commands, bare words after one are
+    its siblings."""
     for line in readme().splitlines():
         spans = re.findall(r"`([^`]+)`", line)
         if re.match(r"\s{4}(finetune|retrieve) ", line):
@@ -309,7 +385,8 @@ def commands_of_the_readme() -> Iterator[list[str]]:
 
 
 def test_commands_of_the_readme_exist() -> None:
-    """Every `finetune X` and `retrieve X`, and the words listed after one in the table, are commands."""
+    """Every `finetune X` and `retrieve X`, and the words listed after one in the table, are
+    commands."""
     found = list(commands_of_the_readme())
 
     assert ["finetune", "fit", "photos/"] in found
@@ -333,7 +410,11 @@ def test_paths_of_the_readme_exist() -> None:
     paths = [line.split()[0] for line in tree.splitlines() if line.strip()]
 
     assert "finetune/" in paths
-    assert [] == [path for path in paths if not (ROOT / path).exists() or (ROOT / path).is_dir() != path.endswith("/")]
+    assert [] == [
+        path
+        for path in paths
+        if not (ROOT / path).exists() or (ROOT / path).is_dir() != path.endswith("/")
+    ]
 
 
 def test_the_tree_of_the_readme_is_whole() -> None:
@@ -343,15 +424,25 @@ def test_the_tree_of_the_readme_is_whole() -> None:
     assert [] == [name for name in (*FOLDERS, "recipes") if f"\n{name}/ " not in tree]
 
 
-# ------------------------------------------------------------------------------------------------------------- any machine
+# -------------------------------------------------------------------------------------- any machine
 
 
 def test_no_file_knows_the_machine_that_it_was_written_on() -> None:
-    """Sources, tests, docs and recipes name no folder of one machine; documented places such as /dev and /sys may be."""
+    """Sources, tests, docs and recipes name no folder of one machine; documented places such as
+    /dev and /sys may be."""
     places = re.compile(r"(?<![\w.\]/~$}-])/(?:tmp|work|home|root|Users|mnt|var|opt)\b(?:/\w|\b)")
     kinds = ("*.py", "*.md", "*.yaml", "*.html", "*.css", "*.js", "*.txt")
-    files = [path for folder in (*FOLDERS, "recipes") for kind in kinds for path in (ROOT / folder).rglob(kind)]
-    files += [path for path in ROOT.iterdir() if path.suffix in (".md", ".cfg", ".toml") or path.name == "Makefile"]
+    files = [
+        path
+        for folder in (*FOLDERS, "recipes")
+        for kind in kinds
+        for path in (ROOT / folder).rglob(kind)
+    ]
+    files += [
+        path
+        for path in ROOT.iterdir()
+        if path.suffix in (".md", ".cfg", ".toml") or path.name == "Makefile"
+    ]
     wrong = [
         f"{short(path)}:{number}: {line.strip()[:80]}"
         for path in sorted(files)

@@ -38,7 +38,11 @@ def test_the_defaults_need_nothing() -> None:
     default = Recipe()
 
     assert ("tf_efficientnet_lite0",) == default.backbone.names
-    assert ("auto", "auto", "auto") == (default.backbone.weights, default.policy.strategy, default.svm.kernels)
+    assert ("auto", "auto", "auto") == (
+        default.backbone.weights,
+        default.policy.strategy,
+        default.svm.kernels,
+    )
     assert {None} == {value for key, value in default.train if key != "class_weight"}
 
 
@@ -57,11 +61,17 @@ def test_an_empty_file_is_the_default(write: Any, text: str) -> None:
 def test_a_file_sets_what_it_names(write: Any) -> None:
     """Values land in their section; whatever is not named keeps its default."""
     loaded = recipe.load(
-        write("data:\n  shots: 5\ntrain:\n  lr: 1e-3\n  ema: true\nbackbone:\n  names: resnet18\n  taps: [pooled, stage3/3x3]\n")
+        write(
+            "data:\n  shots: 5\ntrain:\n  lr: 1e-3\n  ema: true\nbackbone:\n  names: resnet18\n  "
+            "taps: [pooled, stage3/3x3]\n"
+        )
     )
 
     assert (5, 0.001, True) == (loaded.data.shots, loaded.train.lr, loaded.train.ema)
-    assert (("resnet18",), ("pooled", "stage3/3x3")) == (loaded.backbone.names, loaded.backbone.taps)
+    assert (("resnet18",), ("pooled", "stage3/3x3")) == (
+        loaded.backbone.names,
+        loaded.backbone.taps,
+    )
     assert Recipe().svm == loaded.svm
 
 
@@ -87,13 +97,23 @@ def test_yaml_is_version_1_2(write: Any) -> None:
         ("1: 2\n", 1, "no key 1", "the keys are: "),
         ("? [a, b]\n: 1\n", None, "no key ('a', 'b')", "the keys are: "),
         ("train: 3\n", 1, "train is a section, and was given 3", "give it keys: optimizer, lr, "),
-        ("train:\n\n  # fast\n  lr: fast\n", 4, 'train.lr cannot be "fast"', "it takes the head's learning rate, above 0"),
+        (
+            "train:\n\n  # fast\n  lr: fast\n",
+            4,
+            'train.lr cannot be "fast"',
+            "it takes the head's learning rate, above 0",
+        ),
         ("train:\n  lr: 0\n", 2, "train.lr cannot be 0", "above 0"),
         ("train:\n  lr: .inf\n", 2, "train.lr cannot be Infinity", "above 0"),
         ("train:\n  epochs: 2.5\n", 2, "train.epochs cannot be 2.5", "a whole number"),
         ("train:\n  epochs: true\n", 2, "train.epochs cannot be true", "a whole number"),
         ("train:\n  ema: 1\n", 2, "train.ema cannot be 1", "true, false or null"),
-        ("train:\n  optimizer: adam\n", 2, 'train.optimizer cannot be "adam"', "adamw, sgd or null"),
+        (
+            "train:\n  optimizer: adam\n",
+            2,
+            'train.optimizer cannot be "adam"',
+            "adamw, sgd or null",
+        ),
         ("data:\n  no_flip: no\n", 2, 'data.no_flip cannot be "no"', "true where"),
         ("data:\n  seed: '1'\n", 2, 'data.seed cannot be "1"', "a whole number"),
         ("data:\n  data: 2001-01-01\n", 2, 'data.data cannot be "2001-01-01"', "a folder"),
@@ -102,10 +122,20 @@ def test_yaml_is_version_1_2(write: Any) -> None:
         ("policy:\n  strategy: stages:0\n", 2, 'policy.strategy cannot be "stages:0"', "stages:K"),
         ("policy:\n  budget: 0\n", 2, "policy.budget cannot be 0", "minutes"),
         ("backbone:\n  names: []\n", 2, "backbone.names cannot be []", "it takes one name"),
-        ("backbone:\n  names: [a, b]\n", 2, 'backbone.names cannot be ["a", "b"]', "several are not compared yet"),
+        (
+            "backbone:\n  names: [a, b]\n",
+            2,
+            'backbone.names cannot be ["a", "b"]',
+            "several are not compared yet",
+        ),
         ("backbone:\n  taps: 3\n", 2, "backbone.taps cannot be 3", "auto, or a list of taps"),
         ("svm:\n  C: [1, -1]\n", 2, "svm.C cannot be -1", "auto, or a list of numbers above 0"),
-        ("svm: {kernels: [rbf, poly]}\n", 1, 'svm.kernels cannot be "poly"', "linear, logistic, rbf and lssvm"),
+        (
+            "svm: {kernels: [rbf, poly]}\n",
+            1,
+            'svm.kernels cannot be "poly"',
+            "linear, logistic, rbf and lssvm",
+        ),
         ("- a\n- b\n", None, 'expected sections, found ["a", "b"]', "start with one of: data, "),
         ("train:\n  lr: 1\n  lr: 2\n", 3, "the key lr stands twice", "keep one"),
         ("train:\n\tlr: 1\n", 2, "not valid YAML: found character", "mend"),
@@ -122,7 +152,9 @@ def test_yaml_is_version_1_2(write: Any) -> None:
         ("[" * 5000, None, "not valid YAML", "mend"),
     ],
 )
-def test_a_fault_is_named_with_line_value_and_remedy(write: Any, text: str, line: int | None, what: str, fix: str) -> None:
+def test_a_fault_is_named_with_line_value_and_remedy(
+    write: Any, text: str, line: int | None, what: str, fix: str
+) -> None:
     """Every wrong file is refused with file, line, the value found, and what would be right."""
     path = write(text)
 
@@ -159,7 +191,8 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 
 def test_overrides_are_read_as_yaml() -> None:
-    """`--set` values pass the same reader as files: numbers, lists, null, and text that only looks like a boolean."""
+    """`--set` values pass the same reader as files: numbers, lists, null, and text that only looks
+    like a boolean."""
     changed = recipe.override(
         Recipe(),
         [
@@ -201,7 +234,9 @@ def test_a_wrong_override_is_named(text: str, message: str) -> None:
 
 def test_update_takes_values_as_they_are() -> None:
     """Values that are already Python, such as a folder called `1e-3`, are not read as YAML."""
-    changed = recipe.update(Recipe(), {"data.data": "1e-3", "data.shots": 3, "backbone.names": ("a",)})
+    changed = recipe.update(
+        Recipe(), {"data.data": "1e-3", "data.shots": 3, "backbone.names": ("a",)}
+    )
 
     assert ("1e-3", 3, ("a",)) == (changed.data.data, changed.data.shots, changed.backbone.names)
     with pytest.raises(UserError, match=r'command line: data\.shots cannot be "3"'):
@@ -209,7 +244,22 @@ def test_update_takes_values_as_they_are() -> None:
 
 
 TEXTS = st.text(min_size=1) | st.sampled_from(
-    ["no", "null", "~", "true", "1e-3", "017", "a: b", "#x", "- a", "é😀", "\u2028\t\x7f", "'\"\\", " ", "2001-01-01"]
+    [
+        "no",
+        "null",
+        "~",
+        "true",
+        "1e-3",
+        "017",
+        "a: b",
+        "#x",
+        "- a",
+        "é😀",
+        "\u2028\t\x7f",
+        "'\"\\",
+        " ",
+        "2001-01-01",
+    ]
 )
 CHANGES = st.fixed_dictionaries(
     {},
@@ -232,8 +282,11 @@ CHANGES = st.fixed_dictionaries(
 
 @given(CHANGES)
 @settings(max_examples=40, deadline=None)
-def test_dump_and_load_are_an_exact_round_trip(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, object]) -> None:
-    """Whatever a recipe holds, the file written from it gives back an equal recipe, and the same text again."""
+def test_dump_and_load_are_an_exact_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, object]
+) -> None:
+    """Whatever a recipe holds, the file written from it gives back an equal recipe, and the same
+    text again."""
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     asked = recipe.update(Recipe(), changes)
     path.write_bytes(recipe.dump(asked).encode())
@@ -257,7 +310,10 @@ def test_the_dump_writes_every_default_and_explains_every_key() -> None:
 def test_the_digest_covers_what_is_asked_and_not_where_it_lies() -> None:
     """Any other key changes the digest; the folder of the images and of the run do not."""
     default = Recipe()
-    moved = recipe.update(default, {"data.data": "/elsewhere/photos", "data.test": "/elsewhere/test", "out": "/elsewhere/run"})
+    moved = recipe.update(
+        default,
+        {"data.data": "/elsewhere/photos", "data.test": "/elsewhere/test", "out": "/elsewhere/run"},
+    )
     changed = {
         recipe.digest(recipe.update(default, {key: value}))
         for key, value in {
@@ -277,7 +333,8 @@ def test_the_digest_covers_what_is_asked_and_not_where_it_lies() -> None:
 
 @pytest.mark.parametrize("name", recipe.shipped())
 def test_every_shipped_recipe_loads_and_has_an_honest_header(name: str) -> None:
-    """Each shipped recipe is valid, and its header names command, hardware, time and expected result."""
+    """Each shipped recipe is valid, and its header names command, hardware, time and expected
+    result."""
     assert isinstance(recipe.load(name), Recipe)
     for word in ("Command:", "Hardware:", "Time:", "Expected:"):
         assert word in recipe.describe(name), f"{name} has no {word}"
@@ -289,7 +346,11 @@ def test_the_smoke_recipe_is_small() -> None:
     """The smoke recipe asks for five images of each digit and no fine-tuning."""
     smoke = recipe.load("smoke-digits")
 
-    assert ("sklearn:digits", 5, "svm") == (smoke.data.data, smoke.data.shots, smoke.policy.strategy)
+    assert ("sklearn:digits", 5, "svm") == (
+        smoke.data.data,
+        smoke.data.shots,
+        smoke.policy.strategy,
+    )
 
 
 def test_a_header_ends_where_the_recipe_begins() -> None:
@@ -302,7 +363,9 @@ def test_a_header_ends_where_the_recipe_begins() -> None:
 
 def test_an_unknown_recipe_suggests_one(tmp_path: Path) -> None:
     """A misspelt name names the nearest recipe; anything else lists what there is."""
-    with pytest.raises(UserError, match=r"smoke-digts: no such recipe\n  → did you mean smoke-digits\?"):
+    with pytest.raises(
+        UserError, match=r"smoke-digts: no such recipe\n  → did you mean smoke-digits\?"
+    ):
         recipe.load("smoke-digts")
     with pytest.raises(UserError, match=r"or one of: .*smoke-digits"):
         recipe.load(tmp_path / "absent.yaml")
@@ -322,8 +385,13 @@ def test_recipes_are_found_where_they_are_installed(tmp_path: Path) -> None:
     """In an installation, where the recipes lie inside the package, they are read from there."""
     shutil.copytree(PACKAGE, tmp_path / "finetune", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "finetune" / "recipes").mkdir(exist_ok=True)
-    (tmp_path / "finetune" / "recipes" / "here.yaml").write_text("# Here.\nout: here\n", encoding="utf-8")
-    code = "from finetune import recipe; print(recipe.shipped(), recipe.load('here').out, recipe.describe('here'))"
+    (tmp_path / "finetune" / "recipes" / "here.yaml").write_text(
+        "# Here.\nout: here\n", encoding="utf-8"
+    )
+    code = (
+        "from finetune import recipe; print(recipe.shipped(), "
+        "recipe.load('here').out, recipe.describe('here'))"
+    )
 
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -337,9 +405,12 @@ def test_recipes_are_found_where_they_are_installed(tmp_path: Path) -> None:
 
 
 def test_what_later_versions_ask_leaves_the_digests_of_old_runs_alone() -> None:
-    """Keys that version 0.1.0 did not know count only where they are set, and where images lie never does."""
+    """Keys that version 0.1.0 did not know count only where they are set, and where images lie
+    never does."""
     plain = recipe.digest(Recipe())
 
     assert plain == "3881e5abe8d12215b53fad8e677062e6f4a2d77534937e3ccf9422e9be68dcb8"
-    assert plain == recipe.digest(recipe.override(Recipe(), ["data.image_root=elsewhere", "data.data=d", "out=o"]))
+    assert plain == recipe.digest(
+        recipe.override(Recipe(), ["data.image_root=elsewhere", "data.data=d", "out=o"])
+    )
     assert plain != recipe.digest(recipe.override(Recipe(), ["data.group_column=patient"]))

@@ -1,4 +1,5 @@
-"""The run directory: one writer, complete or able to go on, damage found, an exact table of predictions."""
+"""The run directory: one writer, complete or able to go on, damage found, an exact table of
+predictions."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ def begin(path: Path, digest: str = DIGEST, **more: Any) -> RunDir:
 def complete(path: Path, **summary: Any) -> Path:
     with begin(path) as work:
         work.write_json(
-            "metrics.json", {"test/top1": {"value": 0.9, "low": 0.8, "high": 0.95, "n": 10, "method": "wilson"}, "test/ece": 0.05}
+            "metrics.json",
+            {
+                "test/top1": {"value": 0.9, "low": 0.8, "high": 0.95, "n": 10, "method": "wilson"},
+                "test/ece": 0.05,
+            },
         )
         work.write_text("report.html", "<p>fine</p>")
         work.log({"stage": "svm", "seconds": 1.5})
@@ -40,7 +45,9 @@ def complete(path: Path, **summary: Any) -> Path:
 
 
 def lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in (path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def elsewhere(code: str, *arguments: object, **how: Any) -> subprocess.Popen[str]:
@@ -48,7 +55,13 @@ def elsewhere(code: str, *arguments: object, **how: Any) -> subprocess.Popen[str
     environment = {**os.environ, "PYTHONPATH": ROOT}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **how
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **how,
     )
 
 
@@ -67,11 +80,12 @@ sys.stdin.read()
 """
 
 
-# --- opening and completing -----------------------------------------------------------------------------------------
+# --- opening and completing ---------------------------------------------------------------------
 
 
 def test_a_new_run_is_named_after_data_and_digest(tmp_path: Path) -> None:
-    """Without --out the folder is runs/<name>-<ten digits>, the name made safe for any file system."""
+    """Without --out the folder is runs/<name>-<ten digits>, the name made safe for any file
+    system."""
     with open_run(None, "Ünsere Photos: 2024/", "0123456789abcdef", root=tmp_path / "runs") as work:
         assert tmp_path / "runs" / "Ünsere-Photos-2024-0123456789" == work.path
     with open_run(None, "../..", "0123456789abcdef", root=tmp_path / "runs") as work:
@@ -79,7 +93,8 @@ def test_a_new_run_is_named_after_data_and_digest(tmp_path: Path) -> None:
 
 
 def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When run.json appears every other file stands already, checkpoints included; afterwards they are gone."""
+    """When run.json appears every other file stands already, checkpoints included; afterwards they
+    are gone."""
     seen: list[set[str]] = []
     write = files.write_json
 
@@ -91,25 +106,44 @@ def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(files, "write_json", spy)
     complete(tmp_path / "r")
 
-    assert {"metrics.json", "report.html", "log.jsonl", "checkpoints", "started.json", "lock.sqlite"} == seen[0]
-    assert {"metrics.json", "report.html", "log.jsonl", "run.json"} == {file.name for file in (tmp_path / "r").rglob("*")}
+    assert {
+        "metrics.json",
+        "report.html",
+        "log.jsonl",
+        "checkpoints",
+        "started.json",
+        "lock.sqlite",
+    } == seen[0]
+    assert {"metrics.json", "report.html", "log.jsonl", "run.json"} == {
+        file.name for file in (tmp_path / "r").rglob("*")
+    }
 
 
 def test_the_manifest_says_what_ran(tmp_path: Path) -> None:
     """run.json holds format, status, digest, time, versions, and the digest of every file."""
     info = run.load_run(complete(tmp_path / "r", command="finetune fit photos"))
 
-    assert (1, "complete", DIGEST, 1) == (info["format"], info["status"], info["digest"], info["starts"])
+    assert (1, "complete", DIGEST, 1) == (
+        info["format"],
+        info["status"],
+        info["digest"],
+        info["starts"],
+    )
     assert "finetune fit photos" == info["command"]
     assert info["seconds"] >= 0
     assert np.__version__ == info["versions"]["numpy"]
     assert {"log.jsonl", "metrics.json", "report.html"} == set(info["files"])
-    assert files.file_digest(tmp_path / "r" / "report.html") == info["files"]["report.html"]["sha256"]
+    assert (
+        files.file_digest(tmp_path / "r" / "report.html") == info["files"]["report.html"]["sha256"]
+    )
 
 
 def test_the_versions_are_read_without_importing_anything() -> None:
     """Naming torch's version does not load torch."""
-    code = "import sys; from finetune import run; print(sorted(run.versions())); print(sys.modules.keys() & {'torch', 'sklearn'})"
+    code = (
+        "import sys; from finetune import run; print(sorted(run.versions())); "
+        "print(sys.modules.keys() & {'torch', 'sklearn'})"
+    )
     out, _ = elsewhere(code).communicate()
 
     assert "'torch'" in out.splitlines()[0]
@@ -136,7 +170,11 @@ def test_a_closed_run_takes_no_more_files(tmp_path: Path) -> None:
     work = begin(tmp_path / "r")
     work.close()
 
-    for write in (lambda: work.write_text("a", ""), lambda: work.checkpoint("a"), lambda: work.finish({})):
+    for write in (
+        lambda: work.write_text("a", ""),
+        lambda: work.checkpoint("a"),
+        lambda: work.finish({}),
+    ):
         with pytest.raises(RuntimeError, match="closed"):
             write()
 
@@ -155,7 +193,8 @@ def test_checkpoints_left_by_a_kill_at_the_very_end_are_removed(tmp_path: Path) 
 
 @pytest.mark.parametrize("finish", [True, False])
 def test_another_run_in_the_folder_is_not_overwritten(tmp_path: Path, finish: bool) -> None:
-    """A folder that holds a run of other settings, finished or not, is refused; --force replaces it whole."""
+    """A folder that holds a run of other settings, finished or not, is refused; --force replaces it
+    whole."""
     path = tmp_path / "r"
     if finish:
         complete(path)
@@ -165,11 +204,15 @@ def test_another_run_in_the_folder_is_not_overwritten(tmp_path: Path, finish: bo
             work.log({"step": 1})
             (work.checkpoint("train")).write_text("old", encoding="utf-8")
 
-    with pytest.raises(UserError, match=r"run with other settings or other images is here\n.*--force"):
+    with pytest.raises(
+        UserError, match=r"run with other settings or other images is here\n.*--force"
+    ):
         begin(path, OTHER)
     with begin(path, OTHER, force=True) as work:
         assert not work.is_complete
-        assert ["checkpoints", "lock.sqlite", "started.json"] == sorted(file.name for file in path.rglob("*"))
+        assert ["checkpoints", "lock.sqlite", "started.json"] == sorted(
+            file.name for file in path.rglob("*")
+        )
         work.finish({})
 
     assert OTHER == run.load_run(path)["digest"]
@@ -213,8 +256,11 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path) -> None:
         begin(tmp_path / "r")
 
 
-def test_a_full_disk_leaves_no_half_file_and_a_run_that_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No space while a result is written: a UserError, nothing half-written, and the same run opens again."""
+def test_a_full_disk_leaves_no_half_file_and_a_run_that_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No space while a result is written: a UserError, nothing half-written, and the same run opens
+    again."""
     work = begin(tmp_path / "r")
 
     def full(self: Path, data: bytes) -> int:
@@ -231,8 +277,11 @@ def test_a_full_disk_leaves_no_half_file_and_a_run_that_can_go_on(tmp_path: Path
         assert not again.is_complete
 
 
-def test_a_kill_while_force_clears_leaves_a_run_to_be_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between removing the old run's files, --force has left an unfinished run, whose old files go at the next start."""
+def test_a_kill_while_force_clears_leaves_a_run_to_be_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between removing the old run's files, --force has left an unfinished run, whose old
+    files go at the next start."""
     path = complete(tmp_path / "r")
     remove = Path.unlink
 
@@ -252,7 +301,8 @@ def test_a_kill_while_force_clears_leaves_a_run_to_be_cleared(tmp_path: Path, mo
 
 
 def test_two_openers_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that another process finishes between the first look and the lock is given back as finished."""
+    """A run that another process finishes between the first look and the lock is given back as
+    finished."""
     take = lock.take
 
     def late(file: Path, where: Path, wait: lock.Wait) -> Any:
@@ -266,7 +316,7 @@ def test_two_openers_at_once_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert work.is_complete
 
 
-# --- the log --------------------------------------------------------------------------------------------------------
+# --- the log ------------------------------------------------------------------------------------
 
 
 def test_the_log_is_one_object_a_line_and_readable_at_once(tmp_path: Path) -> None:
@@ -297,7 +347,8 @@ def test_a_file_name_that_is_not_utf8_is_logged(tmp_path: Path) -> None:
 
 
 def test_going_on_repeats_no_line(tmp_path: Path) -> None:
-    """Steps that are computed again after a stop are told once, though their times differ; new ones are added."""
+    """Steps that are computed again after a stop are told once, though their times differ; new ones
+    are added."""
     with begin(tmp_path / "r") as work:
         work.log({"stage": "features", "images": 5, "seconds": 2.0})
         work.log({"warning": "edge of the grid"})
@@ -341,17 +392,22 @@ def test_a_damaged_log_is_named(tmp_path: Path) -> None:
         assert not work.is_complete
 
 
-# --- one writer -----------------------------------------------------------------------------------------------------
+# --- one writer ---------------------------------------------------------------------------------
 
 
-def test_a_second_writer_is_told_who_is_at_work_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
-    """While another process writes, its id is told. After kill -9 the run opens at once, swept and with whole lines."""
+def test_a_second_writer_is_told_who_is_at_work_and_a_killed_one_leaves_no_lock(
+    tmp_path: Path,
+) -> None:
+    """While another process writes, its id is told. After kill -9 the run opens at once, swept and
+    with whole lines."""
     path = tmp_path / "r"
     other = elsewhere(HOLD, path)
     try:
         assert other.stdout is not None
         assert "ready" == other.stdout.readline().strip(), other.communicate()
-        with pytest.raises(UserError, match=rf"another process is at work here \(process {other.pid}\)"):
+        with pytest.raises(
+            UserError, match=rf"another process is at work here \(process {other.pid}\)"
+        ):
             begin(path)
         with pytest.raises(UserError, match="another process is at work"):
             begin(path, force=True)
@@ -370,13 +426,15 @@ def test_a_second_writer_is_told_who_is_at_work_and_a_killed_one_leaves_no_lock(
 
 
 def test_one_process_cannot_open_a_run_twice(tmp_path: Path) -> None:
-    """The second writer may be the same process; being refused does not loosen the first one's lock."""
+    """The second writer may be the same process; being refused does not loosen the first one's
+    lock."""
     with begin(tmp_path / "r"):
         for _ in range(2):
             with pytest.raises(UserError, match=rf"process {os.getpid()}"):
                 begin(tmp_path / "r")
         code = (
-            "import sys; from pathlib import Path; from finetune.run import open_run; open_run(Path(sys.argv[1]), 'x', 'a' * 64)"
+            "import sys; from pathlib import Path; from finetune.run import open_run; "
+            "open_run(Path(sys.argv[1]), 'x', 'a' * 64)"
         )
         _, err = elsewhere(code, tmp_path / "r").communicate()
 
@@ -385,8 +443,11 @@ def test_one_process_cannot_open_a_run_twice(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_on_a_removed_file_is_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A holder that finishes removes its lock file; one who got hold of the removed file knocks at the new one."""
+def test_a_lock_on_a_removed_file_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A holder that finishes removes its lock file; one who got hold of the removed file knocks at
+    the new one."""
     file = tmp_path / "lock.sqlite"
     look = lock._inode
     calls = 0
@@ -410,7 +471,9 @@ def test_a_lock_on_a_removed_file_is_taken_again(tmp_path: Path, monkeypatch: py
 
 def test_a_lock_that_cannot_be_made_is_a_users_error(tmp_path: Path) -> None:
     """A file of another kind in the lock's place is named, without a traceback."""
-    (tmp_path / "lock.sqlite").write_bytes(b"not a database, but long enough to be read as one" * 50)
+    (tmp_path / "lock.sqlite").write_bytes(
+        b"not a database, but long enough to be read as one" * 50
+    )
 
     with pytest.raises(UserError, match="cannot be locked"):
         lock.take(tmp_path / "lock.sqlite", tmp_path)
@@ -424,7 +487,7 @@ def test_a_finished_run_ends_the_lock(tmp_path: Path) -> None:
             assert not again.is_complete
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------
 
 
 def test_a_moved_run_is_whole(tmp_path: Path) -> None:
@@ -435,7 +498,8 @@ def test_a_moved_run_is_whole(tmp_path: Path) -> None:
 
 
 def test_damage_is_found_and_named(tmp_path: Path) -> None:
-    """A changed byte, a changed size and a missing file are each named; sizes alone are a faster, weaker look."""
+    """A changed byte, a changed size and a missing file are each named; sizes alone are a faster,
+    weaker look."""
     path = complete(tmp_path / "r")
     report = path / "report.html"
 
@@ -452,7 +516,8 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
 
 
 def test_what_is_no_finished_run_is_told_apart(tmp_path: Path) -> None:
-    """No run, an unfinished run, a damaged manifest and another format each have their own message."""
+    """No run, an unfinished run, a damaged manifest and another format each have their own
+    message."""
     with pytest.raises(UserError, match="no run is here"):
         run.finished(tmp_path / "absent")
     begin(tmp_path / "r").close()
@@ -527,7 +592,9 @@ def test_a_paired_result_is_printed_as_its_difference() -> None:
     """A nested result in metrics.json takes one cell: the difference with its interval."""
     difference = {"value": 0.02, "low": -0.01, "high": 0.05, "n": 100, "method": "bonett-price"}
 
-    assert "0.020 (-0.010–0.050)" in runs.rows_text([{"run": "a", "test/paired": {"difference": difference, "p_value": 0.3}}])
+    assert "0.020 (-0.010–0.050)" in runs.rows_text(
+        [{"run": "a", "test/paired": {"difference": difference, "p_value": 0.3}}]
+    )
 
 
 def test_a_table_of_a_run_keeps_floats_exactly(tmp_path: Path) -> None:
@@ -535,14 +602,20 @@ def test_a_table_of_a_run_keeps_floats_exactly(tmp_path: Path) -> None:
     with begin(tmp_path / "r") as work:
         work.write_csv("t.csv", ["name", "x"], [["a", 0.1 + 0.2], ["b", np.float32(0.1)], ["c", 3]])
 
-    cells = [line.split(",")[1] for line in (tmp_path / "r" / "t.csv").read_text(encoding="utf-8").splitlines()[1:]]
+    cells = [
+        line.split(",")[1]
+        for line in (tmp_path / "r" / "t.csv").read_text(encoding="utf-8").splitlines()[1:]
+    ]
     assert (0.1 + 0.2, float(np.float32(0.1)), "3") == (float(cells[0]), float(cells[1]), cells[2])
 
 
 def test_any_name_of_a_file_can_be_read_back_from_predictions(tmp_path: Path) -> None:
-    """Paths are written in printable UTF-8, a line an image, and read back as the files are called."""
+    """Paths are written in printable UTF-8, a line an image, and read back as the files are
+    called."""
     path, count = tmp_path / "predictions.csv", len(odd.NAMES)
-    predictions.write_predictions(path, odd.NAMES, ["cat"] * count, ["cat", "dog"], np.full((count, 2), 0.5))
+    predictions.write_predictions(
+        path, odd.NAMES, ["cat"] * count, ["cat", "dog"], np.full((count, 2), 0.5)
+    )
 
     assert list(odd.NAMES) == predictions.read_predictions(path).paths
     assert count + 1 == len(path.read_text(encoding="utf-8").splitlines())

@@ -8,7 +8,9 @@ import pytest
 from finetune import similarity
 
 
-def layer(mean: list[float], var: list[float], eps: float = 0.0) -> tuple[np.ndarray, np.ndarray, float]:
+def layer(
+    mean: list[float], var: list[float], eps: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, float]:
     return np.array(mean), np.array(var), eps
 
 
@@ -18,18 +20,23 @@ def moments(mean: list[float], var: list[float]) -> np.ndarray:
 
 def test_the_distance_of_the_training_statistics_to_themselves_is_zero() -> None:
     """Images with the moments that BatchNorm remembers are at distance 0."""
-    assert similarity.distance(moments([1.0, -2.0], [4.0, 9.0]), [layer([1.0, -2.0], [4.0, 9.0])]) == pytest.approx(0)
+    assert similarity.distance(
+        moments([1.0, -2.0], [4.0, 9.0]), [layer([1.0, -2.0], [4.0, 9.0])]
+    ) == pytest.approx(0)
 
 
 def test_the_distance_is_the_median_over_channels_then_over_layers() -> None:
-    """By hand: a shift of one deviation gives 1, a doubled deviation gives 1, and medians are taken."""
+    """By hand: a shift of one deviation gives 1, a doubled deviation gives 1, and medians are
+    taken."""
     first = layer([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
     shifted = moments([1.0, 0.0, 2.0], [1.0, 4.0, 1.0])  # channels: 1, 1, 4 → median 1
     second = layer([0.0], [1.0])
     far = moments([3.0], [1.0])  # 9
 
     assert similarity.distance(shifted, [first]) == pytest.approx(1)
-    assert similarity.distance(np.concatenate([shifted, far]), [first, second]) == pytest.approx((1 + 9) / 2)
+    assert similarity.distance(np.concatenate([shifted, far]), [first, second]) == pytest.approx(
+        (1 + 9) / 2
+    )
 
 
 def test_a_dead_channel_does_not_divide_by_zero() -> None:
@@ -47,7 +54,10 @@ def test_knn_of_clear_clusters_says_near_and_of_noise_says_far() -> None:
     first = similarity.Similarity("near", 0.03, 0.02, 0.04, 80, None, "unknown", ())
 
     assert similarity.second_opinion(first, clear.astype(np.float32), y).knn_word == "near"
-    assert similarity.second_opinion(first, rng.normal(size=(80, 4)).astype(np.float32), y).knn_word == "far"
+    assert (
+        similarity.second_opinion(first, rng.normal(size=(80, 4)).astype(np.float32), y).knn_word
+        == "far"
+    )
 
 
 def test_a_disagreement_of_the_two_opinions_is_said() -> None:

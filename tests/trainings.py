@@ -1,4 +1,5 @@
-"""Small trainings: sixty images of three colours, small networks with seeded weights, and what two of them must share."""
+"""Small trainings: sixty images of three colours, small networks with seeded weights, and what two
+of them must share."""
 
 from __future__ import annotations
 
@@ -40,7 +41,14 @@ def colours() -> ImageSet:
         Image.fromarray(pixels).save(buffer, "PNG")
         encoded[f"{i}.png"] = buffer.getvalue()
     labels = np.arange(60) % 3
-    return ImageSet("colours", Path("colours"), tuple(encoded), labels, ("red", "green", "blue"), source=encoded.__getitem__)
+    return ImageSet(
+        "colours",
+        Path("colours"),
+        tuple(encoded),
+        labels,
+        ("red", "green", "blue"),
+        source=encoded.__getitem__,
+    )
 
 
 def build(module: nn.Module, name: str = "own", size: int = SIDE) -> Backbone:
@@ -64,11 +72,19 @@ def make(family: str = "efficientnet") -> Backbone:
 
 def plan(backbone: Backbone, **changes: Any) -> Training:
     """The last stage moves, for two quick epochs."""
-    values: dict[str, Any] = {"trainable": stages.last_stages(backbone, 1), "epochs": 2, "batch_size": 16, "views": 2, "lr": 0.01}
+    values: dict[str, Any] = {
+        "trainable": stages.last_stages(backbone, 1),
+        "epochs": 2,
+        "batch_size": 16,
+        "views": 2,
+        "lr": 0.01,
+    }
     return Training(**{**values, **changes})
 
 
-def fit(backbone: Backbone, data: ImageSet, training: Training | None = None, **changes: Any) -> TrainResult:
+def fit(
+    backbone: Backbone, data: ImageSet, training: Training | None = None, **changes: Any
+) -> TrainResult:
     values = {"train_index": TRAIN, "val_index": VAL, "classes": 3, "seed": 0}
     return loop.fit(backbone, data, training=training or plan(backbone), **{**values, **changes})
 
@@ -76,7 +92,9 @@ def fit(backbone: Backbone, data: ImageSet, training: Training | None = None, **
 def tensors(backbone: Backbone) -> dict[str, torch.Tensor]:
     """Every parameter and every buffer, those that are not saved included."""
     module = backbone.module
-    return {key: t.detach().clone() for key, t in (*module.named_parameters(), *module.named_buffers())}
+    return {
+        key: t.detach().clone() for key, t in (*module.named_parameters(), *module.named_buffers())
+    }
 
 
 def keys_of(backbone: Backbone, stages: tuple[str, ...]) -> set[str]:
@@ -85,10 +103,15 @@ def keys_of(backbone: Backbone, stages: tuple[str, ...]) -> set[str]:
 
 def outcome(backbone: Backbone, result: TrainResult) -> dict[str, Any]:
     """Everything that two equal trainings must have in common, to the bit."""
-    history = [{key: value for key, value in row.items() if key != "seconds"} for row in result.history]
+    history = [
+        {key: value for key, value in row.items() if key != "seconds"} for row in result.history
+    ]
     plain = {**dataclasses.asdict(result), "history": history}
     digest = home.weights_home.tensor_digest(tensors(backbone))
-    return {**{key: v.tobytes() if isinstance(v, np.ndarray) else v for key, v in plain.items()}, "weights": digest}
+    return {
+        **{key: v.tobytes() if isinstance(v, np.ndarray) else v for key, v in plain.items()},
+        "weights": digest,
+    }
 
 
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:

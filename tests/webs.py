@@ -1,4 +1,5 @@
-"""Galleries that are served: real pictures, the network of `galleries`, and requests without a server, or to a real one."""
+"""Galleries that are served: real pictures, the network of `galleries`, and requests without a
+server, or to a real one."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from retrieval.web.app import LOOPBACK
 from retrieval.web.batching import Desk
 
 BASE = "http://127.0.0.1:8000"
-EVIL = "<script>alert(1)</script>.png".replace("/", "∕")  # a slash cannot be in a name, its lookalike can
+# a slash cannot be in a name, its lookalike can
+EVIL = "<script>alert(1)</script>.png".replace("/", "∕")
 HANDLER = '"><img src=x onerror=alert(1)>.png'
 
 
@@ -35,7 +37,9 @@ def install(patch: Callable[[Any, str, Any], None]) -> galleries.Asked:
     asked = galleries.install(patch)
     plain = extraction.stream
 
-    def stream(source: Any, positions: Any, network: Any, opened: Any, faults: dict[int, Fault], **how: Any) -> Any:
+    def stream(
+        source: Any, positions: Any, network: Any, opened: Any, faults: dict[int, Fault], **how: Any
+    ) -> Any:
         good = []
         for i in positions:
             try:
@@ -50,7 +54,8 @@ def install(patch: Callable[[Any, str, Any], None]) -> galleries.Asked:
 
 
 def make(folder: Path, count: int = 12) -> Path:
-    """An index of `count` pictures in `folder/photos`: one of them twice, two with names that would be markup."""
+    """An index of `count` pictures in `folder/photos`: one of them twice, two with names that would
+    be markup."""
     made = galleries.pictures(folder / "photos", count)
     (folder / "photos" / "more").mkdir()
     (folder / "photos" / "more" / "copy.png").write_bytes(made[0].read_bytes())
@@ -80,10 +85,17 @@ def running(app: Any) -> Iterator[str]:
 
     with listen("127.0.0.1", 0) as server:
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, ws="none", lifespan="off"
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=1,
+            ws="none",
+            lifespan="off",
         )
         uvicorn_server = uvicorn.Server(config)
-        thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [server]}, daemon=True)
+        thread = threading.Thread(
+            target=uvicorn_server.run, kwargs={"sockets": [server]}, daemon=True
+        )
         thread.start()
         try:
             yield f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -110,7 +122,9 @@ class Site:
         return ask(self.app, "GET", url, **how)
 
     def search(self, *pictures: tuple[str, bytes], **fields: Any) -> httpx.Response:
-        return ask(self.app, "POST", "/api/search", files=[("files", one) for one in pictures], data=fields)
+        return ask(
+            self.app, "POST", "/api/search", files=[("files", one) for one in pictures], data=fields
+        )
 
     def id_of(self, path: str) -> int:
         found = self.get("/api/images?limit=500").json()["images"]

@@ -1,10 +1,11 @@
-"""fastai's usual way: `vision_learner(timm's tf_efficientnet_lite0).fine_tune(EPOCHS)` at 224 px with its default augmentations.
+"""fastai's usual way: `vision_learner(timm's tf_efficientnet_lite0).fine_tune(EPOCHS)` at 224 px
+with its default augmentations.
 
 fastai_fit.py SPLIT.json EPOCHS FLIP SEED
 
-SPLIT.json: {"root": folder, "train": [[path, class], …], "test": [[path, class], …]}; FLIP is 1 or 0 (letters, digits).
-Validation after every epoch is left out, which only makes it faster; the test images are judged once, at the end. The
-printed seconds begin before the imports.
+SPLIT.json: {"root": folder, "train": [[path, class], …], "test": [[path, class], …]}; FLIP is 1 or
+0 (letters, digits). Validation after every epoch is left out, which only makes it faster; the test
+images are judged once, at the end. The printed seconds begin before the imports.
 """
 
 import json

@@ -1,6 +1,7 @@
 """imagededup's CNN method on given features: `imagededup_cnn.py FEATURES.npy THRESHOLD WORKERS`.
 
-WORKERS are the processes of its similarity computation (0: none). The network is not used: the features are given.
+WORKERS are the processes of its similarity computation (0: none). The network is not used: the
+features are given.
 """
 
 import json

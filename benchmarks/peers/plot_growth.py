@@ -22,7 +22,7 @@ def main(points, out):
             line = axis.errorbar(n, middle, [below, above], marker="o", capsize=3, label=name)
             if key == "seconds":
                 axis.plot(n, [middle[0] * x / n[0] for x in n], ":", color=line[0].get_color(), linewidth=1)
-    for axis, title in ((axes[0], "seconds (dotted: linear from the first)"), (axes[1], "peak resident memory, MB")):
+    for axis, title in ((axes[0], "seconds (dotted: linear from the " "first)"), (axes[1], "peak resident memory, " "MB")):
         axis.set(xscale="log", yscale="log", xlabel="images", title=title)
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -1,4 +1,5 @@
-"""scikit-learn's grid search over C: `sklearn_grid.py FOLDER`, with X, y, fold, test_X, test_y as .npy and grid.json."""
+"""scikit-learn's grid search over C: `sklearn_grid.py FOLDER`, with X, y, fold, test_X, test_y as
+.npy and grid.json."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""The plain timm way to features: its eval transform, a DataLoader with 2 workers, inference_mode, float32."""
+"""The plain timm way to features: its eval transform, a DataLoader with 2 workers, inference_mode,
+float32."""
 
 import json
 import sys

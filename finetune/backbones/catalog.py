@@ -1,7 +1,8 @@
 """Named networks: what loads here, and a network's description without loading it a second time.
 
-Importing torch and timm and creating a network takes seconds; where its weights come from a package or a file, its
-description is kept in the cache, and the torch module is made only when somebody needs it.
+Importing torch and timm and creating a network takes seconds; where its weights come from a package
+or a file, its description is kept in the cache, and the torch module is made only when somebody
+needs it.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ DEFAULT = "tf_efficientnet_lite0"
 
 @dataclass(frozen=True)
 class Named:
-    """A network by name: its plain description, and `load`, which makes the torch backbone at the first call."""
+    """A network by name: its plain description, and `load`, which makes the torch backbone at the
+    first call."""
 
     network: Network
     load: Callable[[], Backbone]
 
 
 def open_named(name: str = DEFAULT, source: str = "auto", size: int | None = None) -> Named:
-    """Find the network `name` with weights from `source` (see `weights.find`), at its own input size or `size` pixels."""
+    """Find the network `name` with weights from `source` (see `weights.find`), at its own input
+    size or `size` pixels."""
 
     @functools.cache
     def load() -> Backbone:
@@ -62,7 +65,8 @@ def open_named(name: str = DEFAULT, source: str = "auto", size: int | None = Non
 
 
 def _described(path: Path) -> Network | None:
-    """The network that a description in the cache holds; None where it is not there, or not what was written."""
+    """The network that a description in the cache holds; None where it is not there, or not what
+    was written."""
     try:
         found = files.read_json(path)
         if files.digest_json(found["network"]) == found["sha256"]:
@@ -78,8 +82,9 @@ FRAMES = ("crop", "whole")
 def framed(network: Network, frame: str) -> Network:
     """The same network looking at images in another frame.
 
-    `crop` is the evaluation transform of the weights: the short side resized, the centre cut out. `whole` resizes both
-    sides to the input size instead: nothing at the borders is lost, but the aspect ratio is.
+    `crop` is the evaluation transform of the weights: the short side resized, the centre cut out.
+    `whole` resizes both sides to the input size instead: nothing at the borders is lost, but the
+    aspect ratio is.
     """
     if frame == "crop":
         return network
@@ -88,19 +93,30 @@ def framed(network: Network, frame: str) -> Network:
 
 
 def _key(name: str, source: str, size: int | None) -> str | None:
-    """A key that changes when the weights may have changed; None where that cannot be known without loading them."""
+    """A key that changes when the weights may have changed; None where that cannot be known without
+    loading them."""
     found = weights.find(name, source)
     if found.path is None or found.kind not in ("package", "file"):
         return None
     info = found.path.stat()
     versions = [importlib.metadata.version("timm"), importlib.metadata.version("torch")]
     return files.digest_json(
-        [FORMAT, name, found.kind, os.fspath(found.path.absolute()), info.st_size, info.st_mtime_ns, size, versions]
+        [
+            FORMAT,
+            name,
+            found.kind,
+            os.fspath(found.path.absolute()),
+            info.st_size,
+            info.st_mtime_ns,
+            size,
+            versions,
+        ]
     )
 
 
 def here() -> list[dict[str, Any]]:
-    """Backbones that load without the network: name, whether the weights are here, and where, or how to get them."""
+    """Backbones that load without the network: name, whether the weights are here, and where, or
+    how to get them."""
     rows = []
     for name, package in weights.PACKAGES.items():
         installed = package.path() is not None
@@ -117,7 +133,9 @@ def here() -> list[dict[str, Any]]:
     for name in timm.list_models(pretrained=True):
         config = timm.get_pretrained_cfg(name)
         if config is not None and config.hf_hub_id in cached:
-            rows.append({"name": name, "here": True, "weights": f"the hub's cache ({config.hf_hub_id})"})
+            rows.append(
+                {"name": name, "here": True, "weights": f"the hub's cache ({config.hf_hub_id})"}
+            )
     return rows
 
 
@@ -129,6 +147,7 @@ def others() -> str:
 
     count = len(timm.list_models(pretrained=True))
     return (
-        f"With the network: {count} timm models with weights on the hub, and torchvision's {' and '.join(TORCHVISION)}.\n"
+        f"With the network: {count} timm models with weights on the hub, and torchvision's "
+        f"{' and '.join(TORCHVISION)}.\n"
         "Any of them with a file of yours: --backbone NAME --weights FILE.safetensors"
     )

@@ -1,4 +1,5 @@
-"""The home of timm's and torchvision's models: create, stages, taps, freezing, and the preprocessing of the weights."""
+"""The home of timm's and torchvision's models: create, stages, taps, freezing, and the
+preprocessing of the weights."""
 
 from __future__ import annotations
 
@@ -29,15 +30,19 @@ from finetune.backbones.stages import BATCH_NORMS, Backbone, Stage, split
 from finetune.errors import UserError
 from finetune.network import Network, Preprocess, Tap
 
-TORCHVISION = {"alexnet": torchvision.models.AlexNet_Weights, "googlenet": torchvision.models.GoogLeNet_Weights}
+TORCHVISION = {
+    "alexnet": torchvision.models.AlexNet_Weights,
+    "googlenet": torchvision.models.GoogLeNet_Weights,
+}
 PHOTO_TAGS = re.compile(r"in1k|in12k|in21k|in22k")  # timm's tags for ImageNet's photographs
 
 
 def load(name: str, weights: str = "auto", size: int | None = None) -> Backbone:
     """Create the timm or torchvision model `name`, its classifier removed, in eval mode.
 
-    `weights`: see `weights.find`; `size` overrides the input size of the weights (pixels). Raises `UserError` for an
-    unknown name, weights that cannot be had and sizes that the model cannot take.
+    `weights`: see `weights.find`; `size` overrides the input size of the weights (pixels). Raises
+    `UserError` for an unknown name, weights that cannot be had and sizes that the model cannot
+    take.
     """
     if name not in TORCHVISION and not timm.is_model(name):
         import difflib
@@ -49,11 +54,15 @@ def load(name: str, weights: str = "auto", size: int | None = None) -> Backbone:
             fix=f"did you mean {', '.join(near)}?" if near else "see `finetune backbones`",
         )
     source = weights_home.find(name, weights)
-    module, classifier, source = _torchvision_model(name, source) if name in TORCHVISION else _timm_model(name, source, size)
+    module, classifier, source = (
+        _torchvision_model(name, source) if name in TORCHVISION else _timm_model(name, source, size)
+    )
     part: Any  # timm's and torchvision's modules carry attributes that nn.Module does not declare
     for part in module.modules():
         if hasattr(part, "inplace"):
-            part.inplace = False  # an in-place ReLU would rewrite the tensor that a tap before it has read
+            part.inplace = (
+                False  # an in-place ReLU would rewrite the tensor that a tap before it has read
+            )
     module.eval()
     config = _input_config(name, module, source)
     side = size or int(config["input_size"][-1])
@@ -70,7 +79,9 @@ def load(name: str, weights: str = "auto", size: int | None = None) -> Backbone:
     return Backbone(module, network, stages, classifier)
 
 
-def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tuple[Any, str, weights_home.Source]:
+def _timm_model(
+    name: str, source: weights_home.Source, size: int | None
+) -> tuple[Any, str, weights_home.Source]:
     # Networks with position tables need the size when they are created; the others take any.
     extra: dict[str, Any] = {"img_size": size} if size and _takes_img_size(name) else {}
     module: Any
@@ -79,14 +90,18 @@ def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tup
         try:
             if source.kind == "hub":
                 weights_home.look_up_hub()
-            module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **extra)
+            module = timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay=overlay, **extra
+            )
         except Exception as error:  # the hub's clients raise their own zoo of types
             raise weights_home.hub_unreachable(name, error) from error
     else:
         with _same_random_weights():
             module = timm.create_model(name, pretrained=False, **extra)
     classifier = module.pretrained_cfg.get("classifier") or "head"
-    prefixes = tuple(f"{p}." for p in (classifier if isinstance(classifier, (tuple, list)) else (classifier,)))
+    prefixes = tuple(
+        f"{p}." for p in (classifier if isinstance(classifier, (tuple, list)) else (classifier,))
+    )
     if source.path is not None and source.kind == "package":
         weights_home.load_package(module, name, source.path)
     elif source.path is not None and source.kind == "file":
@@ -97,7 +112,8 @@ def _timm_model(name: str, source: weights_home.Source, size: int | None) -> tup
 
 @contextlib.contextmanager
 def _same_random_weights() -> Iterator[None]:
-    """Random weights are the same at every load, as those of a file are: a run can be made again, a network opened twice."""
+    """Random weights are the same at every load, as those of a file are: a run can be made again, a
+    network opened twice."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
@@ -114,24 +130,33 @@ def _takes_img_size(name: str) -> bool:
     return True
 
 
-def _torchvision_model(name: str, source: weights_home.Source) -> tuple[nn.Module, str, weights_home.Source]:
+def _torchvision_model(
+    name: str, source: weights_home.Source
+) -> tuple[nn.Module, str, weights_home.Source]:
     with warnings.catch_warnings(), _same_random_weights():
         warnings.simplefilter("ignore")  # GoogLeNet warns about its slow initialisation
         if name == "alexnet":
             module, classifier = torchvision.models.alexnet(weights=None), "classifier.6."
         else:
             module = torchvision.models.googlenet(
-                weights=None, aux_logits=False, init_weights=source.kind == "random", transform_input=False
+                weights=None,
+                aux_logits=False,
+                init_weights=source.kind == "random",
+                transform_input=False,
             )
             classifier = "fc."
     if source.kind == "file" and source.path is not None:
         source = weights_home.load_file(module, name, source, (classifier, "aux"))
     elif source.kind != "random":
         try:
-            tensors = TORCHVISION[name].DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True)
+            tensors = TORCHVISION[name].DEFAULT.get_state_dict(
+                progress=False, check_hash=True, weights_only=True
+            )
         except Exception as error:
             raise weights_home.hub_unreachable(name, error) from error
-        module.load_state_dict({key: value for key, value in tensors.items() if not key.startswith("aux")})
+        module.load_state_dict(
+            {key: value for key, value in tensors.items() if not key.startswith("aux")}
+        )
     if name == "alexnet":
         module.classifier[6] = nn.Identity()
     else:
@@ -144,16 +169,25 @@ def _input_config(name: str, module: nn.Module, source: weights_home.Source) -> 
         return timm.data.resolve_model_data_config(module)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     if name == "googlenet" and source.kind not in ("file", "random"):
-        mean = std = (0.5, 0.5, 0.5)  # these weights came from TensorFlow: torchvision's transform_input maps to this
-    shape = {"input_size": (3, 224, 224), "crop_pct": 224 / 256, "interpolation": "bilinear", "crop_mode": "center"}
+        # these weights came from TensorFlow: torchvision's transform_input maps to this
+        mean = std = (0.5, 0.5, 0.5)
+    shape = {
+        "input_size": (3, 224, 224),
+        "crop_pct": 224 / 256,
+        "interpolation": "bilinear",
+        "crop_mode": "center",
+    }
     return shape | {"mean": mean, "std": std}
 
 
 def _readable(module: nn.Module, stages: Sequence[Stage], side: int) -> tuple[Stage, ...]:
-    """Stages whose end is really called as a module; the others stay freeze points, without a tap."""
+    """Stages whose end is really called as a module; the others stay freeze points, without a
+    tap."""
     called: set[str] = set()
     hooks = [
-        module.get_submodule(stage.end).register_forward_hook(lambda *_, name=stage.name: called.add(name))
+        module.get_submodule(stage.end).register_forward_hook(
+            lambda *_, name=stage.name: called.add(name)
+        )
         for stage in stages
         if stage.end
     ]
@@ -165,10 +199,17 @@ def _readable(module: nn.Module, stages: Sequence[Stage], side: int) -> tuple[St
 
 
 def _describe(
-    name: str, module: Any, stages: tuple[Stage, ...], source: weights_home.Source, config: dict[str, Any], side: int
+    name: str,
+    module: Any,
+    stages: tuple[Stage, ...],
+    source: weights_home.Source,
+    config: dict[str, Any],
+    side: int,
 ) -> Network:
     tag = "in1k" if name in TORCHVISION else str(module.pretrained_cfg.get("tag") or "in1k")
-    pretraining = {"random": "random", "file": "other"}.get(source.kind) or ("imagenet" if PHOTO_TAGS.search(tag) else "other")
+    pretraining = {"random": "random", "file": "other"}.get(source.kind) or (
+        "imagenet" if PHOTO_TAGS.search(tag) else "other"
+    )
     preprocess = Preprocess(
         size=side,
         resize=math.floor(side / config["crop_pct"]),
@@ -187,14 +228,25 @@ def _describe(
     reader = Reader(Backbone(module, bare, stages, ""), taps)
     with torch.inference_mode():
         outputs = reader(torch.zeros(1, side, side, 3, dtype=torch.uint8))
-    return replace(bare, widths={str(tap): int(output.shape[1]) for tap, output in zip(taps, outputs, strict=True)})
+    return replace(
+        bare,
+        widths={str(tap): int(output.shape[1]) for tap, output in zip(taps, outputs, strict=True)},
+    )
 
 
-def save(backbone: Backbone, path: Path, head: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None) -> None:
-    """Write the trunk as safetensors, and a linear head `(weight, bias)` under the classifier's own names, as timm expects it."""
+def save(
+    backbone: Backbone,
+    path: Path,
+    head: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+) -> None:
+    """Write the trunk as safetensors, and a linear head `(weight, bias)` under the classifier's own
+    names, as timm expects it."""
     from safetensors.torch import save as to_bytes
 
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in backbone.module.state_dict().items()}
+    tensors = {
+        key: value.detach().cpu().contiguous().clone()
+        for key, value in backbone.module.state_dict().items()
+    }
     if head is not None:
         tensors[f"{backbone.classifier}weight"] = torch.from_numpy(np.ascontiguousarray(head[0]))
         tensors[f"{backbone.classifier}bias"] = torch.from_numpy(np.ascontiguousarray(head[1]))
@@ -202,13 +254,19 @@ def save(backbone: Backbone, path: Path, head: tuple[NDArray[np.float32], NDArra
 
 
 def described(backbone: Backbone, source: str) -> Backbone:
-    """The backbone after training: its digest follows its tensors, and its origin says what happened to them."""
-    network = replace(backbone.network, digest=weights_home.tensor_digest(backbone.module.state_dict()), source=source)
+    """The backbone after training: its digest follows its tensors, and its origin says what
+    happened to them."""
+    network = replace(
+        backbone.network,
+        digest=weights_home.tensor_digest(backbone.module.state_dict()),
+        source=source,
+    )
     return replace(backbone, network=network)
 
 
 def forward_seconds(backbone: Backbone, batch: int = 8) -> float:
-    """Seconds that one image takes forward through the trunk in torch, on this machine now: what a plan's cost is made of."""
+    """Seconds that one image takes forward through the trunk in torch, on this machine now: what a
+    plan's cost is made of."""
     hardware.keep_memory()
     side = backbone.network.preprocess.size
     pixels = torch.zeros(batch, 3, side, side).contiguous(memory_format=torch.channels_last)
@@ -219,7 +277,7 @@ def forward_seconds(backbone: Backbone, batch: int = 8) -> float:
     return (time.perf_counter() - start) / batch
 
 
-# ------------------------------------------------------------------------------------------------------------- taps
+# --------------------------------------------------------------------------------------------- taps
 
 
-# ---------------------------------------------------------------------------------------------------------- freezing
+# ----------------------------------------------------------------------------------------- freezing

@@ -1,8 +1,10 @@
-"""What a network takes of the memory at an input size, reckoned before it runs: no number that a user gives ends the process.
+"""What a network takes of the memory at an input size, reckoned before it runs: no number that a
+user gives ends the process.
 
-A network's need is proportional to what its largest operation reads and writes for one image in float32, `largest`: layers give
-their memory on to the next. The factors were measured as peak memory of processes of their own at 224, 512 and 1024 pixels
-(docs/log.md, 2026-11-26); they grow with the pixels, on a straight line.
+A network's need is proportional to what its largest operation reads and writes for one image in
+float32, `largest`: layers give their memory on to the next. The factors were measured as peak
+memory of processes of their own at 224, 512 and 1024 pixels (docs/log.md, 2026-11-26); they grow
+with the pixels, on a straight line.
 """
 
 from __future__ import annotations
@@ -21,26 +23,43 @@ from finetune import hardware
 
 CONVERTED = 2.1  # an image of the batch that OpenVINO's graph is traced with
 RUN = 1.4  # an image of a batch in torch
-LOADED = 8.4  # a batch converted, the least that comes next; the look at a new network itself takes 2.5
+LOADED = (
+    8.4  # a batch converted, the least that comes next; the look at a new network itself takes 2.5
+)
 MOST = 512  # pixels: no network was seen that needs a larger side
 
 
 def check(module: nn.Module, name: str, side: int, images: float, what: str = "an input") -> None:
-    """Refuse to run `module` on inputs of `side` pixels where `images` times its largest operation does not fit here."""
+    """Refuse to run `module` on inputs of `side` pixels where `images` times its largest operation
+    does not fit here."""
     if not hardware.fits(images * side**2 * hardware.MANY):
         need = images * largest(module, side)
-        hardware.afford(need, f"{name} with {what} of {side} pixels", where="input size", fix=smaller(need, side))
+        hardware.afford(
+            need,
+            f"{name} with {what} of {side} pixels",
+            where="input size",
+            fix=smaller(need, side),
+        )
 
 
 def smaller(need: float, side: int) -> str:
     """The way on where an input of `side` pixels needs too many bytes: the size that would fit."""
-    least = math.floor(side * math.sqrt((hardware.available() or need) * hardware.SHARE / need)) // 32 * 32
-    size = f"choose at most {least} pixels (--size, or train.input_size of a recipe)" if least else "choose a smaller network"
+    least = (
+        math.floor(side * math.sqrt((hardware.available() or need) * hardware.SHARE / need))
+        // 32
+        * 32
+    )
+    size = (
+        f"choose at most {least} pixels (--size, or train.input_size of a recipe)"
+        if least
+        else "choose a smaller network"
+    )
     return f"{size}, or run it where more memory is free"
 
 
 def near(module: Any, side: int) -> str:
-    """What can be taken where `side` cannot: the nearest multiple of the patches, or a larger side that leaves a map to pool."""
+    """What can be taken where `side` cannot: the nearest multiple of the patches, or a larger side
+    that leaves a map to pool."""
     patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
     if patch:
         step = int(patch[0])
@@ -53,8 +72,11 @@ def near(module: Any, side: int) -> str:
 
 
 def largest(module: nn.Module, side: int) -> int:
-    """Bytes that the largest operation on one image of `side` pixels reads and writes, without doing it."""
-    given = {name: torch.empty_like(value, device="meta") for name, value in _tensors(module).items()}
+    """Bytes that the largest operation on one image of `side` pixels reads and writes, without
+    doing it."""
+    given = {
+        name: torch.empty_like(value, device="meta") for name, value in _tensors(module).items()
+    }
     seen = _Largest()
     with torch.inference_mode(), _Attention(), seen:
         torch.func.functional_call(module, given, (torch.empty(1, 3, side, side, device="meta"),))
@@ -70,17 +92,24 @@ class _Largest(TorchDispatchMode):
 
     most = 0
 
-    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)]
-        self.most = max(self.most, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        self.most = max(
+            self.most, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        )
         return result
 
 
 class _Attention(TorchFunctionMode):
-    """Attention as processors do it, without the matrix of all pairs of tokens: only its result is made."""
+    """Attention as processors do it, without the matrix of all pairs of tokens: only its result is
+    made."""
 
-    def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if function is torch.nn.functional.scaled_dot_product_attention:
             query, value = args[0], args[2]
             return query.new_empty((*query.shape[:-1], value.shape[-1]))

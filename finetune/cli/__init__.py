@@ -1,7 +1,7 @@
 """The `finetune` command: declare options, import inside, call one function, print.
 
-Results go to stdout (`--json` for machines), progress and warnings to stderr. Nothing heavy is imported at the top, so
-that every `--help` answers at once.
+Results go to stdout (`--json` for machines), progress and warnings to stderr. Nothing heavy is
+imported at the top, so that every `--help` answers at once.
 """
 
 from __future__ import annotations

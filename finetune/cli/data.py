@@ -23,9 +23,19 @@ from finetune.cli.options import (
 @click.argument("data")
 @unheard
 @network
-@click.option("--taps", default="pooled", show_default=True, metavar="TAP[,TAP]", help="as in pooled,stage6/3x3,fc7")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="an .npz with X, y, paths and classes; or .parquet"
+    "--taps",
+    default="pooled",
+    show_default=True,
+    metavar="TAP[,TAP]",
+    help="as in pooled,stage6/3x3,fc7",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="an .npz with X, y, paths and classes; or .parquet",
 )
 def extract(data: str, output: Path, **given: Any) -> None:
     """Features of images, with a manifest of what made them.
@@ -41,11 +51,14 @@ def extract(data: str, output: Path, **given: Any) -> None:
 
 @click.command()
 @click.argument("data")
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="of the split that is checked [0]")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="of the split that is checked [0]"
+)
 @columns
 @as_json
 def check(data: str, seed: int, json_: bool, **given: Any) -> None:
-    """The images: unreadable files, class counts, exact duplicates, duplicates across splits, two labels for one file.
+    """The images: unreadable files, class counts, exact duplicates, duplicates across splits, two
+    labels for one file.
 
     \b
     Example:
@@ -84,7 +97,12 @@ def backbones(json_: bool) -> None:
 
 
 @click.command()
-@click.option("--prune", type=click.FloatRange(min=0), metavar="DAYS", help="delete features that were not used for DAYS days")
+@click.option(
+    "--prune",
+    type=click.FloatRange(min=0),
+    metavar="DAYS",
+    help="delete features that were not used for DAYS days",
+)
 @click.option("--clear", is_flag=True, help="delete all of it; everything here can be made again")
 @as_json
 def cache(prune: float | None, clear: bool, json_: bool) -> None:

@@ -1,4 +1,5 @@
-"""Options that several commands share, and how results are printed. Nothing heavy is imported here."""
+"""Options that several commands share, and how results are printed. Nothing heavy is imported
+here."""
 
 from __future__ import annotations
 
@@ -25,33 +26,82 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 as_json = click.option("--json", "json_", is_flag=True, help="print one JSON value instead of text")
 running = options(
-    click.option("--engine", type=click.Choice(["auto", "openvino", "torch"]), help="what runs the network [auto]"),
-    click.option("--precision", type=click.Choice(["auto", "bf16", "float32"]), help="[auto: bf16 where the hardware has it]"),
+    click.option(
+        "--engine",
+        type=click.Choice(["auto", "openvino", "torch"]),
+        help="what runs the network [auto]",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "bf16", "float32"]),
+        help="[auto: bf16 where the hardware has it]",
+    ),
 )
-bad_images = click.option("--on-bad-image", type=click.Choice(["stop", "skip"]), help="what an unreadable image does [stop]")
+bad_images = click.option(
+    "--on-bad-image",
+    type=click.Choice(["stop", "skip"]),
+    help="what an unreadable image does [stop]",
+)
 columns = options(
-    click.option("--path-column", metavar="NAME", help="the column of a CSV that holds the paths [found by its name]"),
-    click.option("--label-column", metavar="NAME", help="the column that holds the classes [found by its name]"),
-    click.option("--split-column", metavar="NAME|none", help="the column that holds train, val and test [found by its name]"),
-    click.option("--group-column", metavar="NAME|none", help="the column that holds what must stay together [found by its name]"),
-    click.option("--image-root", metavar="DIR", help="the folder that the paths of a CSV start from [that of the CSV]"),
+    click.option(
+        "--path-column",
+        metavar="NAME",
+        help="the column of a CSV that holds the paths [found by its name]",
+    ),
+    click.option(
+        "--label-column",
+        metavar="NAME",
+        help="the column that holds the classes [found by its name]",
+    ),
+    click.option(
+        "--split-column",
+        metavar="NAME|none",
+        help="the column that holds train, val and test [found by its name]",
+    ),
+    click.option(
+        "--group-column",
+        metavar="NAME|none",
+        help="the column that holds what must stay together [found by its name]",
+    ),
+    click.option(
+        "--image-root",
+        metavar="DIR",
+        help="the folder that the paths of a CSV start from [that of the CSV]",
+    ),
 )
 network = options(
-    click.option("--backbone", metavar="NAME", help="a timm model, alexnet or googlenet [tf_efficientnet_lite0]"),
-    click.option("--weights", metavar="auto|PATH|random", help="where the pretrained weights come from [auto]"),
+    click.option(
+        "--backbone",
+        metavar="NAME",
+        help="a timm model, alexnet or googlenet [tf_efficientnet_lite0]",
+    ),
+    click.option(
+        "--weights",
+        metavar="auto|PATH|random",
+        help="where the pretrained weights come from [auto]",
+    ),
     running,
     bad_images,
     columns,
 )
 looking = options(
-    click.option("--seed", type=click.IntRange(min=0), help="splits and training follow from it [0]"),
-    click.option("--shots", type=click.IntRange(min=1), metavar="K", help="use K training images per class"),
-    click.option("--test", metavar="DIR|none", help="judge on these images instead of a part of DATA; none: train on all of it"),
+    click.option(
+        "--seed", type=click.IntRange(min=0), help="splits and training follow from it [0]"
+    ),
+    click.option(
+        "--shots", type=click.IntRange(min=1), metavar="K", help="use K training images per class"
+    ),
+    click.option(
+        "--test",
+        metavar="DIR|none",
+        help="judge on these images instead of a part of DATA; none: train on all of it",
+    ),
     network,
     click.option(
         "--on-conflict",
         type=click.Choice(["stop", "skip", "first"]),
-        help="what one image under two labels does: skip leaves all copies out, first keeps the first [stop]",
+        help="what one image under two labels does: skip leaves all "
+        "copies out, first keeps the first [stop]",
     ),
     click.option(
         "--on-leak",
@@ -71,7 +121,9 @@ unheard = options(  # taken by `extract` of version 0.1.0 without effect: told o
 )
 deciding = options(
     click.option("--strategy", metavar="NAME", help=f"{STRATEGIES} [auto]"),
-    click.option("--epochs", type=click.IntRange(min=1), help="of fine-tuning [the policy decides]"),
+    click.option(
+        "--epochs", type=click.IntRange(min=1), help="of fine-tuning [the policy decides]"
+    ),
     click.option(
         "--budget",
         type=click.FloatRange(min=0, min_open=True),
@@ -79,15 +131,28 @@ deciding = options(
         help="what the job may cost: the plan weighs it",
     ),
     click.option(
-        "--no-flip/--flip", "no_flip", default=None, help="a mirrored image belongs to another class (letters, signs) [--flip]"
+        "--no-flip/--flip",
+        "no_flip",
+        default=None,
+        help="a mirrored image belongs to another class (letters, signs) [--flip]",
     ),
     click.option("--recipe", metavar="FILE", help="a recipe file, or the name of a shipped one"),
-    click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="one value of the recipe, as in train.lr=1e-3"),
+    click.option(
+        "--set",
+        "assignments",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="one value of the recipe, as in train.lr=1e-3",
+    ),
 )
 
 
 waiting = click.option(
-    "--wait", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="for another process on the same run [0]"
+    "--wait",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="for another process on the same run [0]",
 )
 
 
@@ -95,7 +160,9 @@ def layout(given: dict[str, Any], on_bad: str = "stop") -> Any:
     """What the options of `columns` say of a table."""
     from finetune.data.columns import Layout
 
-    told = {name.removesuffix("_column").removeprefix("image_"): value for name, value in given.items()}
+    told = {
+        name.removesuffix("_column").removeprefix("image_"): value for name, value in given.items()
+    }
     return Layout(**told, on_bad=on_bad)
 
 

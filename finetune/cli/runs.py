@@ -23,18 +23,30 @@ from finetune.cli.options import (
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="write a CSV table here")
-@click.option("--unsure", type=click.FloatRange(0, 1), metavar="BELOW", help="mark predictions whose probability is below")
+@click.option(
+    "--unsure",
+    type=click.FloatRange(0, 1),
+    metavar="BELOW",
+    help="mark predictions whose probability is below",
+)
 @running
 @bad_images
 @as_json
 def predict(
-    run: Path, images: tuple[str, ...], output: Path | None, unsure: float | None, engine: str | None, precision: str | None,
-    on_bad_image: str | None, json_: bool,
-) -> None:  # fmt: skip
+    run: Path,
+    images: tuple[str, ...],
+    output: Path | None,
+    unsure: float | None,
+    engine: str | None,
+    precision: str | None,
+    on_bad_image: str | None,
+    json_: bool,
+) -> None:
     """Classes and calibrated probabilities of images, or of all images in folders.
 
-    A row an image, in the order given, under the name given. The table has the columns path, label (empty), prediction,
-    score, second, second_score, unsure (with --unsure), and p:CLASS for each class, as predictions.csv of a run.
+    A row an image, in the order given, under the name given. The table has the columns path, label
+    (empty), prediction, score, second, second_score, unsure (with --unsure), and p:CLASS for each
+    class, as predictions.csv of a run.
 
     \b
     Example:
@@ -44,7 +56,13 @@ def predict(
     from finetune.evaluation import predict as home
 
     found = home.predict(
-        run, images, engine_name=engine, precision=precision, on_bad=on_bad_image or "stop", say=say, bar=console.progress
+        run,
+        images,
+        engine_name=engine,
+        precision=precision,
+        on_bad=on_bad_image or "stop",
+        say=say,
+        bar=console.progress,
     )
     if output:
         home.write_csv(output, found, unsure)
@@ -59,7 +77,10 @@ def predict(
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("data")
 @click.option(
-    "--seen", type=click.Choice(["leave-out", "keep"]), default="leave-out", help="images that the run was trained on [leave-out]"
+    "--seen",
+    type=click.Choice(["leave-out", "keep"]),
+    default="leave-out",
+    help="images that the run was trained on [leave-out]",
 )
 @running
 @bad_images
@@ -77,8 +98,8 @@ def evaluate(
 ) -> None:
     """Judge a finished run on labelled images.
 
-    All images of DATA are used, or its test part where it has one, but for those that the run was trained on: they are
-    known by their bytes. Classes are matched by name.
+    All images of DATA are used, or its test part where it has one, but for those that the run was
+    trained on: they are known by their bytes. Classes are matched by name.
 
     \b
     Example:
@@ -87,7 +108,12 @@ def evaluate(
     from finetune.evaluation import evaluate as home
 
     on_bad = on_bad_image or "stop"
-    how: dict[str, Any] = {"engine_name": engine, "precision": precision, "on_bad": on_bad, "seen": seen}
+    how: dict[str, Any] = {
+        "engine_name": engine,
+        "precision": precision,
+        "on_bad": on_bad,
+        "seen": seen,
+    }
     how["layout"] = layout(given, on_bad)
     result = home.evaluate(run, data, **how, say=say, bar=console.progress)
     if json_:

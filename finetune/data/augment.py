@@ -1,7 +1,8 @@
-"""Training-time transforms: bytes of an image to varied network input, decided by (seed, view, image) alone; and mixup.
+"""Training-time transforms: bytes of an image to varied network input, decided by (seed, view,
+image) alone; and mixup.
 
-Every random choice comes from a generator of its own, so that neither the order of the images nor the number of threads
-changes a pixel. View 0 of an image is the evaluation transform.
+Every random choice comes from a generator of its own, so that neither the order of the images nor
+the number of threads changes a pixel. View 0 of an image is the evaluation transform.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ AHEAD = 3  # batches decoded ahead of the network
 
 @dataclass(frozen=True)
 class Strength:
-    """`area` is the smallest share of the image that a crop keeps, `jitter` the largest change of brightness, contrast and
-    saturation, `trivial` adds one TrivialAugment operation."""
+    """`area` is the smallest share of the image that a crop keeps, `jitter` the largest change of
+    brightness, contrast and saturation, `trivial` adds one TrivialAugment operation."""
 
     area: float
     jitter: float = 0.0
@@ -53,18 +54,26 @@ STRENGTHS: dict[str, Strength | None] = {
 }
 
 
-def augmented(data: bytes, pre: Preprocess, strength: str, rng: np.random.Generator, *, flip: bool = True) -> Pixels:
-    """One varied view of an image file, `(size, size, 3)` uint8: a random resized crop (Szegedy et al. 2015), mirrored
-    half of the time where `flip`, then what `strength` adds.
+def augmented(
+    data: bytes, pre: Preprocess, strength: str, rng: np.random.Generator, *, flip: bool = True
+) -> Pixels:
+    """One varied view of an image file, `(size, size, 3)` uint8: a random resized crop (Szegedy et
+    al. 2015), mirrored half of the time where `flip`, then what `strength` adds.
 
-    `none` is the evaluation transform. Raises `DecodeError`, and `UserError` for an unknown strength.
+    `none` is the evaluation transform. Raises `DecodeError`, and `UserError` for an unknown
+    strength.
     """
     if strength not in STRENGTHS:
-        raise UserError(f"no augmentation is called {strength!r}", where="train.augment", fix=f"use {', '.join(STRENGTHS)}")
+        raise UserError(
+            f"no augmentation is called {strength!r}",
+            where="train.augment",
+            fix=f"use {', '.join(STRENGTHS)}",
+        )
     how = STRENGTHS[strength]
     if how is None:
         return decode.to_input(data, pre)
-    # A crop is enlarged by up to 1 / sqrt(area): a reduced-scale JPEG must hold that many more pixels.
+    # A crop is enlarged by up to 1 / sqrt(area): a reduced-scale JPEG must hold that many more
+    # pixels.
     image = decode.decode(data, short_side=math.ceil(pre.resize / math.sqrt(how.area)))
     box = crop_box(image.size, how.area, rng)
     image = image.resize((pre.size, pre.size), decode.FILTERS[pre.interpolation], box=box)
@@ -79,7 +88,8 @@ def augmented(data: bytes, pre: Preprocess, strength: str, rng: np.random.Genera
 
 
 def crop_box(size: tuple[int, int], area: float, rng: np.random.Generator) -> Box:
-    """A random crop of an image of `size` (width, height): at least `area` of it, its shape within `RATIO`."""
+    """A random crop of an image of `size` (width, height): at least `area` of it, its shape within
+    `RATIO`."""
     width, height = size
     for _ in range(TRIES):
         pixels = width * height * rng.uniform(area, 1)
@@ -88,13 +98,17 @@ def crop_box(size: tuple[int, int], area: float, rng: np.random.Generator) -> Bo
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, max(1, round(height * RATIO[1]))), min(height, max(1, round(width / RATIO[0])))
+    w, h = (
+        min(width, max(1, round(height * RATIO[1]))),
+        min(height, max(1, round(width / RATIO[0]))),
+    )
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
 def jittered(image: Image.Image, amount: float, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation, in a random order, each scaled by a factor within 1 ± `amount`."""
+    """Brightness, contrast and saturation, in a random order, each scaled by a factor within 1 ±
+    `amount`."""
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     factors = rng.uniform(1 - amount, 1 + amount, len(enhancers))
     for k in rng.permutation(len(enhancers)):
@@ -102,24 +116,34 @@ def jittered(image: Image.Image, amount: float, rng: np.random.Generator) -> Ima
     return image
 
 
-# ----------------------------------------------------------------------------------------------------- TrivialAugment
+# ----------------------------------------------------------------------------------- TrivialAugment
 
 Fill = tuple[int, ...]
 Operation = Callable[[Image.Image, float, Fill], Image.Image]
 
 
-def _affine(image: Image.Image, matrix: tuple[float, float, float, float, float, float], fill: Fill) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill)
+def _affine(
+    image: Image.Image, matrix: tuple[float, float, float, float, float, float], fill: Fill
+) -> Image.Image:
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=fill
+    )
 
 
 # `m` lies within ±1; operations that know no sign take its size.
 OPERATIONS: dict[str, Operation] = {
     "identity": lambda image, m, fill: image,
-    "shear-x": lambda image, m, fill: _affine(image, (1, 0.3 * m, -0.15 * m * image.height, 0, 1, 0), fill),
-    "shear-y": lambda image, m, fill: _affine(image, (1, 0, 0, 0.3 * m, 1, -0.15 * m * image.width), fill),
+    "shear-x": lambda image, m, fill: _affine(
+        image, (1, 0.3 * m, -0.15 * m * image.height, 0, 1, 0), fill
+    ),
+    "shear-y": lambda image, m, fill: _affine(
+        image, (1, 0, 0, 0.3 * m, 1, -0.15 * m * image.width), fill
+    ),
     "shift-x": lambda image, m, fill: _affine(image, (1, 0, 0.2 * m * image.width, 0, 1, 0), fill),
     "shift-y": lambda image, m, fill: _affine(image, (1, 0, 0, 0, 1, 0.2 * m * image.height), fill),
-    "rotate": lambda image, m, fill: image.rotate(30 * m, Image.Resampling.BILINEAR, fillcolor=fill),
+    "rotate": lambda image, m, fill: image.rotate(
+        30 * m, Image.Resampling.BILINEAR, fillcolor=fill
+    ),
     "brightness": lambda image, m, fill: ImageEnhance.Brightness(image).enhance(1 + 0.9 * m),
     "colour": lambda image, m, fill: ImageEnhance.Color(image).enhance(1 + 0.9 * m),
     "contrast": lambda image, m, fill: ImageEnhance.Contrast(image).enhance(1 + 0.9 * m),
@@ -134,20 +158,27 @@ OPERATIONS: dict[str, Operation] = {
 def trivial(image: Image.Image, rng: np.random.Generator, fill: Fill) -> Image.Image:
     """TrivialAugment (Müller & Hutter 2021): one operation, drawn evenly, with one even strength.
 
-    Rotation stays within 30°, not the 135° of the paper's wide space, in which a 6 would become a 9. `fill` is the colour
-    of the corners that open up.
+    Rotation stays within 30°, not the 135° of the paper's wide space, in which a 6 would become a
+    9. `fill` is the colour of the corners that open up.
     """
     name = list(OPERATIONS)[int(rng.integers(len(OPERATIONS)))]
     return OPERATIONS[name](image, float(rng.uniform(-1, 1)), fill)
 
 
-# ------------------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def batches(
-    images: ImageSet, plan: Iterable[Sequence[tuple[int, int]]], pre: Preprocess, strength: str, *, flip: bool, seed: int
+    images: ImageSet,
+    plan: Iterable[Sequence[tuple[int, int]]],
+    pre: Preprocess,
+    strength: str,
+    *,
+    flip: bool,
+    seed: int,
 ) -> Iterator[Pixels]:
-    """Pixels `(n, size, size, 3)` uint8 of every batch of (image, view) in `plan`, decoded ahead in threads.
+    """Pixels `(n, size, size, 3)` uint8 of every batch of (image, view) in `plan`, decoded ahead in
+    threads.
 
     An image that cannot be read or decoded is a `UserError` that names it.
     """
@@ -178,11 +209,14 @@ def batches(
                     future.cancel()
 
 
-def mixup(x: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Blend every row of a batch with another (Zhang et al. 2018): `λ x + (1 − λ) x[other]`, λ ~ Beta(alpha, alpha).
+def mixup(
+    x: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Blend every row of a batch with another (Zhang et al. 2018): `λ x + (1 − λ) x[other]`, λ ~
+    Beta(alpha, alpha).
 
-    `x` `(n, …)` is floating point, `targets` `(n, C)` are probabilities; one λ a batch. With stored activations this
-    mixes at the freeze boundary (manifold mixup, Verma et al. 2019).
+    `x` `(n, …)` is floating point, `targets` `(n, C)` are probabilities; one λ a batch. With stored
+    activations this mixes at the freeze boundary (manifold mixup, Verma et al. 2019).
     """
     share = float(rng.beta(alpha, alpha))
     other = torch.from_numpy(rng.permutation(len(x))).to(x.device)

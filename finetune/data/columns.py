@@ -1,4 +1,5 @@
-"""Which column of a table is the path, the label, the split and the group: the one that was named, else by usual names."""
+"""Which column of a table is the path, the label, the split and the group: the one that was named,
+else by usual names."""
 
 from __future__ import annotations
 
@@ -17,11 +18,15 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
-FLAGS = {**dict.fromkeys(("true", "1", "1.0", "yes"), "val"), **dict.fromkeys(("false", "0", "0.0", "no"), "train")}
+FLAGS = {
+    **dict.fromkeys(("true", "1", "1.0", "yes"), "val"),
+    **dict.fromkeys(("false", "0", "0.0", "no"), "train"),
+}
 ONE_LABEL = "write one class an image: multi-label training is not offered"
 NONE = "none"  # in place of a column's name: there is no such column
 
-# The names of each role, without case, spaces, underscores and hyphens. A later line counts where no earlier one is there.
+# The names of each role, without case, spaces, underscores and hyphens. A later line counts where
+# no earlier one is there.
 USUAL: dict[str, tuple[tuple[str, ...], ...]] = {
     "path": (
         ("path",),
@@ -48,10 +53,11 @@ Rows = Sequence[tuple[int, list[str]]]  # (line number, values)
 
 @dataclass(frozen=True)
 class Layout:
-    """What was said of a table: names of columns (None: found by the usual names; split and group may be "none").
+    """What was said of a table: names of columns (None: found by the usual names; split and group
+    may be "none").
 
-    `root` is the folder that its paths start from, where it is not the table's own; `on_bad` is stop or skip: what a row
-    without a file, path or label does.
+    `root` is the folder that its paths start from, where it is not the table's own; `on_bad` is
+    stop or skip: what a row without a file, path or label does.
     """
 
     path: str | None = None
@@ -64,13 +70,16 @@ class Layout:
     @property
     def given(self) -> tuple[str, ...]:
         """The options that say something of a table."""
-        options = {f"--{role}-column": getattr(self, role) for role in USUAL} | {"--image-root": self.root}
+        options = {f"--{role}-column": getattr(self, role) for role in USUAL} | {
+            "--image-root": self.root
+        }
         return tuple(option for option, value in options.items() if value is not None)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Positions of the columns that are used; `flag` says whether the split is true or false: validation or training."""
+    """Positions of the columns that are used; `flag` says whether the split is true or false:
+    validation or training."""
 
     at: dict[str, int]
     flag: bool
@@ -83,7 +92,8 @@ def plain(name: str) -> str:
 
 
 def choose(where: object, header: Sequence[str], rows: Rows, layout: Layout) -> Columns:
-    """Say which columns are used, or refuse a table in which path or label cannot be told, naming its columns."""
+    """Say which columns are used, or refuse a table in which path or label cannot be told, naming
+    its columns."""
     if layout.label is None:
         _refuse_multi_label(where, header)
     at: dict[str, int] = {}
@@ -92,14 +102,23 @@ def choose(where: object, header: Sequence[str], rows: Rows, layout: Layout) -> 
         asked = getattr(layout, role)
         if asked == NONE and role in ("split", "group"):
             continue
-        found = _asked(where, header, role, asked) if asked is not None else _usual(header, rows, role, at)
+        found = (
+            _asked(where, header, role, asked)
+            if asked is not None
+            else _usual(header, rows, role, at)
+        )
         if len(found) > 1:
             names = ", ".join(repr(header[i]) for i in found)
             if role in ("path", "label"):
                 raise UserError(
-                    f"several columns may be the {role}: {names}", where=where, fix=f"say which: --{role}-column NAME"
+                    f"several columns may be the {role}: {names}",
+                    where=where,
+                    fix=f"say which: --{role}-column NAME",
                 )
-            notes.append(f"several columns may be the {role}: {names}; none is used, --{role}-column NAME says which")
+            notes.append(
+                f"several columns may be the {role}: {names}; none is "
+                f"used, --{role}-column NAME says which"
+            )
         elif found:
             at[role] = found[0]
     if missing := [role for role in ("path", "label") if role not in at]:
@@ -113,13 +132,18 @@ def _asked(where: object, header: Sequence[str], role: str, name: str) -> list[i
     same = [i for i, other in enumerate(header) if other == name.strip()]
     found = same or [i for i, other in enumerate(header) if plain(other) == plain(name)]
     if not found:
-        raise UserError(f"no column {name!r}; {_has(header)}", where=where, fix=f"name one of them: --{role}-column NAME")
+        raise UserError(
+            f"no column {name!r}; {_has(header)}",
+            where=where,
+            fix=f"name one of them: --{role}-column NAME",
+        )
     _refuse_twins(where, header, role, found)
     return found
 
 
 def _usual(header: Sequence[str], rows: Rows, role: str, taken: dict[str, int]) -> list[int]:
-    """Columns with a usual name of the role that are not `taken`: of the first line of names that has any."""
+    """Columns with a usual name of the role that are not `taken`: of the first line of names that
+    has any."""
     free = [i for i in range(len(header)) if i not in taken.values()]
     for names in USUAL[role]:
         found = [i for i in free if plain(header[i]) in names]
@@ -131,7 +155,9 @@ def _usual(header: Sequence[str], rows: Rows, role: str, taken: dict[str, int]) 
 
 
 def _is_flag(header: Sequence[str], rows: Rows, column: int, asked: bool = False) -> bool:
-    return (asked or plain(header[column]) in VALIDATION_FLAGS) and all(cell in FLAGS for cell in _cells(rows, column))
+    return (asked or plain(header[column]) in VALIDATION_FLAGS) and all(
+        cell in FLAGS for cell in _cells(rows, column)
+    )
 
 
 def _cells(rows: Rows, column: int) -> Iterator[str]:
@@ -139,24 +165,34 @@ def _cells(rows: Rows, column: int) -> Iterator[str]:
 
 
 def _told(header: Sequence[str], at: dict[str, int], flag: bool) -> tuple[str, ...]:
-    """In one line: which columns are what, and which are not used; nothing where the names say it all."""
-    others = [header[i] for i in range(len(header)) if i not in at.values() and not INDEX.fullmatch(header[i].lower())]
+    """In one line: which columns are what, and which are not used; nothing where the names say it
+    all."""
+    others = [
+        header[i]
+        for i in range(len(header))
+        if i not in at.values() and not INDEX.fullmatch(header[i].lower())
+    ]
     if not others and all(header[i].lower() == role for role, i in at.items()):
         return ()
     words = "; ".join(
-        f"{role} is {header[i]!r}" + " (true: validation; --split-column none: not used)" * (flag and role == "split")
+        f"{role} is {header[i]!r}"
+        + " (true: validation; --split-column none: not used)" * (flag and role == "split")
         for role, i in at.items()
     )
-    return (f"columns: {words}" + (f"; not used: {', '.join(map(repr, others))}" if others else ""),)
+    return (
+        f"columns: {words}" + (f"; not used: {', '.join(map(repr, others))}" if others else ""),
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def refuse_twins(where: object, header: Sequence[str]) -> None:
     """Refuse a table with two columns of one name that may be used."""
     for role, lines in USUAL.items():
-        _refuse_twins(where, header, role, [i for i, name in enumerate(header) if plain(name) in lines[0]])
+        _refuse_twins(
+            where, header, role, [i for i, name in enumerate(header) if plain(name) in lines[0]]
+        )
 
 
 def _refuse_twins(where: object, header: Sequence[str], role: str, found: Sequence[int]) -> None:
@@ -164,27 +200,44 @@ def _refuse_twins(where: object, header: Sequence[str], role: str, found: Sequen
     if len(set(names)) < len(names):
         what = f"{'multi-label table: ' * (role == 'label')}column {names[0]!r} appears twice"
         raise UserError(
-            what, where=where, fix=f"{ONE_LABEL}; or rename one in the first line" if role == "label" else "rename one"
+            what,
+            where=where,
+            fix=f"{ONE_LABEL}; or rename one in the first line"
+            if role == "label"
+            else "rename one",
         )
 
 
 def _refuse_multi_label(where: object, header: Sequence[str]) -> None:
-    several = [name for name in header if re.fullmatch(r"labels|label[ _-]?\d+|tags|categories", name.lower())]
+    several = [
+        name
+        for name in header
+        if re.fullmatch(r"labels|label[ _-]?\d+|tags|categories", name.lower())
+    ]
     if several:
         what = f"multi-label table: column{'s' * (len(several) > 1)} {', '.join(several)}"
-        raise UserError(what, where=where, fix=f"{ONE_LABEL}; if one column holds one class: --label-column NAME")
+        raise UserError(
+            what,
+            where=where,
+            fix=f"{ONE_LABEL}; if one column holds one class: --label-column NAME",
+        )
 
 
 def _refuse(where: object, header: Sequence[str], rows: Rows, missing: Sequence[str]) -> None:
     used = {name for lines in USUAL.values() for names in lines for name in names}
-    flags = [name for i, name in enumerate(header) if plain(name) not in used and rows and is_binary(rows, i)]
+    flags = [
+        name
+        for i, name in enumerate(header)
+        if plain(name) not in used and rows and is_binary(rows, i)
+    ]
     if "label" in missing and len(flags) > 1:
         what = f"multi-label table: 0/1 columns {', '.join(flags[:4])} in place of a label"
         raise UserError(what, where=where, fix=ONE_LABEL)
     raise UserError(
         f"no column {' and no column '.join(map(repr, missing))}; {_has(header)}",
         where=where,
-        fix=f"name {'it' if len(missing) == 1 else 'them'}: {' '.join(f'--{role}-column NAME' for role in missing)}",
+        fix=f"name {'it' if len(missing) == 1 else 'them'}: "
+        f"{' '.join(f'--{role}-column NAME' for role in missing)}",
     )
 
 
@@ -194,4 +247,7 @@ def _has(header: Sequence[str]) -> str:
 
 def is_binary(rows: Rows, column: int) -> bool:
     """Whether a column holds nothing but 0 and 1."""
-    return all(len(values) > column and values[column].strip() in ("0", "1", "0.0", "1.0") for _, values in rows)
+    return all(
+        len(values) > column and values[column].strip() in ("0", "1", "0.0", "1.0")
+        for _, values in rows
+    )

@@ -1,7 +1,8 @@
-"""Data sets with names: `sklearn:digits` comes with scikit-learn, `torchvision:<Name>` is downloaded by torchvision.
+"""Data sets with names: `sklearn:digits` comes with scikit-learn, `torchvision:<Name>` is
+downloaded by torchvision.
 
-They behave like folders of files, but their bytes are made when they are read. scikit-learn and torchvision are imported
-when a set is asked for, never before.
+They behave like folders of files, but their bytes are made when they are read. scikit-learn and
+torchvision are imported when a set is asked for, never before.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from PIL import Image
 from finetune import files
 from finetune.errors import UserError
 
-EXAMPLES = "sklearn:digits, torchvision:CIFAR10, torchvision:Flowers102, torchvision:Food101, torchvision:OxfordIIITPet"
+EXAMPLES = (
+    "sklearn:digits, torchvision:CIFAR10, torchvision:Flowers102, "
+    "torchvision:Food101, torchvision:OxfordIIITPet"
+)
 # What the parts of a data set are called in torchvision, by the split that they serve here.
 PARTS = {"train": ("train", "trainval"), "val": ("val", "valid"), "test": ("test",)}
 STORABLE = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # modes that a PNG keeps
@@ -30,7 +34,8 @@ STORABLE = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # modes that a PNG keep
 
 @dataclass(frozen=True)
 class NamedSet:
-    """What a named set holds. `source(path)` gives the bytes of an image file; `split` is None where the set has no parts."""
+    """What a named set holds. `source(path)` gives the bytes of an image file; `split` is None
+    where the set has no parts."""
 
     paths: tuple[str, ...]
     labels: NDArray[np.int64]
@@ -40,13 +45,18 @@ class NamedSet:
 
 
 def load(text: str) -> NamedSet:
-    """Open the set that `text` names; an unknown name, or a download that fails, is a `UserError`."""
+    """Open the set that `text` names; an unknown name, or a download that fails, is a
+    `UserError`."""
     family, _, name = text.partition(":")
     if text == "sklearn:digits":
         return _digits()
     if family == "torchvision":
         return _torchvision(name)
-    raise UserError(f"no data set is called {text!r}", where="DATA", fix=f"named sets: {EXAMPLES}; or give a folder or a CSV")
+    raise UserError(
+        f"no data set is called {text!r}",
+        where="DATA",
+        fix=f"named sets: {EXAMPLES}; or give a folder or a CSV",
+    )
 
 
 def _digits() -> NamedSet:
@@ -57,7 +67,13 @@ def _digits() -> NamedSet:
     pixels = np.round(np.asarray(data.images) * (255 / 16)).astype(np.uint8)
     labels = np.asarray(data.target, dtype=np.int64)
     paths = tuple(f"{label}/{i:04d}.png" for i, label in enumerate(labels))
-    return NamedSet(paths, labels, tuple(map(str, range(10))), None, lambda path: _png(Image.fromarray(pixels[int(path[2:6])])))
+    return NamedSet(
+        paths,
+        labels,
+        tuple(map(str, range(10))),
+        None,
+        lambda path: _png(Image.fromarray(pixels[int(path[2:6])])),
+    )
 
 
 def _torchvision(name: str) -> NamedSet:
@@ -103,7 +119,9 @@ def _open_parts(name: str, kind: Callable[..., Any]) -> dict[str, Any]:
     ]
     if needed:
         raise UserError(
-            f"torchvision's {name} needs {', '.join(needed)}", where="DATA", fix=f"use one of {EXAMPLES}, or a folder"
+            f"torchvision's {name} needs {', '.join(needed)}",
+            where="DATA",
+            fix=f"use one of {EXAMPLES}, or a folder",
         )
     try:
         if "train" in options:
@@ -113,7 +131,9 @@ def _open_parts(name: str, kind: Callable[..., Any]) -> dict[str, Any]:
         return dict(_split_parts(kind, always))
     except ModuleNotFoundError as error:
         raise UserError(
-            f"torchvision's {name} needs the package {error.name}", where="DATA", fix=f"pip install {error.name}"
+            f"torchvision's {name} needs the package {error.name}",
+            where="DATA",
+            fix=f"pip install {error.name}",
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
@@ -136,7 +156,8 @@ def _split_parts(kind: Callable[..., Any], always: dict[str, Any]) -> Iterator[t
 
 
 def _labels(name: str, dataset: Any) -> NDArray[np.int64]:
-    """One class number an image, from the list that most data sets keep, else by asking for every image."""
+    """One class number an image, from the list that most data sets keep, else by asking for every
+    image."""
     for attribute in ("targets", "_labels", "labels", "y", "_samples", "samples"):
         found = getattr(dataset, attribute, None)
         if found is None or len(found) != len(dataset) or not len(found):
@@ -148,28 +169,44 @@ def _labels(name: str, dataset: Any) -> NDArray[np.int64]:
             return values.astype(np.int64)
     single = [dataset[i][1] for i in range(min(1, len(dataset)))]
     if not single or np.asarray(single[0]).ndim or np.asarray(single[0]).dtype.kind not in "iu":
-        raise UserError(f"torchvision's {name} does not have one class an image", where="DATA", fix=f"use one of {EXAMPLES}")
+        raise UserError(
+            f"torchvision's {name} does not have one class an image",
+            where="DATA",
+            fix=f"use one of {EXAMPLES}",
+        )
     return np.array([int(dataset[i][1]) for i in range(len(dataset))], dtype=np.int64)
 
 
 def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
-    """The data set's own names where it has one for each class and they differ, else the numbers."""
+    """The data set's own names where it has one for each class and they differ, else the
+    numbers."""
     given: Sequence[Any] = getattr(dataset, "classes", None) or ()
     names = tuple(
-        name if isinstance(name, str) else ", ".join(map(str, name)) for name in given if isinstance(name, str | tuple | list)
+        name if isinstance(name, str) else ", ".join(map(str, name))
+        for name in given
+        if isinstance(name, str | tuple | list)
     )
-    return names if len(names) >= count and len(set(names)) == len(names) else tuple(map(str, range(count)))
+    return (
+        names
+        if len(names) >= count and len(set(names)) == len(names)
+        else tuple(map(str, range(count)))
+    )
 
 
 def _reader(parts: dict[str, Any]) -> Callable[[str], bytes]:
-    lock = threading.Lock()  # some data sets seek in one open file, or reseed a global generator, for every image
+    # some data sets seek in one open file, or reseed a global generator, for every image
+    lock = threading.Lock()
 
     def read(path: str) -> bytes:
         part, _, number = path.partition("/")
         with lock:
             image = parts[part][int(number.removesuffix(".png"))][0]
         if not isinstance(image, Image.Image):
-            raise UserError(f"holds {type(image).__name__} where an image is needed", where=path, fix=f"use one of {EXAMPLES}")
+            raise UserError(
+                f"holds {type(image).__name__} where an image is needed",
+                where=path,
+                fix=f"use one of {EXAMPLES}",
+            )
         return _png(image if image.mode in STORABLE else image.convert("RGB"))
 
     return read

@@ -1,4 +1,5 @@
-"""What can be wrong with a set of images: faults of single files, and the report of a check, as plain data and in words."""
+"""What can be wrong with a set of images: faults of single files, and the report of a check, as
+plain data and in words."""
 
 from __future__ import annotations
 
@@ -33,10 +34,11 @@ class Fault:
 class Report:
     """What a check of `images` images found.
 
-    `classes` counts images a class, `parts` the same a split; `duplicates` are groups of paths with the same bytes,
-    `across_splits` those of them in more than one split; `imbalance` is the largest class over the smallest that has
-    images; `few` are the classes with less than `FEW` training images, `untested` those without test images, where others
-    have some. `notes` are lines about the set as a whole.
+    `classes` counts images a class, `parts` the same a split; `duplicates` are groups of paths with
+    the same bytes, `across_splits` those of them in more than one split; `imbalance` is the largest
+    class over the smallest that has images; `few` are the classes with less than `FEW` training
+    images, `untested` those without test images, where others have some. `notes` are lines about
+    the set as a whole.
     """
 
     name: str
@@ -52,35 +54,54 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        groups = {key: tuple(tuple(map(shown, group)) for group in getattr(self, key)) for key in ("duplicates", "across_splits")}
+        groups = {
+            key: tuple(tuple(map(shown, group)) for group in getattr(self, key))
+            for key in ("duplicates", "across_splits")
+        }
         faults = tuple(fault.to_json() for fault in self.faults)
         return {**dataclasses.asdict(self), "name": shown(self.name), "faults": faults, **groups}
 
     def to_text(self) -> str:
-        """Everything that was found, for reading: a line a fault, a class and a group of duplicates."""
+        """Everything that was found, for reading: a line a fault, a class and a group of
+        duplicates."""
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        yield f"{shown(self.name)}: {self.images:,} images" + (f" in {len(self.classes)} classes" if self.classes else "")
-        yield from (f"  {part}: {sum(counts.values()):,} images" for part, counts in self.parts.items())
+        yield f"{shown(self.name)}: {self.images:,} images" + (
+            f" in {len(self.classes)} classes" if self.classes else ""
+        )
+        yield from (
+            f"  {part}: {sum(counts.values()):,} images" for part, counts in self.parts.items()
+        )
         if self.classes:
             width = max(map(len, self.classes))
             yield from (f"  {name:<{width}}  {count:,}" for name, count in self.classes.items())
             yield f"largest class over smallest: {self.imbalance:.1f}"
         if self.few:
-            yield f"classes with less than {FEW} training images: " + ", ".join(f"{name} ({n})" for name, n in self.few.items())
+            yield f"classes with less than {FEW} training images: " + ", ".join(
+                f"{name} ({n})" for name, n in self.few.items()
+            )
         if self.untested:
             yield f"classes without test images: {', '.join(self.untested)}"
         yield from (f"note: {note}" for note in self.notes)
         yield from _titled("faults", [fault.to_text() for fault in self.faults])
-        yield from _titled("duplicates across splits", [same(group) for group in self.across_splits])
-        yield from _titled("duplicates", [same(group) for group in self.duplicates if group not in self.across_splits])
+        yield from _titled(
+            "duplicates across splits", [same(group) for group in self.across_splits]
+        )
+        yield from _titled(
+            "duplicates",
+            [same(group) for group in self.duplicates if group not in self.across_splits],
+        )
 
 
 def check_on_bad(word: str) -> None:
     """Refuse another word than stop and skip: taken for skip, it would leave images out unasked."""
     if word not in ON_BAD:
-        raise UserError(f"an unreadable image cannot {word!r}", where="on_bad", fix=f"choose {' or '.join(ON_BAD)}")
+        raise UserError(
+            f"an unreadable image cannot {word!r}",
+            where="on_bad",
+            fix=f"choose {' or '.join(ON_BAD)}",
+        )
 
 
 def list_faults(faults: Sequence[Fault], most: int = 3) -> str:
@@ -91,7 +112,9 @@ def list_faults(faults: Sequence[Fault], most: int = 3) -> str:
 
 def some(items: Sequence[str], most: int = 3) -> str:
     """The first few, and how many more there are."""
-    return "; ".join(items[:most]) + (f"; and {len(items) - most} more" if len(items) > most else "")
+    return "; ".join(items[:most]) + (
+        f"; and {len(items) - most} more" if len(items) > most else ""
+    )
 
 
 def same(paths: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """The images of a job: where they are, what they are called, who trains and who judges.
 
-An `ImageSet` holds no pixels. It comes from a folder a class, a folder with train/ val/ test/, a CSV table or a named
-set (`load`), or from loose files without labels (`load_unlabelled`). All bytes come through `ImageSet.read`.
+An `ImageSet` holds no pixels. It comes from a folder a class, a folder with train/ val/ test/, a
+CSV table or a named set (`load`), or from loose files without labels (`load_unlabelled`). All bytes
+come through `ImageSet.read`.
 """
 
 from __future__ import annotations
@@ -34,18 +35,23 @@ T = TypeVar("T")
 
 BATCH = 64  # files a thread takes at once
 AS_NAMED = Layout()  # columns are found by their names
-EMPTY_CLASS, TWO_LABELS, IN_LATER_PART = "empty class", "two labels", "in a later part too"  # why images are left out
-WHAT_IS_READ = "give a folder with a folder per class (or train/, val/, test/ of them), a CSV with path,label, or a named set"
+# why images are left out
+EMPTY_CLASS, TWO_LABELS, IN_LATER_PART = ("empty class", "two labels", "in a later part too")
+WHAT_IS_READ = (
+    "give a folder with a folder per class (or train/, val/, test/ of them), a CSV with "
+    "path,label, or a named set"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images with one label each; `labels` (n,) index `classes`, -1 means unlabelled.
 
-    `paths` are POSIX, unique, and relative to `root`; `name` is what the user typed. `groups` name what belongs together
-    (the empty text: nothing), `split` holds `train`, `val` or `test`, both None where not known. `source` makes the bytes
-    of a named set. What lies there and is not among the images: `left_out` by a rule, each with its reason; `ignored` are
-    files in class folders that no image extension announces, and folders of results, which end with a slash; `aside` is
+    `paths` are POSIX, unique, and relative to `root`; `name` is what the user typed. `groups` name
+    what belongs together (the empty text: nothing), `split` holds `train`, `val` or `test`, both
+    None where not known. `source` makes the bytes of a named set. What lies there and is not among
+    the images: `left_out` by a rule, each with its reason; `ignored` are files in class folders
+    that no image extension announces, and folders of results, which end with a slash; `aside` is
     hidden or stands beside the class folders. `notes` are lines to be told.
     """
 
@@ -71,13 +77,15 @@ class ImageSet:
         return self.source is not None
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i: the one place where they come from. Raises `UserError` where a file cannot be read."""
+        """The bytes of image i: the one place where they come from. Raises `UserError` where a file
+        cannot be read."""
         if self.source is not None:
             return self.source(self.paths[i])
-        return read_file(os.path.join(self.root, self.paths[i]))  # noqa: PTH118
+        return read_file(os.path.join(self.root, self.paths[i]))
 
     def leave_out(self, gone: Mapping[int, tuple[str, str]]) -> tuple[ImageSet, Ints]:
-        """The images without those at the positions `gone`, which are remembered with kind and detail; the positions kept."""
+        """The images without those at the positions `gone`, which are remembered with kind and
+        detail; the positions kept."""
         keep = np.array([i for i in range(len(self)) if i not in gone], dtype=np.int64)
         if not gone:
             return self, keep
@@ -85,7 +93,8 @@ class ImageSet:
         return dataclasses.replace(self.subset(keep), left_out=self.left_out + left), keep
 
     def accounted(self, way: str = "") -> dict[str, tuple[Any, ...]]:
-        """What is no image of the set, and the notes, by the names of the fields; paths as seen from another folder by `way`."""
+        """What is no image of the set, and the notes, by the names of the fields; paths as seen
+        from another folder by `way`."""
 
         def seen(path: str) -> str:
             return posixpath.normpath(way + path) + "/" * path.endswith("/") if way else path
@@ -114,7 +123,7 @@ class ImageSet:
 def read_file(path: str) -> bytes:
     """The bytes of a file. Raises `UserError` where it cannot be read."""
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 — the hot path: building a Path costs as much as the call
+        with open(path, "rb") as file:
             return file.read()
     except (OSError, ValueError) as error:  # a name with a NUL inside is a ValueError
         why = error.strerror if isinstance(error, OSError) else error
@@ -122,7 +131,7 @@ def read_file(path: str) -> bytes:
         raise UserError(f"cannot be read ({why})", where=path, fix=fix) from error
 
 
-# ------------------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 def load(
@@ -136,19 +145,23 @@ def load(
 ) -> ImageSet:
     """Find the images of `data`; nothing is decoded.
 
-    `data` is a folder with a folder per class, a folder with train/ val/ test/ of them, a CSV, or a named set. The
-    classes are those of the training part; another class in val or test is a `UserError`, or left out with its images where
-    `on_empty_class` is skip. `test` names more images in one of the same forms, all of which become the test part. With
-    `shots` the splits are made at once, and that many training images a class are kept. `layout` says which columns of a
+    `data` is a folder with a folder per class, a folder with train/ val/ test/ of them, a CSV, or a
+    named set. The classes are those of the training part; another class in val or test is a
+    `UserError`, or left out with its images where `on_empty_class` is skip. `test` names more
+    images in one of the same forms, all of which become the test part. With `shots` the splits are
+    made at once, and that many training images a class are kept. `layout` says which columns of a
     CSV are what.
     """
     skip = on_empty_class == "skip"
     found = _open(str(data), layout, skip)
     if test is not None:
         found = _with_test(found, _open(str(test), layout, skip), skip)
-    if layout.given and not any(_is_table(Path(text).expanduser()) for text in (data, test) if text is not None):
+    if layout.given and not any(
+        _is_table(Path(text).expanduser()) for text in (data, test) if text is not None
+    ):
         found = dataclasses.replace(
-            found, notes=(*found.notes, f"{', '.join(layout.given)} is for CSV tables, and not used here")
+            found,
+            notes=(*found.notes, f"{', '.join(layout.given)} is for CSV tables, and not used here"),
         )
     if shots is None:
         return found
@@ -158,7 +171,8 @@ def load(
 
 
 def load_unlabelled(folder_or_paths: str | Path | Sequence[str | Path]) -> ImageSet:
-    """Images without labels: files in the order given, folders with all that is below them, sorted; each file once.
+    """Images without labels: files in the order given, folders with all that is below them, sorted;
+    each file once.
 
     One folder alone is the root of its paths, else their common folder is.
     """
@@ -167,7 +181,11 @@ def load_unlabelled(folder_or_paths: str | Path | Sequence[str | Path]) -> Image
     root, paths, ignored = folders.gather(given)
     if not paths:
         why = "".join(f"; {line}" for line in folders.told(root, ignored))
-        raise UserError(f"holds no images{why}", where=name, fix=f"known extensions: {' '.join(sorted(folders.EXTENSIONS))}")
+        raise UserError(
+            f"holds no images{why}",
+            where=name,
+            fix=f"known extensions: {' '.join(sorted(folders.EXTENSIONS))}",
+        )
     return ImageSet(name, root, paths, np.full(len(paths), -1, dtype=np.int64), (), ignored=ignored)
 
 
@@ -176,7 +194,15 @@ def _open(text: str, layout: Layout, skip: bool = False) -> ImageSet:
     path = Path(text).expanduser()
     if re.match(r"[a-z]{2,}:", text) and not path.exists():
         found = datasets.load(text)
-        return ImageSet(text, Path(text), found.paths, found.labels, found.classes, split=found.split, source=found.source)
+        return ImageSet(
+            text,
+            Path(text),
+            found.paths,
+            found.labels,
+            found.classes,
+            split=found.split,
+            source=found.source,
+        )
     if path.is_dir():
         return _from_folder(text, path, skip)
     if _is_table(path):
@@ -204,7 +230,9 @@ def _from_folder(name: str, root: Path, skip: bool) -> ImageSet:
         notes=(note,) if note else (),
     )
     label = functools.cache(names.spelled)
-    return _labelled(pictures, list(map(label, found.classes)), tuple(map(label, found.known)), skip)
+    return _labelled(
+        pictures, list(map(label, found.classes)), tuple(map(label, found.known)), skip
+    )
 
 
 def _from_table(name: str, path: Path, layout: Layout, skip: bool) -> ImageSet:
@@ -224,11 +252,17 @@ def _from_table(name: str, path: Path, layout: Layout, skip: bool) -> ImageSet:
 
 
 def _labelled(images: ImageSet, words: Sequence[str], known: Sequence[str], skip: bool) -> ImageSet:
-    """The images with labels from class names. With `skip`, those of classes that the training part lacks are left out."""
+    """The images with labels from class names. With `skip`, those of classes that the training part
+    lacks are left out."""
     split = None if images.split is None else images.split.tolist()
     if skip and split is not None and "train" in split:
-        trained = {*known, *(word for word, part in zip(words, split, strict=True) if part == "train")}
-        images, kept = images.leave_out({i: _untrained(word) for i, word in enumerate(words) if word not in trained})
+        trained = {
+            *known,
+            *(word for word, part in zip(words, split, strict=True) if part == "train"),
+        }
+        images, kept = images.leave_out(
+            {i: _untrained(word) for i, word in enumerate(words) if word not in trained}
+        )
         words, split = [words[i] for i in kept], [split[i] for i in kept]
     labels, classes = splits.class_numbers(images.name, words, split, known)
     return dataclasses.replace(images, labels=labels, classes=classes)
@@ -239,22 +273,40 @@ def _untrained(name: str) -> tuple[str, str]:
 
 
 def with_classes(images: ImageSet, classes: Sequence[str], way: str = "") -> ImageSet:
-    """The same images with labels that index `classes`, which may be more; a class that is not among them fails by name."""
+    """The same images with labels that index `classes`, which may be more; a class that is not
+    among them fails by name."""
     words = [images.classes[label] if label >= 0 else "" for label in images.labels]
     known = list(map(printable, classes))  # a run of version 0.1.0 may have others
-    return dataclasses.replace(images, labels=splits.numbered(images.name, words, known, way), classes=tuple(classes))
+    return dataclasses.replace(
+        images, labels=splits.numbered(images.name, words, known, way), classes=tuple(classes)
+    )
 
 
 def _with_test(images: ImageSet, test: ImageSet, skip: bool) -> ImageSet:
-    """Join the images of `--test` to the others as their test part; those that are among the others are test images now."""
+    """Join the images of `--test` to the others as their test part; those that are among the others
+    are test images now."""
     if images.split is not None and "test" in images.split:
-        raise UserError("there is a test part already", where=images.name, fix="leave out --test, or the test part")
+        raise UserError(
+            "there is a test part already",
+            where=images.name,
+            fix="leave out --test, or the test part",
+        )
     if images.in_memory or test.in_memory or test.split is not None:
-        fix = "name one of its parts" if test.split is not None and not test.in_memory else "give files"
-        raise UserError("--test takes a folder per class, or a CSV without a split column", where=test.name, fix=fix)
+        fix = (
+            "name one of its parts"
+            if test.split is not None and not test.in_memory
+            else "give files"
+        )
+        raise UserError(
+            "--test takes a folder per class, or a CSV without a split column",
+            where=test.name,
+            fix=fix,
+        )
     if skip:
         names = [test.classes[label] for label in test.labels]
-        test, _ = test.leave_out({i: _untrained(name) for i, name in enumerate(names) if name not in images.classes})
+        test, _ = test.leave_out(
+            {i: _untrained(name) for i, name in enumerate(names) if name not in images.classes}
+        )
     test = with_classes(test, images.classes, splits.LEAVE_CLASSES_OUT)
     way = Path(os.path.relpath(test.root, images.root)).as_posix()
     moved = [posixpath.normpath(f"{way}/{path}") for path in test.paths]
@@ -276,27 +328,38 @@ def _with_test(images: ImageSet, test: ImageSet, skip: bool) -> ImageSet:
 
 
 def _moved_to_test(images: ImageSet, test: ImageSet, theirs: set[str]) -> ImageSet:
-    """The images without those that `--test` names, too; a class folder that held nothing else is no class."""
+    """The images without those that `--test` names, too; a class folder that held nothing else is
+    no class."""
     rest = np.array([path not in theirs for path in images.paths], dtype=bool)
     if rest.all():
         return images
     if not rest.any():
-        fix = "leave out --test: a part of the images is then held out by itself; or name a part of them"
-        raise UserError("every image is a test image: none is left for training", where=test.name, fix=fix)
+        fix = (
+            "leave out --test: a part of the images is then held "
+            "out by itself; or name a part of them"
+        )
+        raise UserError(
+            "every image is a test image: none is left for training", where=test.name, fix=fix
+        )
     count = int((~rest).sum())
     what = f"{count} image{'s' * (count > 1)} of {images.name} {'are' if count > 1 else 'is'}"
     note = f"{what} among those of --test too: for the test alone"
     left = images.subset(rest)
-    emptied = set(np.unique(images.labels).tolist()) - set(np.unique(left.labels).tolist()) - set(np.unique(test.labels).tolist())
+    emptied = (
+        set(np.unique(images.labels).tolist())
+        - set(np.unique(left.labels).tolist())
+        - set(np.unique(test.labels).tolist())
+    )
     classes = tuple(name for i, name in enumerate(images.classes) if i not in emptied)
     return dataclasses.replace(with_classes(left, classes), notes=(*left.notes, note))
 
 
-# ------------------------------------------------------------------------------------------------- splits and content
+# ------------------------------------------------------------------------------- splits and content
 
 
 def digest_of(images: ImageSet, positions: Iterable[int]) -> Iterator[str]:
-    """SHA-256 of the bytes of the images at `positions`, in order, hashed in threads. Raises `UserError` as `read` does."""
+    """SHA-256 of the bytes of the images at `positions`, in order, hashed in threads. Raises
+    `UserError` as `read` does."""
     return in_threads(lambda i: hashlib.sha256(images.read(i)).hexdigest(), positions)
 
 
@@ -313,7 +376,8 @@ def contents(images: ImageSet) -> list[str]:
 
 
 def digests(images: ImageSet, known: Sequence[str | None] | None = None) -> list[str]:
-    """SHA-256 of every image; those that are `known` are not read. Files that cannot be read are all named."""
+    """SHA-256 of every image; those that are `known` are not read. Files that cannot be read are
+    all named."""
     failed: list[str] = []
     found = [""] * len(images) if known is None else [digest or "" for digest in known]
 
@@ -329,7 +393,10 @@ def digests(images: ImageSet, known: Sequence[str | None] | None = None) -> list
         found[i] = digest
     if failed:
         what = f"{len(failed)} of {len(images)} images fail; {some(sorted(failed))}"
-        fix = "mend or remove them (`finetune check` lists all), or go on without them: --on-bad-image skip"
+        fix = (
+            "mend or remove them (`finetune check` lists all), "
+            "or go on without them: --on-bad-image skip"
+        )
         raise UserError(what, where=images.name, fix=fix)
     return found
 
@@ -349,34 +416,50 @@ def unreadable(images: ImageSet) -> dict[int, tuple[str, str]]:
 
 
 def group_ids(images: ImageSet, digests: Sequence[str]) -> Ints:
-    """Number what must stay together: images with the same bytes, and those of one group. `(n,)`."""
+    """Number what must stay together: images with the same bytes, and those of one group.
+    `(n,)`."""
     return splits.components(len(images), digests, images.groups or ())
 
 
-def make_splits(images: ImageSet, digests: Sequence[str], *, seed: int, test: float = 0.2, val: float = 0.15) -> ImageSet:
+def make_splits(
+    images: ImageSet, digests: Sequence[str], *, seed: int, test: float = 0.2, val: float = 0.15
+) -> ImageSet:
     """Say for each image who sees it: train, val or test, stratified by class and by the seed.
 
-    Parts that were given stay as they are. Where no test part is given, the fraction `test` of the training images
-    becomes one; where no val part is given, the fraction `val` of the rest, unless that is less than 100 images:
-    then all of them train, and cross-validation selects. A fraction of 0 makes no such part. Images with the same bytes or
-    the same group are not separated; each class keeps a training image. Raises `UserError` for one content under two
-    labels, for a class without training images, and where no test part can be made.
+    Parts that were given stay as they are. Where no test part is given, the fraction `test` of the
+    training images becomes one; where no val part is given, the fraction `val` of the rest, unless
+    that is less than 100 images: then all of them train, and cross-validation selects. A fraction
+    of 0 makes no such part. Images with the same bytes or the same group are not separated; each
+    class keeps a training image. Raises `UserError` for one content under two labels, for a class
+    without training images, and where no test part can be made.
     """
     if len(digests) != len(images):
         raise ValueError(f"{len(digests)} digests of {len(images)} images")
     if (images.labels < 0).any():
-        raise UserError("images without labels cannot be split", where=images.name, fix=WHAT_IS_READ)
+        raise UserError(
+            "images without labels cannot be split", where=images.name, fix=WHAT_IS_READ
+        )
     if torn := two_labels(images, digests):
-        what = f"{len(torn)} file{'s' * (len(torn) > 1)} under two labels: {some([in_words(images, group) for group in torn])}"
-        fix = "remove the wrong one of each (`finetune check` lists them all), or leave them out: --on-conflict skip, or first"
+        what = (
+            f"{len(torn)} file{'s' * (len(torn) > 1)} under two labels: "
+            f"{some([in_words(images, group) for group in torn])}"
+        )
+        fix = (
+            "remove the wrong one of each (`finetune check` lists them all), or leave them out: "
+            "--on-conflict skip, or first"
+        )
         raise UserError(what, where=images.name, fix=fix)
     _need_training_images(images)
-    made = splits.assign(images.labels, group_ids(images, digests), images.split, seed=seed, test=test, val=val)
+    made = splits.assign(
+        images.labels, group_ids(images, digests), images.split, seed=seed, test=test, val=val
+    )
     if "test" not in made and test:
         raise UserError(
-            f"no image can be held out for the test: {len(images)} images are too few, or their groups too large",
+            f"no image can be held out for the test: {len(images)} images "
+            f"are too few, or their groups too large",
             where=images.name,
-            fix="add images, name test images with --test, or train on all without a test: --test none",
+            fix="add images, name test images with --test, "
+            "or train on all without a test: --test none",
         )
     return dataclasses.replace(images, split=made)
 
@@ -386,13 +469,17 @@ def all_for_training(images: ImageSet) -> ImageSet:
     if images.split is None or "test" not in images.split:
         return images
     count = int((images.split == "test").sum())
-    note = f"the {count} image{'s' * (count > 1)} of the test part are for training: no test was asked for"
+    note = (
+        f"the {count} image{'s' * (count > 1)} of the test part "
+        f"are for training: no test was asked for"
+    )
     split = np.where(images.split == "test", "train", images.split)
     return dataclasses.replace(images, split=split, notes=(*images.notes, note))
 
 
 def across_splits(images: ImageSet, digests: Sequence[str]) -> list[tuple[str, ...]]:
-    """Groups of paths with the same bytes in more than one part: what is judged was seen before. Given parts alone have any."""
+    """Groups of paths with the same bytes in more than one part: what is judged was seen before.
+    Given parts alone have any."""
     split = np.full(len(images), "") if images.split is None else images.split
     groups = [group for group in splits.alike(digests) if len(set(split[group].tolist())) > 1]
     return [tuple(images.paths[i] for i in group) for group in groups]
@@ -400,17 +487,27 @@ def across_splits(images: ImageSet, digests: Sequence[str]) -> list[tuple[str, .
 
 def class_counts(images: ImageSet, part: str) -> dict[str, int]:
     """How many images of each class a part has."""
-    return counts(images, np.full(len(images), part == "train") if images.split is None else images.split == part)
+    return counts(
+        images,
+        np.full(len(images), part == "train") if images.split is None else images.split == part,
+    )
 
 
 def counts(images: ImageSet, mask: NDArray[np.bool_]) -> dict[str, int]:
     """How many of the images in `mask` each class has, by name."""
     labels = images.labels[mask]
-    return dict(zip(images.classes, np.bincount(labels[labels >= 0], minlength=len(images.classes)).tolist(), strict=True))
+    return dict(
+        zip(
+            images.classes,
+            np.bincount(labels[labels >= 0], minlength=len(images.classes)).tolist(),
+            strict=True,
+        )
+    )
 
 
 def take_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
-    """Keep `shots` training images a class and the test part. A val part is dropped: it would be more labels."""
+    """Keep `shots` training images a class and the test part. A val part is dropped: it would be
+    more labels."""
     if shots < 1:
         raise UserError(f"{shots} images a class", where="shots", fix="1 is the least")
     if images.split is None:
@@ -419,17 +516,25 @@ def take_shots(images: ImageSet, shots: int, seed: int) -> ImageSet:
 
 
 def check_parts(images: ImageSet, tested: bool = True) -> None:
-    """Refuse a split set in which a class has no training image, or, where it is to be `tested`, nothing is left for that."""
+    """Refuse a split set in which a class has no training image, or, where it is to be `tested`,
+    nothing is left for that."""
     _need_training_images(images)
     if tested and (images.split is None or "test" not in images.split):
-        fix = "mend the test images (`finetune check` lists bad ones), name others with --test, or do without: --test none"
+        fix = (
+            "mend the test images (`finetune check` lists bad ones), "
+            "name others with --test, or do without: --test none"
+        )
         raise UserError("no test image is left", where=images.name, fix=fix)
 
 
 def _need_training_images(images: ImageSet) -> None:
     if len(images.classes) < 2:
         below = folders.deeper(images.paths) if Path(images.name).expanduser().is_dir() else ""
-        fix = f"the classes seem to lie deeper: give {Path(images.name) / below}" if below else "two are the least"
+        fix = (
+            f"the classes seem to lie deeper: give {Path(images.name) / below}"
+            if below
+            else "two are the least"
+        )
         what = f"one class alone ({images.classes[0]})" if images.classes else "no class is left"
         raise UserError(what, where=images.name, fix=fix)
     if empty := untrained(images):
@@ -456,22 +561,30 @@ def _lacking(images: ImageSet, part: str) -> list[str]:
 
 def two_labels(images: ImageSet, digests: Sequence[str]) -> list[list[int]]:
     """Positions of images with the same bytes and different labels, a list a content."""
-    return [group for group in splits.alike(digests) if len({int(images.labels[i]) for i in group}) > 1]
+    return [
+        group for group in splits.alike(digests) if len({int(images.labels[i]) for i in group}) > 1
+    ]
 
 
 def in_words(images: ImageSet, group: Sequence[int]) -> str:
     """Images with the same bytes, each with its label."""
-    return " = ".join(f"{names.shown(images.paths[i])} ({images.classes[images.labels[i]]})" for i in group)
+    return " = ".join(
+        f"{names.shown(images.paths[i])} ({images.classes[images.labels[i]]})" for i in group
+    )
 
 
 def in_threads(work: Callable[[int], T], positions: Iterable[int]) -> Iterator[T]:
-    """`work` of each position, in order; a few batches are under way at a time, so that memory stays small."""
+    """`work` of each position, in order; a few batches are under way at a time, so that memory
+    stays small."""
     todo = list(positions)
     with ThreadPoolExecutor(max_workers=min(16, hardware.cores() + 1)) as pool:
-        for part in pool.map(lambda at: [work(i) for i in todo[at : at + BATCH]], range(0, len(todo), BATCH)):
+        for part in pool.map(
+            lambda at: [work(i) for i in todo[at : at + BATCH]], range(0, len(todo), BATCH)
+        ):
             yield from part
 
 
 def short_side(images: ImageSet, i: int) -> int:
-    """The short side of image i in pixels, from its header. Raises `DecodeError` and `UserError`."""
+    """The short side of image i in pixels, from its header. Raises `DecodeError` and
+    `UserError`."""
     return min(decode.size(images.read(i)))

@@ -1,7 +1,9 @@
-"""Pictures that somebody hands over to be looked at: files and folders as they are typed, and pictures in memory.
+"""Pictures that somebody hands over to be looked at: files and folders as they are typed, and
+pictures in memory.
 
-One image an input, in the order of the inputs; an input that is given twice is there twice. A folder stands for all images
-below it, sorted, at its own place. What an image is called does not depend on the other inputs.
+One image an input, in the order of the inputs; an input that is given twice is there twice. A
+folder stands for all images below it, sorted, at its own place. What an image is called does not
+depend on the other inputs.
 """
 
 from __future__ import annotations
@@ -25,17 +27,21 @@ from finetune.errors import UserError
 from finetune.names import shown
 
 Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | NDArray[np.uint8] | Image.Image
-ACCEPTED = "give paths, bytes of image files, PIL images, or uint8 arrays: H × W, H × W × 3 (RGB) or H × W × 4 (RGBA)"
+ACCEPTED = (
+    "give paths, bytes of image files, PIL images, or uint8 arrays: "
+    "H × W, H × W × 3 (RGB) or H × W × 4 (RGBA)"
+)
 SKIP = "leave them out: --on-bad-image skip (in Python on_bad='skip')"
 
 
 def load(given: Picture | Iterable[Picture], *, on_bad: str = "stop") -> ImageSet:
     """The images of `given`, without labels; nothing is decoded yet.
 
-    A file is called as it is given, an image in a folder by the folder as it is given, a slash, and the way from there; a
-    picture in memory by its position among the inputs, as in `[3]` (a file of that name is called `./[3]`). Raises
-    `UserError` for what is no picture, by position and type; for missing files, unless `on_bad` is skip: reading them will
-    name them; and where folders are given and no image is there.
+    A file is called as it is given, an image in a folder by the folder as it is given, a slash, and
+    the way from there; a picture in memory by its position among the inputs, as in `[3]` (a file of
+    that name is called `./[3]`). Raises `UserError` for what is no picture, by position and type;
+    for missing files, unless `on_bad` is skip: reading them will name them; and where folders are
+    given and no image is there.
     """
     items, root = _several(given), Path.cwd()
     paths: list[str] = []
@@ -50,24 +56,37 @@ def load(given: Picture | Iterable[Picture], *, on_bad: str = "stop") -> ImageSe
             paths.append(name)
             continue
         text = _text(os.fspath(item))
-        if text and os.path.isdir(text):  # noqa: PTH112
+        if text and os.path.isdir(text):
             found = folders.walk(Path(text))
             paths += [_below(text, path) for path in found.images]
             ignored += [_below(text, path) for path in (*found.others, *found.results)]
             continue
-        if not text or not os.path.exists(text):  # noqa: PTH110
+        if not text or not os.path.exists(text):
             missing.append(text or "an empty text")
         paths.append(text)
     if missing and on_bad == "stop":
-        what = f"no such file or folder{f' ({len(missing)} of {len(items)} inputs)' if len(items) > 1 else ''}"
-        raise UserError(what, where=some([shown(path) for path in missing]), fix=f"check the spelling, or {SKIP}")
+        what = (
+            f"no such file or "
+            f"folder{f' ({len(missing)} of {len(items)} inputs)' if len(items) > 1 else ''}"
+        )
+        raise UserError(
+            what,
+            where=some([shown(path) for path in missing]),
+            fix=f"check the spelling, or {SKIP}",
+        )
     name = str(items[0]) if len(items) == 1 and not memory else f"{len(items)} inputs"
     if items and not paths:
         why = "".join(f"; {line}" for line in folders.told(root, ignored))
-        raise UserError(f"holds no images{why}", where=name, fix=f"known extensions: {' '.join(sorted(folders.EXTENSIONS))}")
+        raise UserError(
+            f"holds no images{why}",
+            where=name,
+            fix=f"known extensions: {' '.join(sorted(folders.EXTENSIONS))}",
+        )
     source = functools.partial(_read, root, memory) if memory else None
     labels = np.full(len(paths), -1, dtype=np.int64)
-    return ImageSet(name, root, tuple(paths), labels, (), ignored=tuple(dict.fromkeys(ignored)), source=source)
+    return ImageSet(
+        name, root, tuple(paths), labels, (), ignored=tuple(dict.fromkeys(ignored)), source=source
+    )
 
 
 def _several(given: Any) -> Sequence[Any]:
@@ -82,7 +101,7 @@ def _several(given: Any) -> Sequence[Any]:
 
 def _text(path: Any) -> str:
     """A path as it is called: with ~ written out, and never as a picture in memory is."""
-    text = os.path.expanduser(os.fsdecode(path))  # noqa: PTH111
+    text = os.path.expanduser(os.fsdecode(path))
     return f"./{text}" if re.fullmatch(r"\[\d+\]", text) else text
 
 
@@ -98,12 +117,19 @@ def _in_memory(item: Any, position: int, lock: threading.Lock) -> Callable[[], b
         picture = item
     elif isinstance(item, np.ndarray):
         colours = item.shape[2] if item.ndim == 3 else 3
-        if item.dtype != np.uint8 or item.ndim not in (2, 3) or colours not in (3, 4) or not item.size:
+        if (
+            item.dtype != np.uint8
+            or item.ndim not in (2, 3)
+            or colours not in (3, 4)
+            or not item.size
+        ):
             what = f"input {position} is an array of {item.dtype} of shape {item.shape}"
             raise UserError(what, where="predict", fix=ACCEPTED)
         picture = Image.fromarray(np.ascontiguousarray(item))
     else:
-        raise UserError(f"input {position} is of type {type(item).__name__}", where="predict", fix=ACCEPTED)
+        raise UserError(
+            f"input {position} is of type {type(item).__name__}", where="predict", fix=ACCEPTED
+        )
 
     def encoded() -> bytes:
         with lock:  # one picture may be there twice, and Pillow reads it when it is first looked at
@@ -113,4 +139,4 @@ def _in_memory(item: Any, position: int, lock: threading.Lock) -> Callable[[], b
 
 
 def _read(root: Path, memory: dict[str, Callable[[], bytes]], name: str) -> bytes:
-    return memory[name]() if name in memory else images.read_file(os.path.join(root, name))  # noqa: PTH118
+    return memory[name]() if name in memory else images.read_file(os.path.join(root, name))

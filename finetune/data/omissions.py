@@ -1,7 +1,8 @@
 """What is left out of a set of images, by which rule, and the account of it.
 
-A rule is asked for where a whole set is at fault, which nobody can mend file by file: one content under two labels, one
-content in two parts, a class without training images. What a rule leaves out stays known in `ImageSet.left_out`.
+A rule is asked for where a whole set is at fault, which nobody can mend file by file: one content
+under two labels, one content in two parts, a class without training images. What a rule leaves out
+stays known in `ImageSet.left_out`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from finetune.errors import UserError
 from finetune.files import Digests
 from finetune.names import shown
 
-RESULTS, NO_IMAGE, ASIDE = "results", "not an image extension", "beside the images"  # why files that are no images are
+# why files that are no images are
+RESULTS, NO_IMAGE, ASIDE = ("results", "not an image extension", "beside the images")
 FLATTERS = "which flatters the accuracy"
 
 
@@ -33,7 +35,8 @@ class Rules:
 
 
 def apply(pictures: ImageSet, ids: Digests, rules: Rules) -> tuple[ImageSet, Digests]:
-    """Leave out what the rules of a recipe say, before the set is divided. Raises `UserError` where a rule says stop."""
+    """Leave out what the rules of a recipe say, before the set is divided. Raises `UserError` where
+    a rule says stop."""
     for gone in (_conflicts, _leaks):
         pictures, kept = pictures.leave_out(gone(pictures, ids, rules))
         ids = ids.take(kept)
@@ -44,9 +47,11 @@ def apply(pictures: ImageSet, ids: Digests, rules: Rules) -> tuple[ImageSet, Dig
 
 
 def _conflicts(pictures: ImageSet, ids: Sequence[str], rules: Rules) -> dict[int, tuple[str, str]]:
-    """Images of a content that stands under two labels: all of them, or all but the first by path."""
+    """Images of a content that stands under two labels: all of them, or all but the first by
+    path."""
     gone = {}
-    for group in images.two_labels(pictures, ids) if rules.on_conflict != "stop" else ():  # `make_splits` stops
+    # `make_splits` stops
+    for group in images.two_labels(pictures, ids) if rules.on_conflict != "stop" else ():
         order = sorted(group, key=lambda i: pictures.paths[i])
         for i in order[1:] if rules.on_conflict == "first" else order:
             gone[i] = (images.TWO_LABELS, images.in_words(pictures, order))
@@ -54,12 +59,16 @@ def _conflicts(pictures: ImageSet, ids: Sequence[str], rules: Rules) -> dict[int
 
 
 def _leaks(pictures: ImageSet, ids: Sequence[str], rules: Rules) -> dict[int, tuple[str, str]]:
-    """Copies of test images in the training and validation parts, and of validation images in the training part."""
+    """Copies of test images in the training and validation parts, and of validation images in the
+    training part."""
     if pictures.split is None or rules.on_leak == "tell":
         return {}
     if rules.on_leak == "stop":
         if words := leaks(pictures, ids):
-            fix = "remove the copies, or leave them out of the training: --on-leak skip; --on-leak tell goes on with them"
+            fix = (
+                "remove the copies, or leave them out of the training: "
+                "--on-leak skip; --on-leak tell goes on with them"
+            )
             raise UserError(words, where=pictures.name, fix=fix)
         return {}
     gone = {}
@@ -68,19 +77,28 @@ def _leaks(pictures: ImageSet, ids: Sequence[str], rules: Rules) -> dict[int, tu
         last = group[int(ranks[group].argmax())]
         for i in group:
             if ranks[i] < ranks[last]:
-                gone[i] = (images.IN_LATER_PART, f"the same image is {pictures.paths[last]} of the {pictures.split[last]} part")
+                gone[i] = (
+                    images.IN_LATER_PART,
+                    f"the same image is {pictures.paths[last]} of the {pictures.split[last]} part",
+                )
     return gone
 
 
 def without_untrained(pictures: ImageSet) -> tuple[ImageSet, Ints]:
-    """The images and classes without the classes that have no training image, and the positions kept."""
+    """The images and classes without the classes that have no training image, and the positions
+    kept."""
     empty = images.untrained(pictures)
     if not empty:
         return pictures, np.arange(len(pictures))
     names = [pictures.classes[label] for label in pictures.labels]
-    gone = {i: (images.EMPTY_CLASS, f"no training image of {name!r} is left") for i, name in enumerate(names) if name in empty}
+    gone = {
+        i: (images.EMPTY_CLASS, f"no training image of {name!r} is left")
+        for i, name in enumerate(names)
+        if name in empty
+    }
     note = (
-        f"left out {len(empty)} class{'es' * (len(empty) > 1)} without training images: {some([shown(name) for name in empty])}"
+        f"left out {len(empty)} class{'es' * (len(empty) > 1)} without training images: "
+        f"{some([shown(name) for name in empty])}"
     )
     rest, kept = pictures.leave_out(gone)
     rest = images.with_classes(rest, [name for name in pictures.classes if name not in empty])
@@ -88,7 +106,8 @@ def without_untrained(pictures: ImageSet) -> tuple[ImageSet, Ints]:
 
 
 def leaks(pictures: ImageSet, ids: Sequence[str]) -> str:
-    """A warning where the parts that were given share content, else no text: the accuracy then flatters."""
+    """A warning where the parts that were given share content, else no text: the accuracy then
+    flatters."""
     twice = images.across_splits(pictures, ids)
     if not twice:
         return ""
@@ -101,20 +120,34 @@ def told(pictures: ImageSet) -> tuple[str, ...]:
     kinds: dict[str, list[str]] = {}
     for fault in pictures.left_out:
         kinds.setdefault(fault.kind, []).append(shown(fault.path))
-    lines = [f"{len(paths)} image{'s' * (len(paths) > 1)} left out ({kind}): {some(paths)}" for kind, paths in kinds.items()]
+    lines = [
+        f"{len(paths)} image{'s' * (len(paths) > 1)} left out ({kind}): {some(paths)}"
+        for kind, paths in kinds.items()
+    ]
     return (*pictures.notes, *lines, *folders.told(pictures.root, pictures.ignored))
 
 
 def account(pictures: ImageSet) -> tuple[Fault, ...]:
     """Everything below the folder of the images that is not among them, each with the reason.
 
-    Every file there is one of `paths`, or is named here; a name that ends with a slash stands for all that is below it.
+    Every file there is one of `paths`, or is named here; a name that ends with a slash stands for
+    all that is below it.
     """
     wrong = folders.disguised(pictures.root, pictures.ignored)
     left = [
         Fault(path, RESULTS, "a run, a gallery or the cache")
         if path.endswith("/")
-        else Fault(path, NO_IMAGE, f"left alone, though its first bytes are {wrong[path]}" if path in wrong else "left alone")
+        else Fault(
+            path,
+            NO_IMAGE,
+            f"left alone, though its first bytes are {wrong[path]}"
+            if path in wrong
+            else "left alone",
+        )
         for path in pictures.ignored
     ]
-    return (*pictures.left_out, *left, *(Fault(path, ASIDE, "of no class") for path in pictures.aside))
+    return (
+        *pictures.left_out,
+        *left,
+        *(Fault(path, ASIDE, "of no class") for path in pictures.aside),
+    )

@@ -1,7 +1,8 @@
-"""A finished run judged on labelled images; those that it was trained on are known by their digests, and left out.
+"""A finished run judged on labelled images; those that it was trained on are known by their
+digests, and left out.
 
-A run keeps the SHA-256 of each training and validation image in `trained.safetensors`: 32 bytes an image, in order of size,
-so that they tell nothing of the images' order, names or classes.
+A run keeps the SHA-256 of each training and validation image in `trained.safetensors`: 32 bytes an
+image, in order of size, so that they tell nothing of the images' order, names or classes.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def record(folder: Path, ids: Digests) -> None:
 
 
 def trained_on(folder: Path) -> Digests | None:
-    """The digests of the images that a run was trained on; None where it was made by a version that did not record them."""
+    """The digests of the images that a run was trained on; None where it was made by a version that
+    did not record them."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / TRAINED
@@ -44,7 +46,9 @@ def trained_on(folder: Path) -> Digests | None:
         with safe_open(path, framework="numpy") as file:
             return Digests(file.get_tensor("sha256").reshape(-1, 32))
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"damaged: not a table of digests ({error})", where=path, fix="fit again with --force") from error
+        raise UserError(
+            f"damaged: not a table of digests ({error})", where=path, fix="fit again with --force"
+        ) from error
 
 
 def evaluate(
@@ -59,14 +63,20 @@ def evaluate(
     say: Say = quiet,
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Metrics of a run on labelled images: on the test part where `data` has one, else on all of them.
+    """Metrics of a run on labelled images: on the test part where `data` has one, else on all of
+    them.
 
-    Images that the run was trained on are left out unless `seen` is keep. `say` tells in a line what is left out, and what
-    flatters. The counts: `n` images were judged, `left_out` could not be read, `trained_on` are those that were among the
-    images (None where the run does not record it), `ignored` are files that are no images by their names.
+    Images that the run was trained on are left out unless `seen` is keep. `say` tells in a line
+    what is left out, and what flatters. The counts: `n` images were judged, `left_out` could not be
+    read, `trained_on` are those that were among the images (None where the run does not record it),
+    `ignored` are files that are no images by their names.
     """
     if seen not in SEEN:
-        raise UserError(f"images that were trained on cannot {seen!r}", where="seen", fix=f"choose {' or '.join(SEEN)}")
+        raise UserError(
+            f"images that were trained on cannot {seen!r}",
+            where="seen",
+            fix=f"choose {' or '.join(SEEN)}",
+        )
     with open_run(path, engine_name=engine_name, precision=precision) as model:
         source = images.with_classes(images.load(data, layout=layout), model.classes)
         if source.split is not None and "test" in source.split:
@@ -80,8 +90,14 @@ def evaluate(
             found = model.predict(source, on_bad=on_bad, progress=progress)
         say_faults(found.faults, say)
     if not len(found.images):
-        raise UserError("none of the images can be read", where=data, fix="mend them; `finetune check` lists them")
-    judged = metrics.judge(found.images.labels, found.probabilities, model.classes, found.images.groups)
+        raise UserError(
+            "none of the images can be read",
+            where=data,
+            fix="mend them; `finetune check` lists them",
+        )
+    judged = metrics.judge(
+        found.images.labels, found.probabilities, model.classes, found.images.groups
+    )
     return {
         "run": shown(path),
         "data": shown(data),
@@ -90,15 +106,21 @@ def evaluate(
         "trained_on": known,
         "seen": seen,
         "ignored": len(source.ignored),
-        "metrics": {name: value.to_json() if isinstance(value, metrics.Estimate) else value for name, value in judged.items()},
+        "metrics": {
+            name: value.to_json() if isinstance(value, metrics.Estimate) else value
+            for name, value in judged.items()
+        },
     }
 
 
-def _unseen(source: ImageSet, trained: Digests | None, seen: str, say: Say) -> tuple[ImageSet, int | None]:
+def _unseen(
+    source: ImageSet, trained: Digests | None, seen: str, say: Say
+) -> tuple[ImageSet, int | None]:
     """The images to judge on, and how many of `source` were trained on."""
     if trained is None:
         say(
-            "caution: the run does not record which images it was trained on, as its version did not: whether some of these "
+            "caution: the run does not record which images it was trained on, as its version did "
+            "not: whether some of these "
             "were among them cannot be known; a run that is fitted now records it"
         )
         return source, None
@@ -108,15 +130,22 @@ def _unseen(source: ImageSet, trained: Digests | None, seen: str, say: Say) -> t
     if not count:
         return source, 0
     if seen == "keep":
-        say(f"caution: {count} of {total} images were trained on: this flatters, and says little about new images")
+        say(
+            f"caution: {count} of {total} images were trained on: "
+            f"this flatters, and says little about new images"
+        )
         return source, count
     if count == total:
         raise UserError(
             f"the run was trained on all of these {total} images: no other is left to judge on",
             where=source.name,
-            fix="give images that are new to it; or judge on these, which says little about new ones: --seen keep",
+            fix="give images that are new to it; or judge on these, "
+            "which says little about new ones: --seen keep",
         )
-    say(f"left out: {count} of {total} images, as the run was trained on them (--seen keep judges on them, too)")
+    say(
+        f"left out: {count} of {total} images, as the run was trained "
+        f"on them (--seen keep judges on them, too)"
+    )
     return source.subset(~among), count
 
 
@@ -137,12 +166,15 @@ def metrics_text(result: dict[str, Any]) -> str:
     if result["left_out"]:
         first += f", {result['left_out']} others left out"
     if result["trained_on"]:
-        first += f", {result['trained_on']} " + ("of them trained on" if result["seen"] == "keep" else "others trained on")
+        first += f", {result['trained_on']} " + (
+            "of them trained on" if result["seen"] == "keep" else "others trained on"
+        )
     lines = [first]
     for name, value in result["metrics"].items():
         if isinstance(value, dict):
             lines.append(
-                f"{WORDS.get(name, name):<32}{value['value']:.3f}  ({value['low']:.3f}–{value['high']:.3f}, {value['method']})"
+                f"{WORDS.get(name, name):<32}{value['value']:.3f}  "
+                f"({value['low']:.3f}–{value['high']:.3f}, {value['method']})"
             )
         else:
             lines.append(f"{WORDS.get(name, name):<32}{value:.3f}")

@@ -18,7 +18,9 @@ from finetune.progress import Bar, Say, no_bar, quiet
 Row = dict[str, Any]
 
 
-def open_run(path: str | Path, *, engine_name: str | None = None, precision: str | None = None) -> Classifier:
+def open_run(
+    path: str | Path, *, engine_name: str | None = None, precision: str | None = None
+) -> Classifier:
     """The classifier of a finished run; an unfinished, damaged or missing one is a `UserError`."""
     return classifier.load(run.finished(Path(path)), engine_name=engine_name, precision=precision)
 
@@ -33,11 +35,15 @@ def predict(
     say: Say = quiet,
     bar: Bar = no_bar,
 ) -> Predictions:
-    """What the run in `path` says about files and folders, a row an image, in the order given; `say` tells what is left out."""
+    """What the run in `path` says about files and folders, a row an image, in the order given;
+    `say` tells what is left out."""
     source = loose.load(pictures, on_bad=on_bad)
     for line in folders.told(source.root, source.ignored):
         say(line)
-    with open_run(path, engine_name=engine_name, precision=precision) as model, bar("predict") as progress:
+    with (
+        open_run(path, engine_name=engine_name, precision=precision) as model,
+        bar("predict") as progress,
+    ):
         found = model.predict(source, on_bad=on_bad, progress=progress)
     say_faults(found.faults, say)
     return found
@@ -50,10 +56,13 @@ def say_faults(faults: Sequence[Fault], say: Say) -> None:
 
 
 def rows(found: Predictions, unsure: float | None = None) -> list[Row]:
-    """Rows `{path, prediction, score, second, second_score, unsure?, probabilities}`; `unsure`: whether the score is below it."""
+    """Rows `{path, prediction, score, second, second_score, unsure?, probabilities}`; `unsure`:
+    whether the score is below it."""
     result = []
     order = predictions.ranked(found.probabilities)
-    for name, values, (first, *others) in zip(found.images.paths, found.probabilities.tolist(), order, strict=True):
+    for name, values, (first, *others) in zip(
+        found.images.paths, found.probabilities.tolist(), order, strict=True
+    ):
         row: Row = {"path": shown(name), "prediction": found.classes[first], "score": values[first]}
         for second in others:
             row |= {"second": found.classes[second], "second_score": values[second]}
@@ -64,10 +73,17 @@ def rows(found: Predictions, unsure: float | None = None) -> list[Row]:
 
 
 def write_csv(path: Path, found: Predictions, unsure: float | None = None) -> None:
-    """Write the table that a run's predictions.csv is, without labels, and with the runner-up and what is unsure."""
+    """Write the table that a run's predictions.csv is, without labels, and with the runner-up and
+    what is unsure."""
     labels = [""] * len(found.images)
     predictions.write_predictions(
-        path, found.images.paths, labels, found.classes, found.probabilities, runner_up=len(found.classes) > 1, unsure=unsure
+        path,
+        found.images.paths,
+        labels,
+        found.classes,
+        found.probabilities,
+        runner_up=len(found.classes) > 1,
+        unsure=unsure,
     )
 
 
@@ -79,5 +95,8 @@ def table(found: Sequence[Row]) -> str:
     for row in found:
         second = f"   then {row['second']} {row['second_score']:.2f}" if "second" in row else ""
         doubt = "   unsure" if row.get("unsure") else ""
-        lines.append(f"{row['path']:<{width}}  {row['prediction']:<{names}}  {row['score']:.2f}{second}{doubt}")
+        lines.append(
+            f"{row['path']:<{width}}  {row['prediction']:<{names}}  "
+            f"{row['score']:.2f}{second}{doubt}"
+        )
     return "\n".join(lines)

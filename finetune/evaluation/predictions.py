@@ -1,7 +1,8 @@
-"""The table of predictions, whoever writes it: one order of columns, one way of quoting, names as `names.shown` shows them.
+"""The table of predictions, whoever writes it: one order of columns, one way of quoting, names as
+`names.shown` shows them.
 
-The columns are `path,label,prediction,score`, then `second,second_score,unsure` where they were asked for, then a column
-`p:CLASS` a class, in the order of the classes.
+The columns are `path,label,prediction,score`, then `second,second_score,unsure` where they were
+asked for, then a column `p:CLASS` a class, in the order of the classes.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from finetune.files import write_csv
 from finetune.names import meant, shown
 
 FIRST = ("path", "label", "prediction", "score")
-SECOND, SECOND_SCORE, UNSURE = EXTRA = ("second", "second_score", "unsure")  # after those, before the probabilities
-PROBABILITY = "p:"  # begins the name of a probability's column, so that a class called `path` collides with nothing
+# after those, before the probabilities
+SECOND, SECOND_SCORE, UNSURE = EXTRA = ("second", "second_score", "unsure")
+# begins the name of a probability's column, so that a class called `path` collides with nothing
+PROBABILITY = "p:"
 
 
 class Predictions(NamedTuple):
-    """A table of predictions: `probabilities` is `(n, C)` float64; `labels` are empty texts where the truth is not known."""
+    """A table of predictions: `probabilities` is `(n, C)` float64; `labels` are empty texts where
+    the truth is not known."""
 
     paths: list[str]
     labels: list[str]
@@ -44,13 +48,16 @@ def write_predictions(
 ) -> None:
     """Write `path,label,prediction,score,p:<class>,…`, a row an image.
 
-    The prediction is the first class of the largest probability, the score that probability. `runner_up` adds the columns
-    `second` and `second_score`, `unsure` the column `unsure`: `yes` where the score is below it, else `no`.
+    The prediction is the first class of the largest probability, the score that probability.
+    `runner_up` adds the columns `second` and `second_score`, `unsure` the column `unsure`: `yes`
+    where the score is below it, else `no`.
     """
     extra = [SECOND, SECOND_SCORE] * runner_up + [UNSURE] * (unsure is not None)
 
     def rows() -> Iterator[list[object]]:
-        for name, label, row, (best, *others) in zip(paths, labels, probabilities, ranked(probabilities), strict=True):
+        for name, label, row, (best, *others) in zip(
+            paths, labels, probabilities, ranked(probabilities), strict=True
+        ):
             second = [classes[others[0]], row[others[0]]] if runner_up else []
             doubt = [] if unsure is None else ["yes" if row[best] < unsure else "no"]
             yield [shown(name), label, classes[best], row[best], *second, *doubt, *row]
@@ -59,17 +66,21 @@ def write_predictions(
 
 
 def ranked(probabilities: NDArray[Any]) -> list[list[int]]:
-    """For each row its two most probable classes (one, where there is one), the first of equal ones first."""
+    """For each row its two most probable classes (one, where there is one), the first of equal ones
+    first."""
     order: list[list[int]] = np.argsort(-probabilities, axis=1, kind="stable")[:, :2].tolist()
     return order
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Read back what `write_predictions` wrote: paths are those of the files, probabilities equal to the last bit."""
+    """Read back what `write_predictions` wrote: paths are those of the files, probabilities equal
+    to the last bit."""
     try:
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             header, *rows = csv.reader(file)
-        told = next((i for i, name in enumerate(header) if name.startswith(PROBABILITY)), len(header))
+        told = next(
+            (i for i, name in enumerate(header) if name.startswith(PROBABILITY)), len(header)
+        )
         known = tuple(header[:4]) == FIRST and set(header[4:told]) <= set(EXTRA)
         if not known or not all(name.startswith(PROBABILITY) for name in header[told:]):
             raise ValueError(f"its columns are {', '.join(header[:5])}")
@@ -79,8 +90,15 @@ def read_predictions(path: Path) -> Predictions:
     except FileNotFoundError as error:
         raise UserError("no such file", where=path) from error
     except (ValueError, csv.Error) as error:
-        raise UserError(f"not a table of predictions ({error})", where=path, fix="give the predictions.csv of a run") from error
+        raise UserError(
+            f"not a table of predictions ({error})",
+            where=path,
+            fix="give the predictions.csv of a run",
+        ) from error
     classes = [name.removeprefix(PROBABILITY) for name in header[told:]]
     return Predictions(
-        [meant(row[0]) for row in rows], [row[1] for row in rows], classes, values.reshape(len(rows), len(classes))
+        [meant(row[0]) for row in rows],
+        [row[1] for row in rows],
+        classes,
+        values.reshape(len(rows), len(classes)),
     )

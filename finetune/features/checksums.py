@@ -1,8 +1,10 @@
-"""Checksums of the rows of the feature store: CRC-32 of a row's bytes, begun with four bytes of the content's digest.
+"""Checksums of the rows of the feature store: CRC-32 of a row's bytes, begun with four bytes of the
+content's digest.
 
-So a row that was changed is told from what was written, and so is the row of another image under a wrong number. The
-sums of a space stand in a table of their own, `BLOCK` rows a record, 0 where none is known: earlier versions, which do
-not know the table, can still use the store, and the rows that they add have no sum until this version reads them.
+So a row that was changed is told from what was written, and so is the row of another image under a
+wrong number. The sums of a space stand in a table of their own, `BLOCK` rows a record, 0 where none
+is known: earlier versions, which do not know the table, can still use the store, and the rows that
+they add have no sum until this version reads them.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ Numbers = NDArray[np.int64]
 
 # The trigger serves earlier versions too: they remove spaces, whose numbers are then used again.
 SCHEMA = """
-create table if not exists checksums (space integer not null, block integer not null, sums blob not null,
+create table if not exists checksums (
+  space integer not null, block integer not null, sums blob not null,
   primary key (space, block)) without rowid;
 create trigger if not exists checksums_go_with_their_space after delete on spaces
   begin delete from checksums where space = old.id; end;
@@ -35,22 +38,28 @@ create trigger if not exists checksums_go_with_their_space after delete on space
 
 
 def marks(digests: files.Digests) -> Sums:
-    """What the checksum of each content's row begins with: four bytes of its digest. Never 0, which means none."""
+    """What the checksum of each content's row begins with: four bytes of its digest. Never 0, which
+    means none."""
     return np.maximum(np.ascontiguousarray(digests.rows[:, :4]).view("<u4")[:, 0], 1)
 
 
 def of_block(rows: NDArray[np.float32], marks: Sums) -> Sums:
-    """The checksums of rows in memory, C-contiguous `(n, width)`. Never 0, which means that none is known."""
+    """The checksums of rows in memory, C-contiguous `(n, width)`. Never 0, which means that none is
+    known."""
     size = rows.shape[1] * 4
     data = memoryview(rows.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-    sums = [zlib.crc32(data[i * size : (i + 1) * size], mark) or 1 for i, mark in enumerate(marks.tolist())]
+    sums = [
+        zlib.crc32(data[i * size : (i + 1) * size], mark) or 1
+        for i, mark in enumerate(marks.tolist())
+    ]
     return np.array(sums, dtype=np.uint32)
 
 
 def of_rows(path: Path, width: int, rows: Numbers, marks: Sums) -> Sums:
     """The checksums of rows in a file, by ascending numbers; 0 where they cannot be read.
 
-    They are read, not mapped: a mapped file that is cut short at this moment, or a bad disk, would end the process.
+    They are read, not mapped: a mapped file that is cut short at this moment, or a bad disk, would
+    end the process.
     """
     sums = np.zeros(len(rows), dtype=np.uint32)
     try:
@@ -61,12 +70,16 @@ def of_rows(path: Path, width: int, rows: Numbers, marks: Sums) -> Sums:
     try:
         for part in _runs(rows, max(1, CHUNK // size)):
             try:
-                data = os.pread(handle, (part.stop - part.start) * size, int(rows[part.start]) * size)
+                data = os.pread(
+                    handle, (part.stop - part.start) * size, int(rows[part.start]) * size
+                )
             except OSError:
                 continue
             whole = len(data) // size
             table = np.frombuffer(data, dtype=np.float32, count=whole * width).reshape(whole, width)
-            sums[part.start : part.start + whole] = of_block(table, marks[part.start : part.start + whole])
+            sums[part.start : part.start + whole] = of_block(
+                table, marks[part.start : part.start + whole]
+            )
     finally:
         os.close(handle)
     return sums
@@ -95,15 +108,21 @@ def _sums(record: object) -> Sums:
 
 
 def put(db: sqlite3.Connection, space: int, rows: Numbers, sums: Sums, *, over: bool) -> None:
-    """Note the checksums of `rows`, `over` those that are there or only where none is; in the caller's transaction."""
+    """Note the checksums of `rows`, `over` those that are there or only where none is; in the
+    caller's transaction."""
     for block in np.unique(rows // BLOCK).tolist():
         here = rows // BLOCK == block
-        found = db.execute("select sums from checksums where space = ? and block = ?", (space, block)).fetchone()
+        found = db.execute(
+            "select sums from checksums where space = ? and block = ?", (space, block)
+        ).fetchone()
         record = _sums(found[0] if found else None)
         at = rows[here] % BLOCK
         record[at] = np.where(over | (record[at] == 0), sums[here], record[at])
         data = record.astype("<u4").tobytes()
-        db.execute("insert or replace into checksums (space, block, sums) values (?, ?, ?)", (space, block, data))
+        db.execute(
+            "insert or replace into checksums (space, block, sums) values (?, ?, ?)",
+            (space, block, data),
+        )
 
 
 def cut(db: sqlite3.Connection, space: int, count: int) -> None:

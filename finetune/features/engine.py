@@ -1,8 +1,10 @@
-"""Run a frozen network fast: OpenVINO where it is installed, torch everywhere; bf16 where the hardware has it.
+"""Run a frozen network fast: OpenVINO where it is installed, torch everywhere; bf16 where the
+hardware has it.
 
-One function, `open_runner`, gives the same thing for both: static batches of uint8 pixels in, float32 features out. A
-network is converted for OpenVINO once, with all its taps, and kept in the cache; a later process opens the converted
-copy without importing torch, and cuts it down to the taps that it wants.
+One function, `open_runner`, gives the same thing for both: static batches of uint8 pixels in,
+float32 features out. A network is converted for OpenVINO once, with all its taps, and kept in the
+cache; a later process opens the converted copy without importing torch, and cuts it down to the
+taps that it wants.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ from finetune.network import Network, Tap
 if TYPE_CHECKING:
     from finetune.backbones.stages import Backbone
 
-# Batches are static: an image then gets the same bits whatever comes with it (`Runner` says how far).
+# Batches are static: an image then gets the same bits whatever comes with it (`Runner` says how
+# far).
 OPENVINO_BATCH = 4  # more would fall out of a CPU's cache
-TORCH_BATCH = 8  # with 4, oneDNN computes a row of a small map in another way where it stands last: other bits
+# with 4, oneDNN computes a row of a small map in another way where it stands last: other bits
+TORCH_BATCH = 8
 GPU_BATCH = 64  # there, the more the better; not measured
-HELD = {"bf16": 0.4, "float32": 0.8}  # of what its largest operation reads and writes in float32, a stream of OpenVINO takes
+# of what its largest operation reads and writes in float32, a stream of OpenVINO takes
+HELD = {"bf16": 0.4, "float32": 0.8}
 FORMAT = 4  # of the converted networks, and of how they are run; a change makes the old ones unused
 
 Pixels = NDArray[np.uint8]
@@ -40,14 +45,16 @@ Blocks = list[NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Runner:
-    """A network ready to run. `stream` takes batches of at most `batch` images, and keeps their order.
+    """A network ready to run. `stream` takes batches of at most `batch` images, and keeps their
+    order.
 
     `engine` is openvino or torch, `precision` bf16 or float32: what is really used.
 
-    An image gets the same bits alone and in any batch with OpenVINO, and with torch in 1, 2 or 4 threads. Another number
-    of threads (that of the cores, or $OMP_NUM_THREADS) does not divide a batch evenly, and oneDNN computes the rows at the
-    seams in another order: measured up to 6e-7 of the largest feature in float32, and 5e-3 in bf16 (in a network with
-    GroupNorm; most differ in no bit). Several threads may stream with OpenVINO at once; with torch, one at a time.
+    An image gets the same bits alone and in any batch with OpenVINO, and with torch in 1, 2 or 4
+    threads. Another number of threads (that of the cores, or $OMP_NUM_THREADS) does not divide a
+    batch evenly, and oneDNN computes the rows at the seams in another order: measured up to 6e-7 of
+    the largest feature in float32, and 5e-3 in bf16 (in a network with GroupNorm; most differ in no
+    bit). Several threads may stream with OpenVINO at once; with torch, one at a time.
     """
 
     taps: tuple[Tap, ...]
@@ -57,7 +64,8 @@ class Runner:
     stream: Callable[[Iterable[Pixels]], Iterator[Blocks]]
 
     def __call__(self, pixels: Pixels) -> Blocks:
-        """Features of any number of images `(n, size, size, 3)` uint8: one `(n, width)` float32 array a tap."""
+        """Features of any number of images `(n, size, size, 3)` uint8: one `(n, width)` float32
+        array a tap."""
         batches = (pixels[i : i + self.batch] for i in range(0, max(len(pixels), 1), self.batch))
         parts = list(self.stream(batches))
         return [np.concatenate(blocks) for blocks in zip(*parts, strict=True)]
@@ -71,7 +79,8 @@ def open_runner(
     engine: str = "auto",
     precision: str = "auto",
 ) -> Runner:
-    """Open `network` for reading `taps`; `load` gives its torch backbone, and is called only where that is needed."""
+    """Open `network` for reading `taps`; `load` gives its torch backbone, and is called only where
+    that is needed."""
     for tap in taps:
         network.width(tap)
     engine, precision = resolve(engine, precision, taps)
@@ -81,24 +90,26 @@ def open_runner(
 
 
 def round_kernels(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round convolution kernels `(…, height, width)` to values that bfloat16 holds, and keep the sum of each kernel.
+    """Round convolution kernels `(…, height, width)` to values that bfloat16 holds, and keep the
+    sum of each kernel.
 
-    Rounded one by one, the weights of a kernel shift its sum, hence its answer to every smooth area of an image: in the
-    first depthwise layers of a network that is most of what bfloat16 costs. So the rounding error of each weight is
-    carried over to the next one of the same kernel.
+    Rounded one by one, the weights of a kernel shift its sum, hence its answer to every smooth area
+    of an image: in the first depthwise layers of a network that is most of what bfloat16 costs. So
+    the rounding error of each weight is carried over to the next one of the same kernel.
     """
     kernels = np.array(weight, dtype=np.float32).reshape(*weight.shape[:-2], -1)
     carry = np.zeros(kernels.shape[:-1], dtype=np.float32)
     for i in range(kernels.shape[-1]):
         exact = kernels[..., i] + carry
         bits = exact.view(np.uint32)
-        # Half of the last bit that stays, and ties to even: the upper half of a float32 is the bfloat16.
+        # Half of the last bit that stays, and ties to even: the upper half of a float32 is the
+        # bfloat16.
         kernels[..., i] = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
         carry = exact - kernels[..., i]
     return kernels.reshape(weight.shape)
 
 
-# ------------------------------------------------------------------------------------------------------------ torch
+# -------------------------------------------------------------------------------------------- torch
 
 
 def _open_torch(backbone: Backbone, taps: tuple[Tap, ...], precision: str) -> Runner:
@@ -112,9 +123,15 @@ def _open_torch(backbone: Backbone, taps: tuple[Tap, ...], precision: str) -> Ru
     device = torch.device(_torch_device())
     batch = TORCH_BATCH if device.type == "cpu" else GPU_BATCH
     if device.type == "cpu":
-        memory.check(backbone.module, backbone.network.name, backbone.network.preprocess.size, memory.RUN * batch)
+        memory.check(
+            backbone.module,
+            backbone.network.name,
+            backbone.network.preprocess.size,
+            memory.RUN * batch,
+        )
     reader: Any = Reader(backbone, taps).eval()
-    if precision == "float32" and all(tap.stage != "moments" for tap in taps):  # those are read before BatchNorm
+    # those are read before BatchNorm
+    if precision == "float32" and all(tap.stage != "moments" for tap in taps):
         # In bf16 folding gains nothing, and would have to be rounded in another way than below.
         reader = fuse_bn.folded(reader, _noise(backbone.network))
     reader = reader.to(device).to(memory_format=torch.channels_last)
@@ -123,45 +140,62 @@ def _open_torch(backbone: Backbone, taps: tuple[Tap, ...], precision: str) -> Ru
     if precision == "bf16":
         for name, value in reader.named_parameters():
             if value.ndim == 4:
-                # A 1 × 1 kernel has nothing to carry to: there the sum over its inputs is kept. (OpenVINO folds BatchNorm
-                # into the weights before they are rounded, and comes out better without.)
+                # A 1 × 1 kernel has nothing to carry to: there the sum over its inputs is kept.
+                # (OpenVINO folds BatchNorm into the weights before they are rounded, and comes out
+                # better without.)
                 order = (0, 1, 2, 3) if value.shape[-2:] != (1, 1) else (0, 2, 3, 1)
                 back = (0, 1, 2, 3) if value.shape[-2:] != (1, 1) else (0, 3, 1, 2)
-                kernels = torch.from_numpy(round_kernels(value.detach().cpu().permute(order).numpy()))
-                rounded[name] = kernels.permute(back).to(device).to(memory_format=torch.channels_last)
+                kernels = torch.from_numpy(
+                    round_kernels(value.detach().cpu().permute(order).numpy())
+                )
+                rounded[name] = (
+                    kernels.permute(back).to(device).to(memory_format=torch.channels_last)
+                )
 
     def stream(batches: Iterable[Pixels]) -> Iterator[Blocks]:
         for pixels in batches:
             if backbone.module.training:
-                raise RuntimeError("the backbone is in train mode: its features would depend on the batch")
+                raise RuntimeError(
+                    "the backbone is in train mode: its features would depend on the batch"
+                )
             with torch.inference_mode(), half:
-                outputs = torch.func.functional_call(reader, rounded, (torch.from_numpy(_padded(pixels, batch)).to(device),))
+                outputs = torch.func.functional_call(
+                    reader, rounded, (torch.from_numpy(_padded(pixels, batch)).to(device),)
+                )
             yield [output[: len(pixels)].float().cpu().numpy() for output in outputs]
 
     return Runner(taps, "torch", precision, batch, stream)
 
 
 def _noise(network: Network) -> Any:
-    """One image of noise for the network, the same each time: what it gives decides how it is run."""
+    """One image of noise for the network, the same each time: what it gives decides how it is
+    run."""
     import torch
 
     side = network.preprocess.size
-    return torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (1, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def _padded(pixels: Pixels, batch: int) -> Pixels:
     if len(pixels) == batch:
         return np.ascontiguousarray(pixels)
-    return np.concatenate([pixels, np.zeros((batch - len(pixels), *pixels.shape[1:]), dtype=np.uint8)])
+    return np.concatenate(
+        [pixels, np.zeros((batch - len(pixels), *pixels.shape[1:]), dtype=np.uint8)]
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- OpenVINO
+# ----------------------------------------------------------------------------------------- OpenVINO
 
 
-def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone], precision: str) -> Runner:
+def _open_openvino(
+    network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone], precision: str
+) -> Runner:
     model, name = _converted(network, taps, load)
     results = {name: output.get_node() for output in model.outputs for name in output.get_names()}
-    wanted = {results[str(tap)].get_friendly_name(): results[str(tap)] for tap in taps}  # two taps may be one output
+    # two taps may be one output
+    wanted = {results[str(tap)].get_friendly_name(): results[str(tap)] for tap in taps}
     model = _openvino().Model(list(wanted.values()), model.get_parameters(), "cut")
     if precision == "bf16":
         _round_weights(model)
@@ -171,21 +205,27 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
     }
     if one := _one_stream(model, network, precision):
         options["NUM_STREAMS"] = one
-    compiled = _compiled(model, options, f"{name}-{files.digest_json([precision, list(map(str, taps))])[:12]}")
-    # More than there are streams: the next batch is there when one ends, however late this thread is woken.
+    compiled = _compiled(
+        model, options, f"{name}-{files.digest_json([precision, list(map(str, taps))])[:12]}"
+    )
+    # More than there are streams: the next batch is there when one ends, however late this thread
+    # is woken.
     requests = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) + 2
-    order = [compiled.output(list(wanted).index(results[str(tap)].get_friendly_name())) for tap in taps]
+    order = [
+        compiled.output(list(wanted).index(results[str(tap)].get_friendly_name())) for tap in taps
+    ]
 
     def stream(batches: Iterable[Pixels]) -> Iterator[Blocks]:
         free = [compiled.create_infer_request() for _ in range(requests)]
-        running: list[tuple[Any, int]] = []  # the oldest first, so that results keep the order of the batches
+        running: list[
+            tuple[Any, int]
+        ] = []  # the oldest first, so that results keep the order of the batches
         for pixels in batches:
             if not free:
                 yield finish(running, free)
             request = free.pop()
-            request.start_async(
-                {0: _padded(pixels, OPENVINO_BATCH)}, share_inputs=False
-            )  # a copy: the array need not outlive the call
+            # a copy: the array need not outlive the call
+            request.start_async({0: _padded(pixels, OPENVINO_BATCH)}, share_inputs=False)
             running.append((request, len(pixels)))
         while running:
             yield finish(running, free)
@@ -194,13 +234,16 @@ def _open_openvino(network: Network, taps: tuple[Tap, ...], load: Callable[[], B
         request, count = running.pop(0)
         request.wait()
         free.append(request)
-        return [np.array(request.get_tensor(output).data[:count], dtype=np.float32) for output in order]
+        return [
+            np.array(request.get_tensor(output).data[:count], dtype=np.float32) for output in order
+        ]
 
     return Runner(taps, "openvino", precision, OPENVINO_BATCH, stream)
 
 
 def _one_stream(model: Any, network: Network, precision: str) -> str:
-    """`1` where the memory is short of two batches at a time, else no text; refused where one does not fit."""
+    """`1` where the memory is short of two batches at a time, else no text; refused where one does
+    not fit."""
     side = network.preprocess.size
     batch = HELD[precision] * OPENVINO_BATCH * side**2
     if hardware.fits(hardware.cores() * batch * hardware.MANY):
@@ -209,13 +252,20 @@ def _one_stream(model: Any, network: Network, precision: str) -> str:
     for node in model.get_ops():
         if node.get_type_name() != "Constant":
             ends = [*node.outputs(), *node.input_values()]
-            sizes.append(sum(end.get_element_type().size * int(np.prod(list(end.get_shape()))) for end in ends))
+            sizes.append(
+                sum(
+                    end.get_element_type().size * int(np.prod(list(end.get_shape())))
+                    for end in ends
+                )
+            )
     need = HELD[precision] * max(sizes)
     if not hardware.fits(need):
         from finetune.backbones import memory
 
         fix = memory.smaller(need, side)
-        hardware.afford(need, f"{network.name} with an input of {side} pixels", where="input size", fix=fix)
+        hardware.afford(
+            need, f"{network.name} with an input of {side} pixels", where="input size", fix=fix
+        )
     return "" if hardware.fits(hardware.cores() * need) else "1"
 
 
@@ -236,7 +286,8 @@ def standard(network: Network) -> tuple[Tap, ...]:
 def _compiled(model: Any, options: dict[str, str], name: str) -> Any:
     """The model compiled, by way of the copy that OpenVINO keeps in the cache where it is whole.
 
-    OpenVINO does not see a changed byte in its copy. So each model has a folder for it, sealed when it is written.
+    OpenVINO does not see a changed byte in its copy. So each model has a folder for it, sealed when
+    it is written.
     """
     try:
         folder = files.cache_dir("compiled", "blobs", name)
@@ -249,20 +300,36 @@ def _compiled(model: Any, options: dict[str, str], name: str) -> Any:
         compiled = _core().compile_model(model, "CPU", {**options, "CACHE_DIR": _text(folder)})
         if (now := sorted(folder.glob("*.blob"))) != kept:
             files.seal(seal, now)
-    except (OSError, UserError, RuntimeError):  # a cache that cannot be written, or OpenVINO's trouble with it
+    except (
+        OSError,
+        UserError,
+        RuntimeError,
+    ):  # a cache that cannot be written, or OpenVINO's trouble with it
         return _core().compile_model(model, "CPU", options)
     return compiled
 
 
-def _converted(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone]) -> tuple[Any, str]:
-    """The OpenVINO model with at least `taps` as outputs, named by them, and its own name: from the cache, else made now.
+def _converted(
+    network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone]
+) -> tuple[Any, str]:
+    """The OpenVINO model with at least `taps` as outputs, named by them, and its own name: from the
+    cache, else made now.
 
     Where nothing can be kept in the cache, it is made in memory.
     """
     every = standard(network)
     wanted = every if set(taps) <= set(every) else tuple(dict.fromkeys(taps))
     pre = network.preprocess  # how an image is cut to its input is no part of the graph
-    made_of = [FORMAT, _openvino().__version__, OPENVINO_BATCH, network.name, network.digest, pre.size, pre.mean, pre.std]
+    made_of = [
+        FORMAT,
+        _openvino().__version__,
+        OPENVINO_BATCH,
+        network.name,
+        network.digest,
+        pre.size,
+        pre.mean,
+        pre.std,
+    ]
     name = f"{network.name}-{files.digest_json([*made_of, [str(tap) for tap in wanted]])[:24]}"
     with _converting:
         path = _place(f"{name}.xml")
@@ -270,7 +337,8 @@ def _converted(network: Network, taps: tuple[Tap, ...], load: Callable[[], Backb
         if model is None:
             model = _convert(load(), wanted)
             if path and _keep(model, path):
-                model = _kept(path) or model  # so that the first process runs what the later ones do
+                # so that the first process runs what the later ones do
+                model = _kept(path) or model
         return model, name
 
 
@@ -330,9 +398,13 @@ def _convert(backbone: Backbone, taps: tuple[Tap, ...]) -> Any:
     example = torch.zeros(OPENVINO_BATCH, side, side, 3, dtype=torch.uint8)
     shape = [(openvino.PartialShape([OPENVINO_BATCH, side, side, 3]), openvino.Type.u8)]
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing warns of every shape that it fixes: fixed shapes are what we want
-        # Traced here: convert_model would trace twice more, to check that the network gives the same each time.
-        model = openvino.convert_model(torch.jit.trace(reader, example, check_trace=False), input=shape)
+        # tracing warns of every shape that it fixes: fixed shapes are what we want
+        warnings.simplefilter("ignore")
+        # Traced here: convert_model would trace twice more, to check that the network gives the
+        # same each time.
+        model = openvino.convert_model(
+            torch.jit.trace(reader, example, check_trace=False), input=shape
+        )
     for output in model.outputs:
         output.get_tensor().set_names(set())
     for tap, output in zip(taps, model.outputs, strict=True):
@@ -341,11 +413,15 @@ def _convert(backbone: Backbone, taps: tuple[Tap, ...]) -> Any:
 
 
 def _keep(model: Any, path: Path) -> bool:
-    """Write a converted network to the cache; False, and a note, where that fails: it costs time alone.
+    """Write a converted network to the cache; False, and a note, where that fails: it costs time
+    alone.
 
     The .xml is renamed last, so its existence means both are there.
     """
-    temporary, seal = path.with_name(f".{path.stem}.{threading.get_native_id()}.xml"), path.with_suffix(".json")
+    temporary, seal = (
+        path.with_name(f".{path.stem}.{threading.get_native_id()}.xml"),
+        path.with_suffix(".json"),
+    )
     try:
         with files.disk_errors(path):
             _openvino().save_model(model, str(temporary), compress_to_fp16=False)
@@ -353,8 +429,14 @@ def _keep(model: Any, path: Path) -> bool:
             temporary.with_suffix(".bin").replace(path.with_suffix(".bin"))
             temporary.replace(path)
         files.seal(seal, (path, path.with_suffix(".bin")))
-    except (RuntimeError, UserError) as error:  # OpenVINO raises the first for a full disk, and for a folder it may not write
-        _tell(f"{path.parent}: the converted network cannot be written ({str(error).splitlines()[0][:100]})\n→ {files.CACHE_FIX}")
+    except (
+        RuntimeError,
+        UserError,
+    ) as error:  # OpenVINO raises the first for a full disk, and for a folder it may not write
+        _tell(
+            f"{path.parent}: the converted network cannot be written "
+            f"({str(error).splitlines()[0][:100]})\n→ {files.CACHE_FIX}"
+        )
         return False
     finally:
         with contextlib.suppress(OSError):

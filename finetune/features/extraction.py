@@ -1,6 +1,8 @@
-"""From images to features: each image is looked at once, and what was read from it stays in the store.
+"""From images to features: each image is looked at once, and what was read from it stays in the
+store.
 
-`extract` decodes in threads while the network runs, and asks the network only about files whose bytes it has not seen.
+`extract` decodes in threads while the network runs, and asks the network only about files whose
+bytes it has not seen.
 """
 
 from __future__ import annotations
@@ -40,26 +42,32 @@ COMMIT_BYTES = 4 << 20  # bytes of features a space, or
 COMMIT_SECONDS = 15.0  # seconds, between two commits of the store: what a kill can lose
 PART = 4096  # files whose sizes and times are compared with the store's at once
 VIEWS = ("", "flip")
-NAMED = 20  # bad images that an error names: who mends them wants them all, but not a screen of ten thousand
+# bad images that an error names: who mends them wants them all, but not a screen of ten thousand
+NAMED = 20
 
 Picture = NDArray[np.uint8] | Fault
-Batch = tuple[list[int], engine.Blocks]  # positions of images, and their features: one (b, width) array a tap
+# positions of images, and their features: one (b, width) array a tap
+Batch = tuple[list[int], engine.Blocks]
 
 
 class Changed(UserError):  # noqa: N818 — it says what happened to the file
-    """A file whose bytes are no longer those of its digest: its features would be stored under a wrong name."""
+    """A file whose bytes are no longer those of its digest: its features would be stored under a
+    wrong name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        super().__init__("has changed since it was first looked at", where=path, fix="run the same command again")
+        super().__init__(
+            "has changed since it was first looked at", where=path, fix="run the same command again"
+        )
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of a set of images: `blocks[tap]` is `(n, width)` float32, not normalised, row i of `images.paths[i]`.
+    """Features of a set of images: `blocks[tap]` is `(n, width)` float32, not normalised, row i of
+    `images.paths[i]`.
 
-    `images` holds the images that could be read, `faults` those that could not; `spaces` names what made each block.
-    Blocks are memory-mapped where the rows stand together in the store.
+    `images` holds the images that could be read, `faults` those that could not; `spaces` names what
+    made each block. Blocks are memory-mapped where the rows stand together in the store.
     """
 
     blocks: dict[Tap, Rows]
@@ -88,10 +96,11 @@ def extract(
 ) -> Features:
     """Read `taps` of every image in one pass, running the network on unseen content alone.
 
-    `load` gives the torch backbone where the network has to be converted; `known` are the digests, where the caller has
-    them; `view` is "" or "flip" (mirrored left to right). Unreadable images: `on_bad` "stop" raises a `UserError` that
-    names them all (after the others are safe in the store), "skip" leaves them out and lists them in `faults`. A file
-    that no longer has the bytes of its digest raises `Changed`.
+    `load` gives the torch backbone where the network has to be converted; `known` are the digests,
+    where the caller has them; `view` is "" or "flip" (mirrored left to right). Unreadable images:
+    `on_bad` "stop" raises a `UserError` that names them all (after the others are safe in the
+    store), "skip" leaves them out and lists them in `faults`. A file that no longer has the bytes
+    of its digest raises `Changed`.
     """
     if view not in VIEWS:
         raise UserError(f"no view is called {view!r}", where="view", fix=f"choose one of {VIEWS}")
@@ -103,16 +112,21 @@ def extract(
         if len(ids) != len(source):
             raise ValueError(f"{len(ids)} digests of {len(source)} images")
         used, bits = device.resolve(engine_name, precision, taps)
-        spaces = [store.space(about(network, tap, used, bits, view), network.width(tap)) for tap in taps]
+        spaces = [
+            store.space(about(network, tap, used, bits, view), network.width(tap)) for tap in taps
+        ]
         missing = _missing(store, spaces, ids)
         faults: dict[int, Fault] = {}
         _tell_damage(store)
         if len(missing):
-            opened = functools.partial(engine.open_runner, network, taps, load, engine=used, precision=bits)
+            opened = functools.partial(
+                engine.open_runner, network, taps, load, engine=used, precision=bits
+            )
             try:
                 faults = _run(source, ids, missing, opened, network, store, spaces, view, progress)
             except Changed as error:
-                store.forget([os.fspath(error.path.absolute())])  # its size and time may be those of the old content
+                # its size and time may be those of the old content
+                store.forget([os.fspath(error.path.absolute())])
                 raise
         return _gather(source, ids, taps, store, spaces, faults, on_bad)
     finally:
@@ -120,7 +134,9 @@ def extract(
             store.close()
 
 
-def about(network: Network, tap: Tap, engine_name: str, precision: str, view: str) -> dict[str, Any]:
+def about(
+    network: Network, tap: Tap, engine_name: str, precision: str, view: str
+) -> dict[str, Any]:
     """Everything that decides a feature besides the file: the description of its space."""
     return {
         "backbone": network.name,
@@ -136,22 +152,25 @@ def about(network: Network, tap: Tap, engine_name: str, precision: str, view: st
 
 
 def digests(source: ImageSet, store: Store) -> files.Digests:
-    """SHA-256 of every image's bytes; files that the store remembers by path, size and time are not read again.
+    """SHA-256 of every image's bytes; files that the store remembers by path, size and time are not
+    read again.
 
     Raises `UserError` naming the files that cannot be read.
     """
     if source.in_memory:
         return files.Digests.of(images.digests(source))
-    # Names are put together and looked up one by one: for 50,000 files `os.path.join` and a context manager cost a quarter.
-    root, count = os.path.join(os.fspath(source.root.absolute()), ""), len(source)  # noqa: PTH118
-    stats = np.full((count, 2), -1, dtype=np.int64)  # size and mtime; in arrays and in parts, as there may be very many
+    # Names are put together and looked up one by one: for 50,000 files `os.path.join` and a context
+    # manager cost a quarter.
+    root, count = os.path.join(os.fspath(source.root.absolute()), ""), len(source)
+    # size and mtime; in arrays and in parts, as there may be very many
+    stats = np.full((count, 2), -1, dtype=np.int64)
     known: list[str | None] = []
     for part in _parts(count):
         entries = []
         for i in part:
             path, size, changed = root + source.paths[i], -1, -1
             try:
-                info = os.stat(path)  # noqa: PTH116
+                info = os.stat(path)
                 if info.st_mtime_ns < 2**63:
                     size, changed = info.st_size, info.st_mtime_ns
             except OSError:
@@ -160,7 +179,8 @@ def digests(source: ImageSet, store: Store) -> files.Digests:
         stats[part.start : part.stop] = [(size, changed) for _, size, changed in entries]
         known += store.remembered(entries)
     found = images.digests(source, known)
-    # A file written this very moment could change again within the clock's grain: it is not remembered.
+    # A file written this very moment could change again within the clock's grain: it is not
+    # remembered.
     settled = time.time_ns() - 2_000_000_000
     for part in _parts(count):
         fresh = [
@@ -188,8 +208,13 @@ def _missing(store: Store, spaces: Sequence[Space], ids: files.Digests) -> NDArr
 def _tell_damage(store: Store) -> None:
     rows, count = store.damage()
     if rows:
-        words = f"{rows:,} damaged or missing row{'s' * (rows > 1)} in {count} file{'s' * (count > 1)}"
-        files.note(f"{shown(store.folder)}: {words} of features, made again where their images are looked at")
+        words = (
+            f"{rows:,} damaged or missing row{'s' * (rows > 1)} in {count} file{'s' * (count > 1)}"
+        )
+        files.note(
+            f"{shown(store.folder)}: {words} of features, "
+            f"made again where their images are looked at"
+        )
 
 
 def _run(
@@ -222,7 +247,9 @@ def _run(
 
     last = time.monotonic()
     try:
-        for batch in stream(source, missing, network, opened, faults, view=view, ids=ids, progress=progress):
+        for batch in stream(
+            source, missing, network, opened, faults, view=view, ids=ids, progress=progress
+        ):
             waiting.append(batch)
             held += sum(block.nbytes for block in batch[1])
             if held >= COMMIT_BYTES * len(spaces) or time.monotonic() - last > COMMIT_SECONDS:
@@ -244,11 +271,13 @@ def stream(
     ids: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Generator[Batch, None, None]:
-    """Decode images ahead and run them: `(positions, one (b, width) array a tap)` a batch, in order, past the store.
+    """Decode images ahead and run them: `(positions, one (b, width) array a tap)` a batch, in
+    order, past the store.
 
-    `opened` gives the runner, and is called when decoding is under way: opening a network overlaps with the first images.
-    What cannot be decoded is put into `faults`, by position. `ids` are the digests of all images of `source`: bytes that
-    are not theirs raise `Changed`. Raises `UserError` where the network gives no number.
+    `opened` gives the runner, and is called when decoding is under way: opening a network overlaps
+    with the first images. What cannot be decoded is put into `faults`, by position. `ids` are the
+    digests of all images of `source`: bytes that are not theirs raise `Changed`. Raises `UserError`
+    where the network gives no number.
     """
     queue: deque[list[int]] = deque()  # the positions of every batch on its way through the network
 
@@ -274,11 +303,18 @@ def stream(
             batch = queue.popleft()
             for block in outputs:
                 if not np.isfinite(block).all():
-                    name = source.paths[batch[int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])]]
-                    raise UserError(f"the network gives NaN for {shown(name)}", where=network.name, fix="try --precision float32")
+                    name = source.paths[
+                        batch[int(np.flatnonzero(~np.isfinite(block).all(axis=1))[0])]
+                    ]
+                    raise UserError(
+                        f"the network gives NaN for {shown(name)}",
+                        where=network.name,
+                        fix="try --precision float32",
+                    )
             done += len(batch)
             yield batch, outputs
-            if progress:  # after the batch is taken: whoever stops the work from here loses none of it
+            # after the batch is taken: whoever stops the work from here loses none of it
+            if progress:
                 progress(done + len(faults) - before, len(positions))
     if progress and done < len(positions):  # the last images gave no batch
         progress(len(positions), len(positions))
@@ -287,7 +323,9 @@ def stream(
 def joined(batches: Sequence[Batch]) -> Batch:
     """Several batches of `stream` as one."""
     positions = [i for batch, _ in batches for i in batch]
-    return positions, [np.concatenate(parts) for parts in zip(*(blocks for _, blocks in batches), strict=True)]
+    return positions, [
+        np.concatenate(parts) for parts in zip(*(blocks for _, blocks in batches), strict=True)
+    ]
 
 
 @contextlib.contextmanager
@@ -296,8 +334,8 @@ def decoding(
 ) -> Iterator[Iterator[tuple[int, Picture]]]:
     """Decode images ahead, in threads, from now on: gives them in order, each with its position.
 
-    A picture is the network's input `(size, size, 3)` uint8, or a `Fault` where it cannot be had. Raises `Changed` where
-    the bytes of an image are not those of its digest in `ids`.
+    A picture is the network's input `(size, size, 3)` uint8, or a `Fault` where it cannot be had.
+    Raises `Changed` where the bytes of an image are not those of its digest in `ids`.
     """
     pre = network.preprocess
 
@@ -348,22 +386,35 @@ def _gather(
     bad = [Fault(source.paths[i], fault.kind, fault.detail) for i, fault in enumerate(of) if fault]
     if bad and on_bad == "stop":
         refuse(bad, source.name)
-    keep = np.array([i for i, fault in enumerate(of) if not fault], dtype=np.int64) if bad else np.arange(len(source))
+    keep = (
+        np.array([i for i, fault in enumerate(of) if not fault], dtype=np.int64)
+        if bad
+        else np.arange(len(source))
+    )
     kept = source if len(keep) == len(source) else source.subset(keep)
     good = ids.take(keep)
     blocks = {tap: store.read(space, good) for tap, space in zip(taps, spaces, strict=True)}
-    return Features(blocks, kept, good, tuple(bad), {tap: space.key for tap, space in zip(taps, spaces, strict=True)})
+    return Features(
+        blocks,
+        kept,
+        good,
+        tuple(bad),
+        {tap: space.key for tap, space in zip(taps, spaces, strict=True)},
+    )
 
 
 def refuse(faults: Sequence[Fault], where: str) -> NoReturn:
     """Name the images that could not be read (the first of very many), and how to go on."""
     raise UserError(
-        images.list_faults(faults, NAMED), where=where, fix="mend or remove them, or go on without them: --on-bad-image skip"
+        images.list_faults(faults, NAMED),
+        where=where,
+        fix="mend or remove them, or go on without them: --on-bad-image skip",
     )
 
 
 def save(output: Path, X: Rows, source: ImageSet, manifest: dict[str, Any]) -> None:
-    """Write features to `.npz` (arrays `X`, `y`, `paths`, `classes`, and `manifest` as JSON text; no pickle) or `.parquet`.
+    """Write features to `.npz` (arrays `X`, `y`, `paths`, `classes`, and `manifest` as JSON text;
+    no pickle) or `.parquet`.
 
     Paths are written as `names.shown` shows them.
     Raises `UserError` where pyarrow, which writes Parquet, is not installed.
@@ -386,9 +437,15 @@ def save(output: Path, X: Rows, source: ImageSet, manifest: dict[str, Any]) -> N
             import pyarrow.parquet
         except ImportError as error:
             raise UserError(
-                "writing Parquet needs pyarrow", where=output, fix="pip install pyarrow, or name the file .npz"
+                "writing Parquet needs pyarrow",
+                where=output,
+                fix="pip install pyarrow, or name the file .npz",
             ) from error
         labels = [source.classes[label] if label >= 0 else None for label in source.labels]
-        flat = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.ascontiguousarray(X).reshape(-1)), X.shape[1])
+        flat = pyarrow.FixedSizeListArray.from_arrays(
+            pyarrow.array(np.ascontiguousarray(X).reshape(-1)), X.shape[1]
+        )
         table = pyarrow.table({"path": paths, "label": labels, "features": flat})
-        pyarrow.parquet.write_table(table.replace_schema_metadata({"regraft": json.dumps(manifest)}), temporary)
+        pyarrow.parquet.write_table(
+            table.replace_schema_metadata({"regraft": json.dumps(manifest)}), temporary
+        )

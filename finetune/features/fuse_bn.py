@@ -1,7 +1,9 @@
-"""BatchNorm folded into the convolution before it: in eval mode both are linear, so one convolution does the work of two.
+"""BatchNorm folded into the convolution before it: in eval mode both are linear, so one convolution
+does the work of two.
 
-Outside of OpenVINO, which folds by itself, the passes over memory that BatchNorm costs are a good part of an eager float32
-network's time. Folding needs no trace: which BatchNorm reads which convolution is seen in one pass.
+Outside of OpenVINO, which folds by itself, the passes over memory that BatchNorm costs are a good
+part of an eager float32 network's time. Folding needs no trace: which BatchNorm reads which
+convolution is seen in one pass.
 """
 
 from __future__ import annotations
@@ -14,42 +16,62 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-TOLERANCE = 1e-4  # of the comparison with the network as it was, relative to the largest value of an output
+TOLERANCE = (
+    1e-4  # of the comparison with the network as it was, relative to the largest value of an output
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def folded(module: Module, example: Tensor) -> Module:
-    """A copy of `module`, which is in eval mode, whose BatchNorms are part of the convolutions before them.
+    """A copy of `module`, which is in eval mode, whose BatchNorms are part of the convolutions
+    before them.
 
-    The parameters that stay as they are, are shared with `module`, not copied. Where the copy would give something else
-    on `example` (a convolution whose output is read elsewhere, too), `module` itself is returned. `module` gives a tuple of
-    tensors.
+    The parameters that stay as they are, are shared with `module`, not copied. Where the copy would
+    give something else on `example` (a convolution whose output is read elsewhere, too), `module`
+    itself is returned. `module` gives a tuple of tensors.
     """
-    with torch.inference_mode(mode=False), torch.no_grad():  # inference tensors do not count who writes to them
+    # inference tensors do not count who writes to them
+    with torch.inference_mode(mode=False), torch.no_grad():
         pairs = _pairs(module, example)
         if not pairs:
             return module
-        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        shared: dict[int, Any] = {
+            id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())
+        }
         twin = copy.deepcopy(module, shared)
         for conv_path, norm_path in pairs.items():
             conv: Any = twin.get_submodule(conv_path)
             norm: Any = twin.get_submodule(norm_path)
             conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                conv.weight,
+                conv.bias,
+                norm.running_mean,
+                norm.running_var,
+                norm.eps,
+                norm.weight,
+                norm.bias,
             )
-            rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+            rest = (
+                nn.Sequential(norm.drop, norm.act)
+                if isinstance(norm, BatchNormAct2d)
+                else nn.Identity()
+            )
             twin.set_submodule(norm_path, rest.eval())
         same = all(
-            bool((a - b).abs().max() <= TOLERANCE * a.abs().max()) for a, b in zip(module(example), twin(example), strict=True)
+            bool((a - b).abs().max() <= TOLERANCE * a.abs().max())
+            for a, b in zip(module(example), twin(example), strict=True)
         )
     return twin if same else module
 
 
 def _pairs(module: nn.Module, example: Tensor) -> dict[str, str]:
-    """Paths of the convolutions that hand their output straight to a BatchNorm → its path; each runs once in a pass."""
+    """Paths of the convolutions that hand their output straight to a BatchNorm → its path; each
+    runs once in a pass."""
     paths = {part: path for path, part in module.named_modules()}
-    outputs: dict[int, tuple[nn.Module, Tensor, int]] = {}  # the tensors are held, so that no id is used twice
+    outputs: dict[
+        int, tuple[nn.Module, Tensor, int]
+    ] = {}  # the tensors are held, so that no id is used twice
     found: list[tuple[str, str]] = []
     runs: list[nn.Module] = []
 
@@ -60,7 +82,8 @@ def _pairs(module: nn.Module, example: Tensor) -> dict[str, str]:
     def before_norm(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         runs.append(part)
         conv, _, version = outputs.get(id(inputs[0]), (None, None, None))
-        if conv is not None and version == inputs[0]._version:  # else something has written to it in place
+        # else something has written to it in place
+        if conv is not None and version == inputs[0]._version:
             found.append((paths[conv], paths[part]))
 
     hooks = []

@@ -11,10 +11,11 @@ from finetune.features.store import Rows
 def neighbours(
     X: Rows, k: int, *, queries: Rows | None = None, block: int = 1024
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Exact cosine k-nearest neighbours, block by block: `(scores, positions)`, both `(q, k)`, the best first.
+    """Exact cosine k-nearest neighbours, block by block: `(scores, positions)`, both `(q, k)`, the
+    best first.
 
-    Without `queries`, every row is a query and is left out of its own answer. Ties go to the lower position. A row of
-    zeros has score 0 with everything.
+    Without `queries`, every row is a query and is left out of its own answer. Ties go to the lower
+    position. A row of zeros has score 0 with everything.
     """
     base = _unit(X)
     leave_one_out = queries is None
@@ -33,13 +34,15 @@ def neighbours(
 
 
 def _largest(similarity: Rows, k: int) -> NDArray[np.int64]:
-    """Positions of the k largest of every row, the largest first, the lower position first among equals: `(q, k)`."""
+    """Positions of the k largest of every row, the largest first, the lower position first among
+    equals: `(q, k)`."""
     if k < 1:
         return np.empty((len(similarity), 0), dtype=np.int64)
     last = similarity.shape[1] - k
     best = np.argpartition(similarity, last, axis=1)[:, last:]
     bound = np.take_along_axis(similarity, best, 1).min(axis=1)
-    # The partition takes any of those that equal the k-th; where there are more of them than places, choose again.
+    # The partition takes any of those that equal the k-th; where there are more of them than
+    # places, choose again.
     for row in np.flatnonzero((similarity >= bound[:, None]).sum(axis=1) > k):
         at = np.flatnonzero(similarity[row] >= bound[row])
         best[row] = at[np.argsort(-similarity[row, at], kind="stable")[:k]]

@@ -1,10 +1,11 @@
 """The content-addressed feature store: a row a file's digest, a folder a space, one SQLite index.
 
-A *space* is everything that decides a feature besides the file: network, preprocessing, tap, engine, precision, view.
-Rows are appended to one flat float32 file a space, and the index is committed after the rows are on the disk: a killed
-writer loses nothing that was committed, a reader never sees half a row, and two writers wait for each other. Every row
-has a checksum (`checksums`) and is compared with it once a process, before it is given away: what is damaged counts as
-missing, so that it is made again.
+A *space* is everything that decides a feature besides the file: network, preprocessing, tap,
+engine, precision, view. Rows are appended to one flat float32 file a space, and the index is
+committed after the rows are on the disk: a killed writer loses nothing that was committed, a reader
+never sees half a row, and two writers wait for each other. Every row has a checksum (`checksums`)
+and is compared with it once a process, before it is given away: what is damaged counts as missing,
+so that it is made again.
 """
 
 from __future__ import annotations
@@ -36,18 +37,22 @@ LOOKUP = 900  # digests a query: below SQLite's limit of bound values
 Rows = NDArray[np.float32]
 
 SCHEMA = """
-create table if not exists spaces (id integer primary key, key text unique not null, width integer not null, about text not null,
+create table if not exists spaces (
+  id integer primary key, key text unique not null, width integer not null, about text not null,
   count integer not null default 0, used real not null);
-create table if not exists rows (space integer not null, digest blob not null, row integer not null, primary key (space, digest))
-  without rowid;
-create table if not exists seen (path text primary key, size integer not null, mtime integer not null, digest blob not null)
+create table if not exists rows (
+  space integer not null, digest blob not null, row integer not null,
+  primary key (space, digest)) without rowid;
+create table if not exists seen (
+  path text primary key, size integer not null, mtime integer not null, digest blob not null)
   without rowid;
 """
 
 
 @dataclass(frozen=True)
 class Space:
-    """One space of the store: its key, the number of features in a row, and its number in the index."""
+    """One space of the store: its key, the number of features in a row, and its number in the
+    index."""
 
     key: str
     width: int
@@ -55,7 +60,8 @@ class Space:
 
 
 def _until_free(work: Callable[[], object]) -> None:
-    """Do it as soon as no other connection is in the way: where two make a new index at once, SQLite itself does not wait."""
+    """Do it as soon as no other connection is in the way: where two make a new index at once,
+    SQLite itself does not wait."""
     end = time.monotonic() + WAIT
     while True:
         try:
@@ -68,24 +74,32 @@ def _until_free(work: Callable[[], object]) -> None:
 
 
 class Store:
-    """The store in one folder (`cache_dir()/features`). Open it once a command; it is not shared between threads."""
+    """The store in one folder (`cache_dir()/features`). Open it once a command; it is not shared
+    between threads."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or files.cache_dir("features")
         with files.disk_errors(self.folder), database_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(self.folder / "index.sqlite", timeout=WAIT, isolation_level=None)
+            self.db = sqlite3.connect(
+                self.folder / "index.sqlite", timeout=WAIT, isolation_level=None
+            )
             _until_free(lambda: self.db.execute("pragma journal_mode=wal"))
             self.db.execute("pragma synchronous=full")
             _until_free(lambda: self.db.executescript(SCHEMA + checksums.SCHEMA))
-        self._verified: dict[str, checksums.Sums] = {}  # by space and row: the mark of the content that it was verified for
-        self._damage: dict[str, int] = {}  # by file: damaged and missing rows that `damage` has not told yet
+        self._verified: dict[
+            str, checksums.Sums
+        ] = {}  # by space and row: the mark of the content that it was verified for
+        self._damage: dict[
+            str, int
+        ] = {}  # by file: damaged and missing rows that `damage` has not told yet
 
     def close(self) -> None:
         self.db.close()
 
     def space(self, about: dict[str, Any], width: int) -> Space:
-        """The space that `about` describes (a JSON value that decides its features), made where it is new."""
+        """The space that `about` describes (a JSON value that decides its features), made where it
+        is new."""
         key = files.digest_json([FORMAT, about])
         with self._writing():
             self.db.execute(
@@ -93,7 +107,9 @@ class Store:
                 "on conflict (key) do update set used = excluded.used",
                 (key, width, json.dumps(about, sort_keys=True), time.time()),
             )
-            number, known, count = self.db.execute("select id, width, count from spaces where key = ?", (key,)).fetchone()
+            number, known, count = self.db.execute(
+                "select id, width, count from spaces where key = ?", (key,)
+            ).fetchone()
             if known == width:
                 self._drop_missing(Space(key, width, number), count)
         if known != width:
@@ -105,7 +121,8 @@ class Store:
         return Space(key, width, number)
 
     def _drop_missing(self, space: Space, count: int) -> None:
-        """Forget the rows that stood behind the end of a file which was cut short or removed: they are made again."""
+        """Forget the rows that stood behind the end of a file which was cut short or removed: they
+        are made again."""
         here = self._rows_in_file(space)
         if here >= count:
             return
@@ -115,15 +132,19 @@ class Store:
         self._damage[self._file(space).name] = count - here
 
     def find(self, space: Space, digests: Sequence[str]) -> NDArray[np.int64]:
-        """Row numbers of `digests`, -1 where the store does not have them whole: absent, missing and damaged rows alike."""
+        """Row numbers of `digests`, -1 where the store does not have them whole: absent, missing
+        and damaged rows alike."""
         rows, damaged = self._find(space, digests)
         if len(damaged):
             name = self._file(space).name
             self._damage[name] = max(self._damage.get(name, 0), len(damaged))
         return rows
 
-    def _find(self, space: Space, digests: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Row numbers of `digests`, -1 where there is no whole row; and the numbers of the damaged ones."""
+    def _find(
+        self, space: Space, digests: Sequence[str]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Row numbers of `digests`, -1 where there is no whole row; and the numbers of the damaged
+        ones."""
         rows = np.full(len(digests), -1, dtype=np.int64)
         for i in range(0, len(digests), LOOKUP):
             part = [bytes.fromhex(d) for d in digests[i : i + LOOKUP]]
@@ -135,13 +156,18 @@ class Store:
         here = np.flatnonzero(rows >= 0)
         if not len(here):
             return rows, here
-        bad = here[~self._sound(space, rows[here], checksums.marks(files.Digests.of(digests).take(here)))]
+        bad = here[
+            ~self._sound(space, rows[here], checksums.marks(files.Digests.of(digests).take(here)))
+        ]
         damaged = np.unique(rows[bad])
         rows[bad] = -1
         return rows, damaged
 
-    def _sound(self, space: Space, rows: NDArray[np.int64], marks: checksums.Sums) -> NDArray[np.bool_]:
-        """Which of `rows` hold what was written for the contents of `marks`; each row is read for that once a process.
+    def _sound(
+        self, space: Space, rows: NDArray[np.int64], marks: checksums.Sums
+    ) -> NDArray[np.bool_]:
+        """Which of `rows` hold what was written for the contents of `marks`; each row is read for
+        that once a process.
 
         Rows that an earlier version wrote have no checksum: they get it now, as they are.
         """
@@ -179,25 +205,43 @@ class Store:
         self._damage.clear()
         return found
 
-    def append(self, spaces: Sequence[Space], digests: Sequence[str], blocks: Sequence[Rows]) -> None:
-        """Add rows to several spaces in one commit. A digest that another writer has added meanwhile is left as it is."""
+    def append(
+        self, spaces: Sequence[Space], digests: Sequence[str], blocks: Sequence[Rows]
+    ) -> None:
+        """Add rows to several spaces in one commit. A digest that another writer has added
+        meanwhile is left as it is."""
         with self._writing():
             for space, block in zip(spaces, blocks, strict=True):
                 known, _ = self._find(space, digests)
-                fresh = [i for i in dict.fromkeys(dict(zip(digests, range(len(digests)), strict=True)).values()) if known[i] < 0]
+                fresh = [
+                    i
+                    for i in dict.fromkeys(
+                        dict(zip(digests, range(len(digests)), strict=True)).values()
+                    )
+                    if known[i] < 0
+                ]
                 start = self._count(space)
                 rows = block if len(fresh) == len(block) else block[fresh]  # no copy of them all
                 written = np.ascontiguousarray(rows, dtype=np.float32)
                 self._write_rows(space, start, written)
-                self.db.executemany(  # a damaged row stays where it is, and the content gets a new one
+                # a damaged row stays where it is, and the content gets a new one
+                self.db.executemany(
                     "insert into rows (space, digest, row) values (?, ?, ?) "
                     "on conflict (space, digest) do update set row = excluded.row",
-                    [(space.number, bytes.fromhex(digests[i]), start + j) for j, i in enumerate(fresh)],
+                    [
+                        (space.number, bytes.fromhex(digests[i]), start + j)
+                        for j, i in enumerate(fresh)
+                    ],
                 )
-                sums = checksums.of_block(written, checksums.marks(files.Digests.of([digests[i] for i in fresh])))
-                checksums.put(self.db, space.number, np.arange(start, start + len(fresh)), sums, over=True)
+                sums = checksums.of_block(
+                    written, checksums.marks(files.Digests.of([digests[i] for i in fresh]))
+                )
+                checksums.put(
+                    self.db, space.number, np.arange(start, start + len(fresh)), sums, over=True
+                )
                 self.db.execute(
-                    "update spaces set count = ?, used = ? where id = ?", (start + len(fresh), time.time(), space.number)
+                    "update spaces set count = ?, used = ? where id = ?",
+                    (start + len(fresh), time.time(), space.number),
                 )
 
     def _write_rows(self, space: Space, start: int, block: Rows) -> None:
@@ -218,14 +262,17 @@ class Store:
     def read(self, space: Space, digests: Sequence[str]) -> Rows:
         """The rows of `digests`, memory-mapped where they stand one after the other, else gathered.
 
-        Raises `UserError` where one of them is not here, or damaged: `find` first, and `append` what it misses.
+        Raises `UserError` where one of them is not here, or damaged: `find` first, and `append`
+        what it misses.
         """
         if not len(digests):
             return np.zeros((0, space.width), dtype=np.float32)
         rows, path = self.find(space, digests), self._file(space)
         if rows.min() < 0:
             raise self._missing(space, digests[int(np.argmin(rows))])
-        table = np.memmap(path, dtype=np.float32, mode="r", shape=(int(rows.max()) + 1, space.width))
+        table = np.memmap(
+            path, dtype=np.float32, mode="r", shape=(int(rows.max()) + 1, space.width)
+        )
         start = int(rows[0])
         if np.array_equal(rows, np.arange(start, start + len(rows))):
             return table[start : start + len(rows)]
@@ -237,13 +284,22 @@ class Store:
             found = self.db.execute(query, (space.number, bytes.fromhex(digest))).fetchone()
         if found is None:
             return _gone(self._file(space))
-        fix = "run the command again on the images: it makes the row again; or start afresh with `finetune cache --clear`"
-        return UserError(f"row {found[0]} of the feature store is damaged or missing", where=self._file(space), fix=fix)
+        fix = (
+            "run the command again on the images: it makes the row again; "
+            "or start afresh with `finetune cache --clear`"
+        )
+        return UserError(
+            f"row {found[0]} of the feature store is damaged or missing",
+            where=self._file(space),
+            fix=fix,
+        )
 
     def _count(self, space: Space) -> int:
         # Numbers are used again: the key tells whether the space is still the one that was opened.
         with database_errors(self.folder):
-            found = self.db.execute("select count from spaces where id = ? and key = ?", (space.number, space.key)).fetchone()
+            found = self.db.execute(
+                "select count from spaces where id = ? and key = ?", (space.number, space.key)
+            ).fetchone()
         if found is None:
             raise _gone(self._file(space))
         return int(found[0])
@@ -256,13 +312,17 @@ class Store:
             return self._file(space).stat().st_size // (space.width * 4)
         return 0
 
-    # ------------------------------------------------------------------------------------------ files seen before
+    # ---------------------------------------------------------------------------- files seen before
 
     def remembered(self, stats: Sequence[tuple[str, int, int]]) -> list[str | None]:
-        """Digests of files by (absolute path, size, mtime in ns), None where the file is new or has changed."""
+        """Digests of files by (absolute path, size, mtime in ns), None where the file is new or has
+        changed."""
         result: list[str | None] = []
         for i in range(0, len(stats), LOOKUP):
-            part = [(names.to_database(path), size, changed) for path, size, changed in stats[i : i + LOOKUP]]
+            part = [
+                (names.to_database(path), size, changed)
+                for path, size, changed in stats[i : i + LOOKUP]
+            ]
             marks = ",".join("?" * len(part))
             query = f"select path, size, mtime, digest from seen where path in ({marks})"
             with database_errors(self.folder):
@@ -276,16 +336,22 @@ class Store:
         with self._writing():
             self.db.executemany(
                 "insert into seen (path, size, mtime, digest) values (?, ?, ?, ?) "
-                "on conflict (path) do update set size = excluded.size, mtime = excluded.mtime, digest = excluded.digest",
-                [(names.to_database(path), size, mtime, bytes.fromhex(digest)) for path, size, mtime, digest in entries],
+                "on conflict (path) do update set size = excluded.size, mtime = excluded.mtime, "
+                "digest = excluded.digest",
+                [
+                    (names.to_database(path), size, mtime, bytes.fromhex(digest))
+                    for path, size, mtime, digest in entries
+                ],
             )
 
     def forget(self, paths: Sequence[str]) -> None:
         """Forget the digests of files by absolute path: they are read again at the next look."""
         with self._writing():
-            self.db.executemany("delete from seen where path = ?", [(names.to_database(path),) for path in paths])
+            self.db.executemany(
+                "delete from seen where path = ?", [(names.to_database(path),) for path in paths]
+            )
 
-    # --------------------------------------------------------------------------------------------------- upkeep
+    # --------------------------------------------------------------------------------------- upkeep
 
     def summary(self) -> list[dict[str, Any]]:
         """What is here: a row a space, the last used first."""
@@ -293,7 +359,13 @@ class Store:
         with database_errors(self.folder):
             found = self.db.execute(query).fetchall()
         return [
-            {**json.loads(about), "key": key[:12], "rows": count, "bytes": count * width * 4, "used": used}
+            {
+                **json.loads(about),
+                "key": key[:12],
+                "rows": count,
+                "bytes": count * width * 4,
+                "used": used,
+            }
             for key, width, about, count, used in found
         ]
 
@@ -330,7 +402,10 @@ def _gone(path: Path) -> UserError:
 
 
 def _damaged(path: Path) -> UserError:
-    fix = "run the same command again: it makes them again; or start afresh with `finetune cache --clear`"
+    fix = (
+        "run the same command again: it makes them again; "
+        "or start afresh with `finetune cache --clear`"
+    )
     return UserError("the feature store is damaged: rows are missing", where=path, fix=fix)
 
 
@@ -339,7 +414,10 @@ def database_errors(where: Path) -> Iterator[None]:
     """Turn SQLite's errors into a `UserError`: full, read-only, locked or damaged."""
     try:
         yield
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: SQLite quotes a damaged name in its message
+    except (
+        sqlite3.Error,
+        UnicodeDecodeError,
+    ) as error:  # the second: SQLite quotes a damaged name in its message
         words = str(error)
         if "full" in words or "disk I/O" in words:
             fix = "free some space, then run the same command again: it goes on"
@@ -352,13 +430,15 @@ def database_errors(where: Path) -> Iterator[None]:
         raise UserError(f"the index cannot be used ({words})", where=where, fix=fix) from error
 
 
-# ----------------------------------------------------------------------------------------------------- the whole cache
+# ---------------------------------------------------------------------------------- the whole cache
 
 
 def clear() -> int:
-    """Delete the whole cache (features, converted networks: all of it can be made again); returns the bytes freed.
+    """Delete the whole cache (features, converted networks: all of it can be made again); returns
+    the bytes freed.
 
-    What is not the cache's own stays: `$REGRAFT_CACHE` may name a folder that holds other things too.
+    What is not the cache's own stays: `$REGRAFT_CACHE` may name a folder that holds other things
+    too.
     """
     root = files.cache_dir()
     before = _size(root)
@@ -373,12 +453,16 @@ def clear() -> int:
             else:
                 entry.unlink()
     if foreign:
-        files.note(f"{shown(root)}: {some([shown(entry.name) for entry in foreign])} did not come from here and stayed")
+        files.note(
+            f"{shown(root)}: {some([shown(entry.name) for entry in foreign])} "
+            f"did not come from here and stayed"
+        )
     return before - _size(root)
 
 
 def prune(unused_days: float) -> int:
-    """Delete features and converted networks that were not used for `unused_days`; returns the bytes freed."""
+    """Delete features and converted networks that were not used for `unused_days`; returns the
+    bytes freed."""
     store = Store()
     try:
         freed = store.prune(unused_days)
@@ -411,14 +495,20 @@ def overview() -> dict[str, Any]:
 def overview_text() -> str:
     """The overview for a person: features by network, the last used first."""
     found = overview()
-    lines = [names.shown(found["folder"]), *(f"  {name:<12}{size / 1e6:>9.1f} MB" for name, size in found["bytes"].items())]
+    lines = [
+        names.shown(found["folder"]),
+        *(f"  {name:<12}{size / 1e6:>9.1f} MB" for name, size in found["bytes"].items()),
+    ]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for space in found["spaces"]:
         groups.setdefault((space["backbone"], space["precision"]), []).append(space)
     for (backbone, precision), spaces in groups.items():
         rows, size = max(space["rows"] for space in spaces), sum(space["bytes"] for space in spaces)
         days = (time.time() - max(space["used"] for space in spaces)) / 86400
-        words = f"{rows} images, {len(spaces)} taps and views, {size / 1e6:.1f} MB, last used {days:.1f} days ago"
+        words = (
+            f"{rows} images, {len(spaces)} taps and views, "
+            f"{size / 1e6:.1f} MB, last used {days:.1f} days ago"
+        )
         lines.append(f"  {backbone} in {precision}: {words}")
     return "\n".join(lines)
 

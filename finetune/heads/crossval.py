@@ -1,9 +1,11 @@
-"""Cross-validation of head settings on arrays: who is held out when, and what the held-out scores are worth.
+"""Cross-validation of head settings on arrays: who is held out when, and what the held-out scores
+are worth.
 
-A comparison is made on scores of held-out rows, by their log loss after one fitted temperature: it is smoother than the
-accuracy, so less of a choice is luck. Features are L2-normalised row by row and tap by tap, which needs nothing from
-other rows, so that nothing leaks from the rows held out. Everything that does not change between settings (the normalised
-features of a tap, their kernel matrix) is computed once.
+A comparison is made on scores of held-out rows, by their log loss after one fitted temperature: it
+is smoother than the accuracy, so less of a choice is luck. Features are L2-normalised row by row
+and tap by tap, which needs nothing from other rows, so that nothing leaks from the rows held out.
+Everything that does not change between settings (the normalised features of a tap, their kernel
+matrix) is computed once.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ Array = NDArray[Any]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Kernel = Literal["linear", "logistic", "rbf", "lssvm", "knn"]
-RBF: tuple[Kernel, ...] = ("rbf", "lssvm")  # those that read the Gaussian kernel: with the squared hinge, with squared errors
+# those that read the Gaussian kernel: with the squared hinge, with squared errors
+RBF: tuple[Kernel, ...] = ("rbf", "lssvm")
 Blocks = Mapping[Tap, Array]
 
 NEIGHBOURS = 5
@@ -43,7 +46,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting at one C: scores of every row `(n, classes present)` by a machine that had not seen it, and their worth.
+    """One setting at one C: scores of every row `(n, classes present)` by a machine that had not
+    seen it, and their worth.
 
     `error` is the standard error of the accuracy over the folds.
     """
@@ -68,9 +72,12 @@ class Trial:
 
 
 class Rows:
-    """Some of the rows, with their folds and weights, and the matrices of their features, each made once."""
+    """Some of the rows, with their folds and weights, and the matrices of their features, each made
+    once."""
 
-    def __init__(self, blocks: Blocks, y: Ints, rows: Ints, fold: Ints, weights: Array | None) -> None:
+    def __init__(
+        self, blocks: Blocks, y: Ints, rows: Ints, fold: Ints, weights: Array | None
+    ) -> None:
         """`fold` and `weights` cover all rows of `y`; `rows` are those that are used."""
         self.blocks, self.rows = blocks, rows
         self.labels, self.y = np.unique(y[rows], return_inverse=True)
@@ -87,7 +94,11 @@ class Rows:
         for tap in taps:
             if tap not in self._parts:
                 self._parts[tap] = side_by_side([take(self.blocks[tap], self.rows)], normalize=True)
-        return np.concatenate([self._parts[tap] for tap in taps], axis=1) if len(taps) > 1 else self._parts[taps[0]]
+        return (
+            np.concatenate([self._parts[tap] for tap in taps], axis=1)
+            if len(taps) > 1
+            else self._parts[taps[0]]
+        )
 
     def products(self, taps: Sequence[Tap]) -> Array:
         """`x(taps) @ x(taps).T` `(n, n)`: the sum of one matrix a tap."""
@@ -114,7 +125,8 @@ class Rows:
         return K
 
     def trials(self, setting: Setting, Cs: Sequence[float], tol: float = ROUGH) -> Iterator[Trial]:
-        """Machines along rising values of C, each started from the one before; nothing is computed before it is asked for."""
+        """Machines along rising values of C, each started from the one before; nothing is computed
+        before it is asked for."""
         if setting.kernel == "lssvm":
             yield from self.least_squares(setting, Cs)
             return
@@ -125,22 +137,32 @@ class Rows:
         loss: solvers.Loss = "logistic" if setting.kernel == "logistic" else "hinge"
         began = time.perf_counter()
         for fit in solvers.path(
-            A, self.y, len(self.labels), Cs, loss=loss, gram=gram, masks=masks, weights=self.weights, tol=tol
+            A,
+            self.y,
+            len(self.labels),
+            Cs,
+            loss=loss,
+            gram=gram,
+            masks=masks,
+            weights=self.weights,
+            tol=tol,
         ):
             scores = fit.scores[self.fold, np.arange(len(self))]
             yield self._judged(setting, fit.C, scores, fit.gap <= tol, time.perf_counter() - began)
             began = time.perf_counter()
 
     def least_squares(self, setting: Setting, Cs: Sequence[float]) -> Iterator[Trial]:
-        """The same with squared errors in place of the hinge, in closed form: one linear system a fold and C
-        (`solvers.least_squares`). It ranks taps as the SVM does, many times faster."""
+        """The same with squared errors in place of the hinge, in closed form: one linear system a
+        fold and C (`solvers.least_squares`). It ranks taps as the SVM does, many times faster."""
         K = self.kernel(setting)
         for C in Cs:
             began = time.perf_counter()
             scores = np.empty((len(self), len(self.labels)), K.dtype)
             for k in range(len(self.folds)):
                 held, own = np.flatnonzero(self.fold == k), np.flatnonzero(self.fold != k)
-                coef = solvers.least_squares(K[np.ix_(own, own)], self.y[own], len(self.labels), C * self.weights[own])
+                coef = solvers.least_squares(
+                    K[np.ix_(own, own)], self.y[own], len(self.labels), C * self.weights[own]
+                )
                 scores[held] = K[np.ix_(held, own)] @ coef
             yield self._judged(setting, C, scores, True, time.perf_counter() - began)
 
@@ -154,45 +176,79 @@ class Rows:
         votes = np.zeros((len(self), len(self.labels)))
         nearness = np.take_along_axis(K, near, axis=1)
         np.add.at(votes, (np.arange(len(near))[:, None], self.y[near]), 1 + 1e-3 * nearness)
-        return self._judged(Setting(taps, "knn"), float(k), votes, True, time.perf_counter() - began)
+        return self._judged(
+            Setting(taps, "knn"), float(k), votes, True, time.perf_counter() - began
+        )
 
-    def _judged(self, setting: Setting, C: float, scores: Array, converged: bool, seconds: float) -> Trial:
+    def _judged(
+        self, setting: Setting, C: float, scores: Array, converged: bool, seconds: float
+    ) -> Trial:
         temperature, losses = calibrate(scores, self.y)
         right = scores.argmax(axis=1) == self.y
         by_fold = np.array([right[self.fold == k].mean() for k in range(len(self.folds))])
         error = float(by_fold.std(ddof=1) / np.sqrt(len(by_fold)))
-        return Trial(setting, C, scores.astype(np.float32), losses, right, error, temperature, converged, seconds)
+        return Trial(
+            setting,
+            C,
+            scores.astype(np.float32),
+            losses,
+            right,
+            error,
+            temperature,
+            converged,
+            seconds,
+        )
 
 
-def assign_folds(y: Ints, groups: Array | None, folds: int, seed: int, classes: Sequence[str]) -> tuple[Ints | None, list[str]]:
-    """The fold in which every row is held out, stratified, groups whole; and what is less than asked, in words.
+def assign_folds(
+    y: Ints, groups: Array | None, folds: int, seed: int, classes: Sequence[str]
+) -> tuple[Ints | None, list[str]]:
+    """The fold in which every row is held out, stratified, groups whole; and what is less than
+    asked, in words.
 
     None where fewer than two classes have two groups: nothing can be held out then.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     notes = []
-    units = np.arange(len(y)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    units = (
+        np.arange(len(y))
+        if groups is None
+        else np.unique(np.asarray(groups), return_inverse=True)[1]
+    )
     sizes = np.array([len(np.unique(units[y == c])) for c in range(len(classes))])
     what = "image" if len(np.unique(units)) == len(y) else "group"
     if (sizes >= 2).sum() < 2:
-        return None, [f"one {what} a class: no cross-validation is possible; default taps and C, probabilities not calibrated"]
+        return None, [
+            f"one {what} a class: no cross-validation is possible; default taps and C, "
+            f"probabilities not calibrated"
+        ]
     if lone := [str(classes[int(c)]) for c in np.flatnonzero(sizes < 2)]:
-        notes.append(f"only one {what} in class {', '.join(map(repr, lone))}: cross-validation counts it as an error")
+        notes.append(
+            f"only one {what} in class {', '.join(map(repr, lone))}: "
+            f"cross-validation counts it as an error"
+        )
     count = int(min(folds, sizes.max()))
     if count < folds:
         notes.append(f"{count} folds instead of {folds}: the largest class has {count} {what}s")
-    splitter = (StratifiedKFold if what == "image" else StratifiedGroupKFold)(count, shuffle=True, random_state=seed)
+    splitter = (StratifiedKFold if what == "image" else StratifiedGroupKFold)(
+        count, shuffle=True, random_state=seed
+    )
     fold = np.empty(len(y), np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "the least populated class has …": said above
         for k, (_, held) in enumerate(splitter.split(units, y, units)):
             fold[held] = k
-    return (fold, notes) if len(np.unique(fold)) > 1 else (None, [f"all images in one {what}: no cross-validation is possible"])
+    return (
+        (fold, notes)
+        if len(np.unique(fold)) > 1
+        else (None, [f"all images in one {what}: no cross-validation is possible"])
+    )
 
 
 def subset(y: Ints, rows: Ints, size: int, seed: int, most_classes: int | None = None) -> Ints:
-    """At most about `size` of `rows`, drawn class by class in proportion, two of every class at least; sorted.
+    """At most about `size` of `rows`, drawn class by class in proportion, two of every class at
+    least; sorted.
 
     With more than `most_classes` classes, a seeded draw of these.
     """
@@ -205,7 +261,11 @@ def subset(y: Ints, rows: Ints, size: int, seed: int, most_classes: int | None =
     parts = []
     for c in np.unique(y[rows]):
         own = rows[y[rows] == c]
-        parts.append(random.choice(own, min(len(own), max(2, round(len(own) * size / len(rows)))), replace=False))
+        parts.append(
+            random.choice(
+                own, min(len(own), max(2, round(len(own) * size / len(rows)))), replace=False
+            )
+        )
     return np.sort(np.concatenate(parts))
 
 
@@ -216,8 +276,9 @@ def class_weights(y: Ints) -> NDArray[np.float64]:
 
 
 def calibrate(scores: Array, y: Ints) -> tuple[float, NDArray[np.float64]]:
-    """The temperature that minimises the mean log loss of `softmax(scores / T)`, and the loss of every row (Guo et al.
-    2017). The loss is convex in 1 / T, so its slope is bisected, between 1/1000 and 1000."""
+    """The temperature that minimises the mean log loss of `softmax(scores / T)`, and the loss of
+    every row (Guo et al. 2017). The loss is convex in 1 / T, so its slope is bisected, between
+    1/1000 and 1000."""
     z = np.asarray(scores, np.float64)
     z = z - z.max(axis=1, keepdims=True)
     own = z[np.arange(len(y)), y]

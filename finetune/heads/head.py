@@ -17,16 +17,19 @@ ROWS = 4096  # rows that a head scores at once, at most: keeps the kernel block 
 
 
 def side_by_side(blocks: Sequence[NDArray[Any]], normalize: bool) -> Array:
-    """Join the features of several taps, each row of each tap L2-normalised first where `normalize`.
+    """Join the features of several taps, each row of each tap L2-normalised first where
+    `normalize`.
 
-    `blocks` are `(n, d_i)`; the result is `(n, sum d_i)`, float32 and C-contiguous. With k taps a normalised row has
-    length √k. A row of zeros stays zero.
+    `blocks` are `(n, d_i)`; the result is `(n, sum d_i)`, float32 and C-contiguous. With k taps a
+    normalised row has length √k. A row of zeros stays zero.
     """
     parts = []
     for block in blocks:
         part = np.asarray(block, dtype=np.float32)
         if normalize:
-            norm = np.sqrt(np.einsum("ij,ij->i", part, part, dtype=np.float64)).astype(np.float32)[:, None]
+            norm = np.sqrt(np.einsum("ij,ij->i", part, part, dtype=np.float64)).astype(np.float32)[
+                :, None
+            ]
             part = part / np.maximum(norm, 1e-12)
         parts.append(part)
     return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
@@ -43,8 +46,8 @@ def softmax(scores: NDArray[Any], temperature: float = 1.0) -> Array:
 class Head:
     """A linear classifier: `scores = side_by_side(x) @ weight.T + bias`.
 
-    `weight` is `(C, D)`, `bias` `(C,)`, D the sum of the widths of `taps`. `kind` names how it was made:
-    `svm`, `logistic` or `fine-tuned`.
+    `weight` is `(C, D)`, `bias` `(C,)`, D the sum of the widths of `taps`. `kind` names how it was
+    made: `svm`, `logistic` or `fine-tuned`.
     """
 
     taps: tuple[Tap, ...]
@@ -58,7 +61,9 @@ class Head:
     def scores(self, blocks: Sequence[NDArray[Any]]) -> Array:
         """Decision values `(n, C)` of features given one array a tap, in the order of `taps`."""
         x = side_by_side(blocks, self.normalize)
-        return np.concatenate([x[i : i + ROWS] @ self.weight.T + self.bias for i in range(0, max(len(x), 1), ROWS)])
+        return np.concatenate(
+            [x[i : i + ROWS] @ self.weight.T + self.bias for i in range(0, max(len(x), 1), ROWS)]
+        )
 
     def arrays(self) -> dict[str, Array]:
         return {"weight": self.weight, "bias": self.bias}
@@ -66,11 +71,11 @@ class Head:
 
 @dataclass(frozen=True)
 class KernelHead:
-    """An RBF machine, one against the rest: `scores = exp(-gamma ‖x − s‖²) @ coef.T + bias`. `kind` is `rbf-svm`
-    or, fitted with squared errors, `rbf-lssvm`.
+    """An RBF machine, one against the rest: `scores = exp(-gamma ‖x − s‖²) @ coef.T + bias`. `kind`
+    is `rbf-svm` or, fitted with squared errors, `rbf-lssvm`.
 
-    `support` is `(m, D)` in the space of `side_by_side`, `coef` `(C, m)`, `bias` `(C,)`. It may ship; it cannot start
-    fine-tuning.
+    `support` is `(m, D)` in the space of `side_by_side`, `coef` `(C, m)`, `bias` `(C,)`. It may
+    ship; it cannot start fine-tuning.
     """
 
     taps: tuple[Tap, ...]
@@ -87,7 +92,10 @@ class KernelHead:
         """Decision values `(n, C)` of features given one array a tap, in the order of `taps`."""
         x = side_by_side(blocks, self.normalize)
         return np.concatenate(
-            [rbf(x[i : i + ROWS], self.support, self.gamma) @ self.coef.T + self.bias for i in range(0, max(len(x), 1), ROWS)]
+            [
+                rbf(x[i : i + ROWS], self.support, self.gamma) @ self.coef.T + self.bias
+                for i in range(0, max(len(x), 1), ROWS)
+            ]
         )
 
     def arrays(self) -> dict[str, Array]:
@@ -99,5 +107,7 @@ AnyHead = Head | KernelHead
 
 def rbf(x: Array, y: Array, gamma: float) -> Array:
     """The Gaussian kernel `exp(-gamma ‖x_i − y_j‖²)`, `(len(x), len(y))`."""
-    squared = np.einsum("ij,ij->i", x, x)[:, None] + np.einsum("ij,ij->i", y, y)[None] - 2 * (x @ y.T)
+    squared = (
+        np.einsum("ij,ij->i", x, x)[:, None] + np.einsum("ij,ij->i", y, y)[None] - 2 * (x @ y.T)
+    )
     return np.exp(-gamma * np.maximum(squared, 0))

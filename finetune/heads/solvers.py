@@ -2,20 +2,23 @@
 
 Two losses over the scores `f = A @ coef`:
 
-- *hinge*: one machine a class against the rest, `½‖w‖² + Σᵢ cᵢ max(0, 1 − yᵢ fᵢ)²`, what liblinear's L2-loss SVM solves;
+- *hinge*: one machine a class against the rest, `½‖w‖² + Σᵢ cᵢ max(0, 1 − yᵢ fᵢ)²`, what
+  liblinear's L2-loss SVM solves;
 - *logistic*: `½‖W‖² + Σᵢ cᵢ (log Σₖ exp fᵢₖ − fᵢ,ᵧᵢ)`, multinomial.
 
-`A` is either the rows themselves (primal; `‖w‖²` is Euclidean) or their kernel matrix (Gram; `coef` are the dual
-coefficients and `‖w‖² = coefᵀ A coef`). The bias is the weight of a constant feature 1 and is penalised with the rest,
-as in scikit-learn's `LinearSVC` with `intercept_scaling=1`: callers append a column of ones, or add 1 to the kernel.
+`A` is either the rows themselves (primal; `‖w‖²` is Euclidean) or their kernel matrix (Gram; `coef`
+are the dual coefficients and `‖w‖² = coefᵀ A coef`). The bias is the weight of a constant feature 1
+and is penalised with the rest, as in scikit-learn's `LinearSVC` with `intercept_scaling=1`: callers
+append a column of ones, or add 1 to the kernel.
 
-Every fold is the same matrix with `cᵢ = 0` on the rows held out, so that one product serves all folds and all classes, and
-the scores of the held-out rows come out of it for nothing. Newton's equations are solved by conjugate gradients in the
-geometry of `w` (Keerthi and DeCoste 2005; Chapelle 2007). Once few rows are support vectors, these are all that the hinge's
-equations hold: then problem by problem on these rows alone, in the Gram form by Cholesky's factors, in the primal by
-conjugate gradients along the main axes of the rows, scaled by the Hessian's diagonal. The step is an exact line search, and
-the stopping rule is the relative duality gap, which needs no further product: `(P − D) / P ≤ tol` bounds the distance of
-the objective to its optimum.
+Every fold is the same matrix with `cᵢ = 0` on the rows held out, so that one product serves all
+folds and all classes, and the scores of the held-out rows come out of it for nothing. Newton's
+equations are solved by conjugate gradients in the geometry of `w` (Keerthi and DeCoste 2005;
+Chapelle 2007). Once few rows are support vectors, these are all that the hinge's equations hold:
+then problem by problem on these rows alone, in the Gram form by Cholesky's factors, in the primal
+by conjugate gradients along the main axes of the rows, scaled by the Hessian's diagonal. The step
+is an exact line search, and the stopping rule is the relative duality gap, which needs no further
+product: `(P − D) / P ≤ tol` bounds the distance of the objective to its optimum.
 """
 
 from __future__ import annotations
@@ -38,22 +41,34 @@ Loss = Literal["hinge", "logistic"]
 TOLERANCE = 1e-3  # relative duality gap at which a problem counts as solved
 NEWTON_STEPS = 70
 CG_STEPS = 250
-FEW, OWN_FORCING = 8, 0.03  # rows for every support vector, from which primal steps are taken on these; to what fraction
-EXACT_STEPS = 8  # in float32, where rows depend on one another, they may stall at a large C: conjugate gradients go on then
-ROUNDING = 0.2  # of a system's float32 rounding over its smallest eigenvalue: more, and it is solved in float64
-DIRECT = 100  # a system in m support vectors of n rows is solved exactly where m³ ≤ DIRECT n²: some 40 products cost that
+# rows for every support vector, from which primal steps are taken on these; to what fraction
+FEW, OWN_FORCING = (8, 0.03)
+# in float32, where rows depend on one another, they may stall at a large C: conjugate gradients go
+# on then
+EXACT_STEPS = 8
+# of a system's float32 rounding over its smallest eigenvalue: more, and it is solved in float64
+ROUNDING = 0.2
+# a system in m support vectors of n rows is solved exactly where m³ ≤ DIRECT n²: some 40 products
+# cost that
+DIRECT = 100
 FORCING = 0.2  # a Newton system is solved to this fraction of its first residual
 LINE_STEPS = 12
-ROWS = 8192  # rows of a block: bounds the memory beyond the matrix, and float32 sums are carried in float64 between blocks
-GRAM_ROWS, GRAM_FACTOR = 6000, 4  # up to so many rows, and times their width, the Gram form is the faster one
-TURNED = 2048  # rows up to so wide are turned to their main axes: the eigenvectors of wider ones cost more than they save
+# rows of a block: bounds the memory beyond the matrix, and float32 sums are carried in float64
+# between blocks
+ROWS = 8192
+# up to so many rows, and times their width, the Gram form is the faster one
+GRAM_ROWS, GRAM_FACTOR = (6000, 4)
+# rows up to so wide are turned to their main axes: the eigenvectors of wider ones cost more than
+# they save
+TURNED = 2048
 ELEMENTS = 24_000_000  # scores held at once by `solve`: problems beyond it wait for the next chunk
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Solutions for one value of C. `scores` `(folds, n, classes)` cover every row, held out or not; `coef`
-    `(folds, width of A, classes)`; `gap` is the largest relative duality gap, `steps` the Newton steps taken."""
+    """Solutions for one value of C. `scores` `(folds, n, classes)` cover every row, held out or
+    not; `coef` `(folds, width of A, classes)`; `gap` is the largest relative duality gap, `steps`
+    the Newton steps taken."""
 
     C: float
     scores: Array
@@ -85,18 +100,23 @@ def path(
 ) -> Iterator[Fit]:
     """Solve for every C in turn, each started from the one before; give `Cs` in rising order.
 
-    `A` is `(n, d)` rows with a constant column, or with `gram` a symmetric positive semi-definite `(n, n)` kernel; its
-    dtype (float32 or float64) is the precision of the products. `masks` `(folds, n)` marks the training rows of every
-    fold (all rows of one fold by default), `weights` `(n,)` multiply C row by row. Nothing is computed before a value is
-    asked for, so a caller may stop early.
+    `A` is `(n, d)` rows with a constant column, or with `gram` a symmetric positive semi-definite
+    `(n, n)` kernel; its dtype (float32 or float64) is the precision of the products. `masks`
+    `(folds, n)` marks the training rows of every fold (all rows of one fold by default), `weights`
+    `(n,)` multiply C row by row. Nothing is computed before a value is asked for, so a caller may
+    stop early.
     """
     masks = np.ones((1, len(y)), bool) if masks is None else np.asarray(masks, bool)
     scale = masks.T * (np.ones(len(y)) if weights is None else np.asarray(weights, float))[:, None]
     coef: Array | None = None
     for C in Cs:
-        coef, scores, gap, steps = solve(A, y, classes, scale * C, loss=loss, gram=gram, start=coef, tol=tol)
+        coef, scores, gap, steps = solve(
+            A, y, classes, scale * C, loss=loss, gram=gram, start=coef, tol=tol
+        )
         shape = (-1, len(masks), classes)
-        yield Fit(C, scores.reshape(shape).swapaxes(0, 1), coef.reshape(shape).swapaxes(0, 1), gap, steps)
+        yield Fit(
+            C, scores.reshape(shape).swapaxes(0, 1), coef.reshape(shape).swapaxes(0, 1), gap, steps
+        )
 
 
 def solve(
@@ -112,7 +132,8 @@ def solve(
 ) -> tuple[Array, Array, float, int]:
     """All folds and classes for one `C` `(n, folds)`, in chunks that fit in memory.
 
-    Coefficients `(width of A, folds * classes)`, scores `(n, folds * classes)`, the largest gap, the most steps taken.
+    Coefficients `(width of A, folds * classes)`, scores `(n, folds * classes)`, the largest gap,
+    the most steps taken.
     """
     turn = _main_axes(A) if not gram and loss == "hinge" and A.shape[1] <= TURNED else None
     if turn is not None:
@@ -126,25 +147,30 @@ def solve(
         problem = _Problem(A, y, C, classes, loss, gram, turn is not None)
         if start is not None:
             coef[:, columns] = start[:, columns]
-        coef[:, columns], scores[:, columns], worst, taken = _newton(problem, columns, coef[:, columns], tol)
+        coef[:, columns], scores[:, columns], worst, taken = _newton(
+            problem, columns, coef[:, columns], tol
+        )
         gap, steps = max(gap, worst), max(steps, taken)
     return coef if turn is None else turn @ coef, scores, gap, steps
 
 
 def _main_axes(A: Array) -> Array:
-    """The orthonormal axes along which the rows vary independently: along these, a Hessian is near to its diagonal."""
+    """The orthonormal axes along which the rows vary independently: along these, a Hessian is near
+    to its diagonal."""
     total = np.zeros((A.shape[1],) * 2)
     for i in range(0, len(A), ROWS):
         total += A[i : i + ROWS].T @ A[i : i + ROWS]
     return np.linalg.eigh(total)[1].astype(A.dtype)
 
 
-def least_squares(A: Array, y: NDArray[np.int64], classes: int, C: Array, *, gram: bool = True) -> Array:
-    """The same with squared errors `Σᵢ cᵢ (yᵢ − fᵢ)²` in place of the hinge, in closed form: the least-squares SVM (Suykens
-    and Vandewalle 1999), one class against the rest.
+def least_squares(
+    A: Array, y: NDArray[np.int64], classes: int, C: Array, *, gram: bool = True
+) -> Array:
+    """The same with squared errors `Σᵢ cᵢ (yᵢ − fᵢ)²` in place of the hinge, in closed form: the
+    least-squares SVM (Suykens and Vandewalle 1999), one class against the rest.
 
-    Coefficients `(width of A, classes)`; `C` is `(n,)`. All classes share one factorisation, and every row gets a
-    coefficient. A kernel matrix `A` is overwritten.
+    Coefficients `(width of A, classes)`; `C` is `(n,)`. All classes share one factorisation, and
+    every row gets a coefficient. A kernel matrix `A` is overwritten.
     """
     target = np.where(y[:, None] == np.arange(classes), 1, -1).astype(A.dtype)
     if gram:
@@ -159,16 +185,32 @@ def least_squares(A: Array, y: NDArray[np.int64], classes: int, C: Array, *, gra
 
 
 class _Problem:
-    """One matrix and one loss; the methods take the columns (fold × class) that are still being solved. `scaled`: the rows
-    lie along their main axes.
+    """One matrix and one loss; the methods take the columns (fold × class) that are still being
+    solved. `scaled`: the rows lie along their main axes.
 
-    In the Gram form of the hinge a part `shift` of the loss's own `1 / 2c` on the diagonal of the dual is moved into
-    the kernel, `K + shift I` with `1 / 2c' = 1 / 2c − shift`: the same solution, but a kernel without zero eigenvalues,
-    which float32 needs.
+    In the Gram form of the hinge a part `shift` of the loss's own `1 / 2c` on the diagonal of the
+    dual is moved into the kernel, `K + shift I` with `1 / 2c' = 1 / 2c − shift`: the same solution,
+    but a kernel without zero eigenvalues, which float32 needs.
     """
 
-    def __init__(self, A: Array, y: NDArray[np.int64], C: Array, classes: int, loss: Loss, gram: bool, scaled: bool) -> None:
-        self.A, self.y, self.classes, self.loss, self.gram, self.scaled = A, y, classes, loss, gram, scaled
+    def __init__(
+        self,
+        A: Array,
+        y: NDArray[np.int64],
+        C: Array,
+        classes: int,
+        loss: Loss,
+        gram: bool,
+        scaled: bool,
+    ) -> None:
+        self.A, self.y, self.classes, self.loss, self.gram, self.scaled = (
+            A,
+            y,
+            classes,
+            loss,
+            gram,
+            scaled,
+        )
         self.width = 1 if loss == "hinge" else classes
         self.shift = 0.0
         if gram and loss == "hinge":
@@ -186,7 +228,8 @@ class _Problem:
         return np.concatenate([self.A[i : i + ROWS] @ v for i in range(0, len(self.A), ROWS)])
 
     def back(self, u: Array) -> Array:
-        """The gradient of the coefficients from the gradient of the scores, in the geometry of `w`."""
+        """The gradient of the coefficients from the gradient of the scores, in the geometry of
+        `w`."""
         if self.gram:
             return u
         if len(self.A) <= ROWS:
@@ -197,7 +240,8 @@ class _Problem:
         return total.astype(self.A.dtype)
 
     def scale(self, diagonal: Array | None) -> Array | None:
-        """The Hessian's own diagonal, a column a problem, where conjugate gradients are scaled by it (Jacobi)."""
+        """The Hessian's own diagonal, a column a problem, where conjugate gradients are scaled by
+        it (Jacobi)."""
         if diagonal is None or not self.scaled:
             return None
         total = np.ones((self.A.shape[1], diagonal.shape[1]))
@@ -229,7 +273,9 @@ class _Problem:
             sign = np.where(target, 1, -1).astype(self.A.dtype)
             return lambda f: self._hinge(f, sign, self.C[:, fold])
         C = self.C[:, fold[:: self.width]]
-        return lambda f: self._logistic(f, target.astype(self.A.dtype), np.repeat(C, self.width, axis=1))
+        return lambda f: self._logistic(
+            f, target.astype(self.A.dtype), np.repeat(C, self.width, axis=1)
+        )
 
     def _hinge(self, f: Array, sign: Array, C: Array) -> _Loss:
         h = np.maximum(1 - sign * f, 0)
@@ -258,8 +304,8 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Loss:
-    """The loss at given scores: value, gradient, conjugate at the dual point of the gradient, Hessian times a vector, and
-    the Hessian's diagonal where it has nothing else."""
+    """The loss at given scores: value, gradient, conjugate at the dual point of the gradient,
+    Hessian times a vector, and the Hessian's diagonal where it has nothing else."""
 
     value: Array
     gradient: Array
@@ -268,12 +314,20 @@ class _Loss:
     diagonal: Array | None = None
 
 
-def _newton(problem: _Problem, columns: NDArray[np.int64], coef: Array, tol: float) -> tuple[Array, Array, float, int]:
-    """Newton steps until every problem's relative duality gap is at most `tol`; solved problems leave the batch."""
+def _newton(
+    problem: _Problem, columns: NDArray[np.int64], coef: Array, tol: float
+) -> tuple[Array, Array, float, int]:
+    """Newton steps until every problem's relative duality gap is at most `tol`; solved problems
+    leave the batch."""
     q = problem.width
     scores = problem.forward(coef)
     gap = np.full(len(columns) // q, np.inf)
-    live, steps, exact, start = np.arange(len(gap)), 0, np.zeros(len(gap), np.int64), (coef.copy(), scores.copy())
+    live, steps, exact, start = (
+        np.arange(len(gap)),
+        0,
+        np.zeros(len(gap), np.int64),
+        (coef.copy(), scores.copy()),
+    )
     while True:
         own = (live[:, None] * q + np.arange(q)).ravel()
         b, f = coef[:, own], scores[:, own]
@@ -289,10 +343,19 @@ def _newton(problem: _Problem, columns: NDArray[np.int64], coef: Array, tol: flo
             break
         if not keep.all():
             live, wide = live[keep], np.repeat(keep, q)
-            own, b, f, g, u, gg = own[wide], b[:, wide], f[:, wide], g[:, wide], u[:, wide], gg[keep]
+            own, b, f, g, u, gg = (
+                own[wide],
+                b[:, wide],
+                f[:, wide],
+                g[:, wide],
+                u[:, wide],
+                gg[keep],
+            )
             evaluate = problem.evaluate(columns[own])
             loss = evaluate(f)
-        few = _few_support_vectors(problem, loss) & ((exact[live] < EXACT_STEPS) | (not problem.gram))
+        few = _few_support_vectors(problem, loss) & (
+            (exact[live] < EXACT_STEPS) | (not problem.gram)
+        )
         d, image = _direction(problem, loss, b, g, u, gg, few)
         t = problem.spread(_step_length(problem, evaluate, b, f, g, u, d, image))
         coef[:, own], scores[:, own] = b + t * d, f + t * image
@@ -300,11 +363,17 @@ def _newton(problem: _Problem, columns: NDArray[np.int64], coef: Array, tol: flo
         if problem.gram and (stalled := live[few & (exact[live] == EXACT_STEPS)]).size:
             coef[:, stalled], scores[:, stalled] = start[0][:, stalled], start[1][:, stalled]
         steps += 1
-    return coef, scores - problem.A.dtype.type(problem.shift) * coef if problem.shift else scores, float(gap.max()), steps
+    return (
+        coef,
+        scores - problem.A.dtype.type(problem.shift) * coef if problem.shift else scores,
+        float(gap.max()),
+        steps,
+    )
 
 
 def _few_support_vectors(problem: _Problem, loss: _Loss) -> Bools:
-    """Which problems have so few that their equations are better solved one by one; one answer a problem."""
+    """Which problems have so few that their equations are better solved one by one; one answer a
+    problem."""
     if loss.diagonal is None:
         return np.zeros(len(loss.value), bool)
     n = len(loss.diagonal)
@@ -312,16 +381,19 @@ def _few_support_vectors(problem: _Problem, loss: _Loss) -> Bools:
     return np.count_nonzero(loss.diagonal, axis=0) <= most
 
 
-def _direction(problem: _Problem, loss: _Loss, b: Array, g: Array, u: Array, gg: Array, few: Bools) -> tuple[Array, Array]:
-    """Newton directions and their scores, for the `few` from their support vectors alone; `u` are the scores of the
-    gradient `g`."""
+def _direction(
+    problem: _Problem, loss: _Loss, b: Array, g: Array, u: Array, gg: Array, few: Bools
+) -> tuple[Array, Array]:
+    """Newton directions and their scores, for the `few` from their support vectors alone; `u` are
+    the scores of the gradient `g`."""
     if not few.any():
         return _truncated(problem, loss.curvature, loss.diagonal, g, u, gg)
     assert loss.diagonal is not None
     diagonal = loss.diagonal
     d, image = np.empty_like(g), np.empty_like(u)
     if problem.gram:
-        with _blas().limit(limits=1):  # these systems are small, and scipy's BLAS threads and numpy's would wait for one another
+        # these systems are small, and scipy's BLAS threads and numpy's would wait for one another
+        with _blas().limit(limits=1):
             for k in np.flatnonzero(few):
                 d[:, k] = _exact(problem, diagonal[:, k], b[:, k], g[:, k])
     else:
@@ -331,12 +403,15 @@ def _direction(problem: _Problem, loss: _Loss, b: Array, g: Array, u: Array, gg:
     image[:, few] = problem.forward(d[:, few])
     if not few.all():
         rest = diagonal[:, ~few]
-        d[:, ~few], image[:, ~few] = _truncated(problem, lambda v: rest * v, rest, g[:, ~few], u[:, ~few], gg[~few])
+        d[:, ~few], image[:, ~few] = _truncated(
+            problem, lambda v: rest * v, rest, g[:, ~few], u[:, ~few], gg[~few]
+        )
     return d, image
 
 
 def _on_own_rows(rows: Array, diagonal: Array, g: Array) -> Array:
-    """The step of one problem in the primal: `(I + rowsᵀ diag rows) d = −g`, by conjugate gradients scaled by the diagonal."""
+    """The step of one problem in the primal: `(I + rowsᵀ diag rows) d = −g`, by conjugate gradients
+    scaled by the diagonal."""
     scale = 1 + diagonal @ (rows * rows)
     d, r = np.zeros_like(g), -g
     s = r / scale
@@ -363,9 +438,11 @@ def _blas() -> ThreadpoolController:
 
 
 def _exact(problem: _Problem, diagonal: Array, b: Array, g: Array) -> Array:
-    """The whole Newton step of one problem with coefficients `b` and gradient `g`: one system in its support vectors.
+    """The whole Newton step of one problem with coefficients `b` and gradient `g`: one system in
+    its support vectors.
 
-    It is solved for the step and not for its end, so that it agrees with the scores as they were rounded.
+    It is solved for the step and not for its end, so that it agrees with the scores as they were
+    rounded.
     """
     own, outside = np.flatnonzero(diagonal), np.where(diagonal == 0, b, 0)
     inverse = 1 / diagonal[own]
@@ -379,17 +456,25 @@ def _exact(problem: _Problem, diagonal: Array, b: Array, g: Array) -> Array:
 
 
 def _positive_solve(K: Array, ridge: Array, right: Array) -> Array:
-    """`(K + diag(ridge))⁻¹ right`, by Cholesky; `K` is overwritten. In float64 where float32 would not see the ridge."""
+    """`(K + diag(ridge))⁻¹ right`, by Cholesky; `K` is overwritten. In float64 where float32 would
+    not see the ridge."""
     from scipy.linalg import cho_factor, cho_solve
 
     if np.trace(K) * np.finfo(K.dtype).eps > ROUNDING * ridge.min():
         K = K.astype(np.float64)
     K[np.diag_indices(len(K))] += ridge
-    return cho_solve(cho_factor(K, lower=True, overwrite_a=True, check_finite=False), right, check_finite=False)
+    return cho_solve(
+        cho_factor(K, lower=True, overwrite_a=True, check_finite=False), right, check_finite=False
+    )
 
 
 def _truncated(
-    problem: _Problem, curvature_of: Callable[[Array], Array], diagonal: Array | None, g: Array, u: Array, gg: Array
+    problem: _Problem,
+    curvature_of: Callable[[Array], Array],
+    diagonal: Array | None,
+    g: Array,
+    u: Array,
+    gg: Array,
 ) -> tuple[Array, Array]:
     """A truncated Newton direction by conjugate gradients, and its scores."""
     scale = problem.scale(diagonal)
@@ -404,7 +489,8 @@ def _truncated(
     for _ in range(CG_STEPS):
         bent = curvature_of(image)
         curvature = problem.inner(p, p, image) + problem.sums(image, bent)
-        open_ = (rr > goal) & (curvature > 0)  # float32 may lose the sign of a vanishing curvature: stop there
+        # float32 may lose the sign of a vanishing curvature: stop there
+        open_ = (rr > goal) & (curvature > 0)
         if not open_.any():
             break
         a = problem.spread(np.where(open_, rr / np.where(open_, curvature, 1), 0))
@@ -420,7 +506,14 @@ def _truncated(
 
 
 def _step_length(
-    problem: _Problem, evaluate: Callable[[Array], _Loss], b: Array, f: Array, g: Array, u: Array, d: Array, image: Array
+    problem: _Problem,
+    evaluate: Callable[[Array], _Loss],
+    b: Array,
+    f: Array,
+    g: Array,
+    u: Array,
+    d: Array,
+    image: Array,
 ) -> Array:
     """The minimum along `d`, by Newton's method on the slope inside a shrinking bracket."""
     first = problem.inner(d, g, u)

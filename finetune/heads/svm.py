@@ -1,4 +1,5 @@
-"""Features → head: taps, kernel and C chosen by cross-validation inside the rows given (`comparison`), then fitted on all."""
+"""Features → head: taps, kernel and C chosen by cross-validation inside the rows given
+(`comparison`), then fitted on all."""
 
 from __future__ import annotations
 
@@ -31,12 +32,21 @@ from finetune.network import Tap
 Weight = Literal["auto", "balanced"] | None
 
 KERNELS: tuple[Kernel, ...] = ("linear", "logistic", "rbf", "lssvm", "knn")
-KINDS: dict[Kernel, str] = {"linear": "svm", "logistic": "logistic", "rbf": "rbf-svm", "lssvm": "rbf-lssvm"}  # of heads
+# of heads
+KINDS: dict[Kernel, str] = {
+    "linear": "svm",
+    "logistic": "logistic",
+    "rbf": "rbf-svm",
+    "lssvm": "rbf-lssvm",
+}
 DEFAULT_C = 1.0  # where nothing can be held out
 DEFAULT_TEMPERATURE = 0.25  # the same
-ROWS = 3000  # more rows than this: the choice is made on a stratified subset of this size, the head fitted on all
+# more rows than this: the choice is made on a stratified subset of this size, the head fitted on
+# all
+ROWS = 3000
 WIDE = 100  # classes from which only the linear machine is compared: its classes are independent
-EXACT = 6000  # rows to which an RBF machine has all rows as candidates for support vectors; beyond: Nyström
+# rows to which an RBF machine has all rows as candidates for support vectors; beyond: Nyström
+EXACT = 6000
 LANDMARKS = 3000  # of Nyström's approximation (Williams and Seeger 2001)
 BALANCE_FROM = 10.0  # largest class over smallest, from which "auto" weighs the classes
 
@@ -45,10 +55,11 @@ BALANCE_FROM = 10.0  # largest class over smallest, from which "auto" weighs the
 class SvmResult:
     """The head that was chosen, fitted on all the rows given, and what it was chosen from.
 
-    `oof_scores` `(n, C)` are decision values of every row by a machine that had not seen it: NaN for rows outside the
-    subset that chose, zeros where nothing could be held out. `cv_accuracy` is their accuracy; being that of the winner, it
-    is a little flattered. `candidates` are all that were compared, the winner first; `balanced` says whether classes were
-    weighted, `note` on how many images the choice was made where these are not all. `C` is that of the head.
+    `oof_scores` `(n, C)` are decision values of every row by a machine that had not seen it: NaN
+    for rows outside the subset that chose, zeros where nothing could be held out. `cv_accuracy` is
+    their accuracy; being that of the winner, it is a little flattered. `candidates` are all that
+    were compared, the winner first; `balanced` says whether classes were weighted, `note` on how
+    many images the choice was made where these are not all. `C` is that of the head.
     """
 
     head: AnyHead
@@ -77,19 +88,26 @@ def choose(
 ) -> SvmResult:
     """Choose taps, kernel and C by cross-validation, and fit the head on all rows.
 
-    `blocks` holds one `(n, d)` float32 array a tap (a memory map will do), `y` `(n,)` indices into `classes`. Rows of
-    one group are never on both sides of a fold. `default_taps` are used where nothing can be held out (one image a
-    class). `grid` are the values of C to try instead of a path that ends by itself. `class_weight` "auto" weighs every
-    class by 1 / its size where the largest has `BALANCE_FROM` times the images of the smallest.
-    Raises `UserError` for features or labels that do not fit together.
+    `blocks` holds one `(n, d)` float32 array a tap (a memory map will do), `y` `(n,)` indices into
+    `classes`. Rows of one group are never on both sides of a fold. `default_taps` are used where
+    nothing can be held out (one image a class). `grid` are the values of C to try instead of a path
+    that ends by itself. `class_weight` "auto" weighs every class by 1 / its size where the largest
+    has `BALANCE_FROM` times the images of the smallest. Raises `UserError` for features or labels
+    that do not fit together.
     """
     labels = _check(blocks, y, classes, groups, kernels, default_taps)
-    balanced = class_weight == "balanced" or (class_weight == "auto" and _imbalance(labels) >= BALANCE_FROM)
+    balanced = class_weight == "balanced" or (
+        class_weight == "auto" and _imbalance(labels) >= BALANCE_FROM
+    )
     weights = class_weights(labels) if balanced else None
     fold, notes = assign_folds(labels, groups, folds, seed, classes)
     ship = [kernel for kernel in kernels if kernel != "knn"]
     if fold is None:
-        setting = Setting(tuple(default_taps), "linear" if "linear" in ship else ship[0], GAMMA / len(default_taps))
+        setting = Setting(
+            tuple(default_taps),
+            "linear" if "linear" in ship else ship[0],
+            GAMMA / len(default_taps),
+        )
         C = grid[0] if grid else DEFAULT_C
         notes += [f"C = {C:g}, the first of those that were named, is taken"] if grid else []
         head = fit_head(blocks, labels, classes, setting, C, weights, DEFAULT_TEMPERATURE)
@@ -98,7 +116,10 @@ def choose(
     if len(classes) > WIDE:
         ship = ["linear"] if "linear" in ship else ship
     rows = subset(labels, np.arange(len(labels)), ROWS, seed)
-    part = f"taps, kernel and C were chosen on {len(rows)} of {len(labels)} images; the head is fitted on all"
+    part = (
+        f"taps, kernel and C were chosen on {len(rows)} of "
+        f"{len(labels)} images; the head is fitted on all"
+    )
     search = Comparison(blocks, labels, rows, fold, weights, ship, grid, seed)
     best = search.run((*default_taps,), "knn" in kernels)
     notes += search.doubts(best)
@@ -106,7 +127,9 @@ def choose(
     scores = np.full((len(labels), len(classes)), np.nan, np.float32)
     scores[np.ix_(rows, search.table.labels)] = best.scores
     if len(search.table.labels) < len(classes):
-        scores[np.ix_(rows, np.setdiff1d(np.arange(len(classes)), search.table.labels))] = best.scores.min() - 1
+        scores[np.ix_(rows, np.setdiff1d(np.arange(len(classes)), search.table.labels))] = (
+            best.scores.min() - 1
+        )
     return SvmResult(
         head,
         scores,
@@ -121,7 +144,8 @@ def choose(
 
 
 def refit(result: SvmResult, blocks: Blocks, y: Array) -> AnyHead:
-    """The winner's taps, kernel, C and temperature on other rows (training and validation together)."""
+    """The winner's taps, kernel, C and temperature on other rows (training and validation
+    together)."""
     head = result.head
     labels = _check(blocks, y, head.classes, None, ("linear",), head.taps)
     weights = class_weights(labels) if result.balanced else None
@@ -135,7 +159,8 @@ def refit(result: SvmResult, blocks: Blocks, y: Array) -> AnyHead:
 
 
 def quick(blocks: Blocks, y: Array, *, groups: Array | None = None, seed: int = 0) -> Trial | None:
-    """The best trial of an early look, a fast measure of the features: which rows are right out of fold, and their losses.
+    """The best trial of an early look, a fast measure of the features: which rows are right out of
+    fold, and their losses.
 
     None where nothing can be held out.
     """
@@ -145,22 +170,35 @@ def quick(blocks: Blocks, y: Array, *, groups: Array | None = None, seed: int = 
     fold, _ = assign_folds(labels, groups, 5, seed, [str(name) for name in names])
     if fold is None:
         return None
-    search = Comparison(blocks, labels, np.arange(len(labels)), fold, None, ["linear", "lssvm"], None, seed)
+    search = Comparison(
+        blocks, labels, np.arange(len(labels)), fold, None, ["linear", "lssvm"], None, seed
+    )
     search.early = search.table
     return min(search.look(), key=log_loss)
 
 
-# ------------------------------------------------------------------------------------------------------------ fitting
+# ------------------------------------------------------------------------------------------ fitting
 
 
 def fit_head(
-    blocks: Blocks, y: Ints, classes: Sequence[str], setting: Setting, C: float, weights: Array | None, temperature: float
+    blocks: Blocks,
+    y: Ints,
+    classes: Sequence[str],
+    setting: Setting,
+    C: float,
+    weights: Array | None,
+    temperature: float,
 ) -> AnyHead:
-    """The head of one setting, fitted on all rows. `y` may lack classes: their scores are lower than any other's."""
+    """The head of one setting, fitted on all rows. `y` may lack classes: their scores are lower
+    than any other's."""
     x = side_by_side([blocks[tap] for tap in setting.taps], normalize=True)
     present, own = np.unique(y, return_inverse=True)
     scale = np.full((len(y), 1), C) if weights is None else weights[:, None] * C
-    common: dict[str, Any] = {"taps": setting.taps, "classes": tuple(classes), "temperature": temperature}
+    common: dict[str, Any] = {
+        "taps": setting.taps,
+        "classes": tuple(classes),
+        "temperature": temperature,
+    }
     common["kind"] = KINDS[setting.kernel]
     if setting.kernel in RBF:
         support, coef, bias = _fit_rbf(x, own, len(present), scale, setting)
@@ -177,8 +215,11 @@ def fit_head(
     return Head(weight=weight, bias=bias, **common)
 
 
-def _fit_rbf(x: Array, y: Ints, classes: int, scale: Array, setting: Setting) -> tuple[Array, Array, Array]:
-    """Support vectors `(m, D)`, coefficients `(m, classes)` and bias; Nyström on landmarks where the rows are many."""
+def _fit_rbf(
+    x: Array, y: Ints, classes: int, scale: Array, setting: Setting
+) -> tuple[Array, Array, Array]:
+    """Support vectors `(m, D)`, coefficients `(m, classes)` and bias; Nyström on landmarks where
+    the rows are many."""
     squares = setting.kernel == "lssvm"
     if len(x) <= EXACT:
         K = rbf(x, x, setting.gamma) + 1
@@ -192,7 +233,11 @@ def _fit_rbf(x: Array, y: Ints, classes: int, scale: Array, setting: Setting) ->
     values, vectors = np.linalg.eigh(rbf(landmarks, landmarks, setting.gamma).astype(np.float64))
     keep = values > values[-1] * 1e-7
     root = (vectors[:, keep] / np.sqrt(values[keep])).astype(np.float32)
-    mapped = with_ones(np.concatenate([rbf(x[i : i + 4096], landmarks, setting.gamma) @ root for i in range(0, len(x), 4096)]))
+    mapped = with_ones(
+        np.concatenate(
+            [rbf(x[i : i + 4096], landmarks, setting.gamma) @ root for i in range(0, len(x), 4096)]
+        )
+    )
     if squares:
         coef = solvers.least_squares(mapped, y, classes, scale[:, 0], gram=False)
     else:
@@ -200,9 +245,14 @@ def _fit_rbf(x: Array, y: Ints, classes: int, scale: Array, setting: Setting) ->
     return landmarks, root @ coef[:-1], coef[-1]
 
 
-def _whole(weight: Array, bias: Array, present: Ints, classes: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _whole(
+    weight: Array, bias: Array, present: Ints, classes: Sequence[str]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """One row a class; classes without rows get no weight and a bias of −100: never the best."""
-    weights, biases = np.zeros((len(classes), weight.shape[1]), np.float32), np.full(len(classes), -100, np.float32)
+    weights, biases = (
+        np.zeros((len(classes), weight.shape[1]), np.float32),
+        np.full(len(classes), -100, np.float32),
+    )
     weights[present], biases[present] = weight, bias
     return weights, biases
 
@@ -213,18 +263,35 @@ def _imbalance(y: Ints) -> float:
 
 
 def _check(
-    blocks: Blocks, y: Array, classes: Sequence[str], groups: Array | None, kernels: Sequence[Kernel], taps: Sequence[Tap]
+    blocks: Blocks,
+    y: Array,
+    classes: Sequence[str],
+    groups: Array | None,
+    kernels: Sequence[Kernel],
+    taps: Sequence[Tap],
 ) -> Ints:
     """Labels as int64, or a `UserError` that names what does not fit."""
     y = np.asarray(y)
     if len(classes) < 2:
         what = f"{len(classes)} class: nothing to tell apart"
         raise UserError(what, where="classes", fix="give images of at least two classes")
-    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(y) == 0 or y.min() < 0 or y.max() >= len(classes):
-        raise UserError(f"labels must be whole numbers from 0 to {len(classes) - 1}, one an image", where="y")
+    if (
+        y.ndim != 1
+        or not np.issubdtype(y.dtype, np.integer)
+        or len(y) == 0
+        or y.min() < 0
+        or y.max() >= len(classes)
+    ):
+        raise UserError(
+            f"labels must be whole numbers from 0 to {len(classes) - 1}, one an image", where="y"
+        )
     counts = np.bincount(y, minlength=len(classes))
     if empty := [name for name, count in zip(classes, counts, strict=True) if not count]:
-        raise UserError(f"no image of class {', '.join(map(repr, empty))}", where="y", fix="add images, or leave the class out")
+        raise UserError(
+            f"no image of class {', '.join(map(repr, empty))}",
+            where="y",
+            fix="add images, or leave the class out",
+        )
     if groups is not None and len(groups) != len(y):
         raise UserError(f"{len(groups)} groups for {len(y)} images", where="groups")
     if {*kernels} - {*KERNELS} or not {*kernels} - {"knn"}:
@@ -232,7 +299,11 @@ def _check(
         raise UserError(f"kernels {list(kernels)}: none that ships", where="kernels", fix=fix)
     missing = [str(tap) for tap in taps if tap not in blocks]
     if missing or not taps:
-        raise UserError(f"no features of tap {', '.join(missing)}", where="taps", fix=f"given: {', '.join(map(str, blocks))}")
+        raise UserError(
+            f"no features of tap {', '.join(missing)}",
+            where="taps",
+            fix=f"given: {', '.join(map(str, blocks))}",
+        )
     for tap, block in blocks.items():
         if block.ndim != 2 or len(block) != len(y):
             raise UserError(f"features of shape {block.shape} for {len(y)} images", where=str(tap))

@@ -1,8 +1,9 @@
 """Which taps, which kernel and which C: settings compared by the log loss of rows held out.
 
-Three steps, each on out-of-fold scores: an early look at every tap alone, on a subset of the rows and with squared errors,
-which have a closed form; the best taps side by side, added one at a time as long as that helps; then linear machine,
-logistic regression and RBF machines (squared hinge, squared errors) on the few sets left, each along a path of C.
+Three steps, each on out-of-fold scores: an early look at every tap alone, on a subset of the rows
+and with squared errors, which have a closed form; the best taps side by side, added one at a time
+as long as that helps; then linear machine, logistic regression and RBF machines (squared hinge,
+squared errors) on the few sets left, each along a path of C.
 """
 
 from __future__ import annotations
@@ -20,21 +21,26 @@ T = TypeVar("T")
 
 C_GRID = tuple(10.0 ** (e / 2) for e in range(-3, 9))  # 0.03 … 10,000
 C_START = 1.0  # where a path of C begins: unit-length features are best above it nearly always
-C_FLAT, C_FLAT_NATS = 1e-2, 5e-4  # a relative, or an absolute, gain of the log loss below it is none
+# a relative, or an absolute, gain of the log loss below it is none
+C_FLAT, C_FLAT_NATS = (1e-2, 5e-4)
 LOOK_C = (1.0, 10.0, 100.0)
 GAMMA = 1.0  # over the number of taps: rows of k normalised taps have squared length k
 GAMMAS = (0.5, 2.0)  # factors tried for the best set of taps
 LOOK_ROWS = 600  # of the early look, at most
-MIDDLE_ROWS = 1000  # more rows than this: kernels are compared on a subset of this size, the best two on all
+MIDDLE_ROWS = (
+    1000  # more rows than this: kernels are compared on a subset of this size, the best two on all
+)
 LOOK_CLASSES = 50  # more classes than this: taps are compared on these
 KEPT, MOST_TAPS, SETS, FINALISTS = 8, 4, 2, 2
-LOSS = 1e-2  # relative loss by which another tap may look worse in the early look: the machine itself decides
+# relative loss by which another tap may look worse in the early look: the machine itself decides
+LOSS = 1e-2
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One set of taps with one kernel at its best C. `accuracy` and `log_loss` are out of fold, on `n` rows; `error` is the
-    standard error of the accuracy over the folds. `gamma` is the RBF's; for k-NN, a measure that never ships, `C` is k."""
+    """One set of taps with one kernel at its best C. `accuracy` and `log_loss` are out of fold, on
+    `n` rows; `error` is the standard error of the accuracy over the folds. `gamma` is the RBF's;
+    for k-NN, a measure that never ships, `C` is k."""
 
     taps: tuple[Tap, ...]
     kernel: Kernel
@@ -76,10 +82,21 @@ class Comparison:
         """The trial with the least log loss on all the rows that choose."""
         looked = sorted(self.look(), key=log_loss)
         sets = list(dict.fromkeys(trial.setting.taps for trial in looked))[:SETS]
-        gammas = {trial.setting.taps: trial.setting.gamma for trial in reversed(looked) if trial.setting.kernel in RBF}
+        gammas = {
+            trial.setting.taps: trial.setting.gamma
+            for trial in reversed(looked)
+            if trial.setting.kernel in RBF
+        }
         share = next((gammas[taps] * len(taps) for taps in sets if taps in gammas), GAMMA)
-        settings = [Setting(taps, kind, share / len(taps) if kind in RBF else 0.0) for taps in sets for kind in self.first]
-        settings += [Setting(default, kind, share / len(default) if kind in RBF else 0.0) for kind in self.first[:1]]
+        settings = [
+            Setting(taps, kind, share / len(taps) if kind in RBF else 0.0)
+            for taps in sets
+            for kind in self.first
+        ]
+        settings += [
+            Setting(default, kind, share / len(default) if kind in RBF else 0.0)
+            for kind in self.first[:1]
+        ]
         if "logistic" in self.kernels:
             settings.append(Setting(sets[0], "logistic"))
         paths = self.paths(self.middle, dict.fromkeys(settings))
@@ -89,16 +106,24 @@ class Comparison:
             if trial.setting.taps not in {one.setting.taps for one, _, _ in self.seen}:
                 self.seen.append((trial, len(self.early), "early look, squared errors"))
         if knn:
-            self.seen.append((self.early.neighbours(paths[0].setting.taps), len(self.early), "a measure, never shipped"))
+            self.seen.append(
+                (
+                    self.early.neighbours(paths[0].setting.taps),
+                    len(self.early),
+                    "a measure, never shipped",
+                )
+            )
         return paths[0]
 
     @property
     def first(self) -> list[Kernel]:
-        """The kernels that every set of taps is tried with; logistic regression only where it is all there is."""
+        """The kernels that every set of taps is tried with; logistic regression only where it is
+        all there is."""
         return [kernel for kernel in self.kernels if kernel != "logistic"] or ["logistic"]
 
     def look(self) -> list[Trial]:
-        """Every tap alone, then the best side by side: the best trial of every set of taps, with squared errors."""
+        """Every tap alone, then the best side by side: the best trial of every set of taps, with
+        squared errors."""
         kinds: list[Kernel] = ["lssvm"] if {*RBF} & {*self.kernels} else []
         if {*self.kernels} - {*RBF}:
             kinds.append("linear")
@@ -107,7 +132,10 @@ class Comparison:
             return min(self.early.least_squares(setting, LOOK_C), key=log_loss)
 
         def alone(tap: Tap) -> Trial:
-            return min((best(Setting((tap,), kind, GAMMA if kind in RBF else 0.0)) for kind in kinds), key=log_loss)
+            return min(
+                (best(Setting((tap,), kind, GAMMA if kind in RBF else 0.0)) for kind in kinds),
+                key=log_loss,
+            )
 
         singles = sorted(_side_by_side(alone, self.early.blocks), key=log_loss)
         kept = [trial.setting.taps[0] for trial in singles[:KEPT]]
@@ -116,13 +144,20 @@ class Comparison:
             now = chain[-1]
             more = [(*now.setting.taps, tap) for tap in kept if tap not in now.setting.taps]
             kind = now.setting.kernel
-            tried = _side_by_side(best, [Setting(taps, kind, GAMMA / len(taps) if kind in RBF else 0.0) for taps in more])
+            tried = _side_by_side(
+                best,
+                [Setting(taps, kind, GAMMA / len(taps) if kind in RBF else 0.0) for taps in more],
+            )
             step = min(tried, key=log_loss, default=now)
             if step is now or step.log_loss > now.log_loss * (1 + LOSS):
                 break
             chain.append(step)
         top = min(chain, key=log_loss).setting
-        widths = [replace(top, gamma=top.gamma * factor) for factor in GAMMAS] if top.kernel in RBF else []
+        widths = (
+            [replace(top, gamma=top.gamma * factor) for factor in GAMMAS]
+            if top.kernel in RBF
+            else []
+        )
         return [*_side_by_side(best, widths), *chain, *singles[1:]]
 
     def paths(self, rows: Rows, settings: Mapping[Setting, float | None]) -> list[Trial]:
@@ -132,7 +167,8 @@ class Comparison:
         return sorted(found, key=log_loss)
 
     def path(self, rows: Rows, setting: Setting, start: float | None = None) -> Trial:
-        """The best C: upward from `start` while the log loss falls, and downward where the first was the best.
+        """The best C: upward from `start` while the log loss falls, and downward where the first
+        was the best.
 
         A machine that did not converge ends the way up, and counts only where none did.
         """
@@ -143,17 +179,26 @@ class Comparison:
             found = []
             for trial in rows.trials(setting, [C for C in C_GRID if begin * 0.99 <= C]):
                 found.append(trial)
-                if not trial.converged or (len(found) > 1 and trial.log_loss > found[-2].log_loss - _least_gain(found[-2])):
+                if not trial.converged or (
+                    len(found) > 1 and trial.log_loss > found[-2].log_loss - _least_gain(found[-2])
+                ):
                     break
             for C in [C for C in reversed(C_GRID) if begin * 0.99 > C]:
-                if found[0].converged and found[0].log_loss > min(trial.log_loss for trial in found if trial.converged):
+                if found[0].converged and found[0].log_loss > min(
+                    trial.log_loss for trial in found if trial.converged
+                ):
                     break
                 found.insert(0, next(rows.trials(setting, [C])))
-        best = min((trial for trial in found if trial.converged), key=log_loss, default=min(found, key=log_loss))
+        best = min(
+            (trial for trial in found if trial.converged),
+            key=log_loss,
+            default=min(found, key=log_loss),
+        )
         return replace(best, seconds=sum(trial.seconds for trial in found))
 
     def doubts(self, best: Trial) -> list[str]:
-        """Whether the best C lies at an edge of what was tried, and whether its machine converged."""
+        """Whether the best C lies at an edge of what was tried, and whether its machine
+        converged."""
         notes = []
         tried = self.grid or C_GRID
         low, high = tried[0], tried[-1]
@@ -161,15 +206,23 @@ class Comparison:
             edge = "upper" if best.C == high else "lower"
             notes.append(f"the best C, {best.C:.3g}, is at the {edge} edge of those tried")
         if not best.converged:
-            notes.append(f"the solver stopped at C = {best.C:.3g} before it converged: the scores are approximate")
+            notes.append(
+                f"the solver stopped at C = {best.C:.3g} before it "
+                f"converged: the scores are approximate"
+            )
         return notes
 
     def candidates(self, winner: Trial) -> tuple[Candidate, ...]:
         """All that were compared: the winner, then those measured on the most rows, best first."""
-        order = sorted(self.seen, key=lambda one: (one[0] is not winner, "never" in one[2], -one[1], one[0].log_loss))
+        order = sorted(
+            self.seen,
+            key=lambda one: (one[0] is not winner, "never" in one[2], -one[1], one[0].log_loss),
+        )
         most = len(self.table)
         return tuple(
-            _candidate(trial, n, ", ".join(filter(None, (f"on {n} images" if n < most else "", note))))
+            _candidate(
+                trial, n, ", ".join(filter(None, (f"on {n} images" if n < most else "", note)))
+            )
             for trial, n, note in order
         )
 
@@ -184,7 +237,8 @@ def _least_gain(trial: Trial) -> float:
 
 
 def _side_by_side(work: Callable[[T], Trial], items: Iterable[T]) -> list[Trial]:
-    """`work` on every item, in one thread a core with one BLAS thread each: the matrices are too small to share one."""
+    """`work` on every item, in one thread a core with one BLAS thread each: the matrices are too
+    small to share one."""
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(hardware.cores()) as pool:
@@ -193,5 +247,18 @@ def _side_by_side(work: Callable[[T], Trial], items: Iterable[T]) -> list[Trial]
 
 def _candidate(trial: Trial, n: int, note: str) -> Candidate:
     s = trial.setting
-    words = ", ".join(part for part in (f"gamma {s.gamma:.3g}" if s.kernel in RBF else "", note) if part)
-    return Candidate(s.taps, s.kernel, trial.C, trial.accuracy, trial.error, trial.seconds, words, s.gamma, trial.log_loss, n)
+    words = ", ".join(
+        part for part in (f"gamma {s.gamma:.3g}" if s.kernel in RBF else "", note) if part
+    )
+    return Candidate(
+        s.taps,
+        s.kernel,
+        trial.C,
+        trial.accuracy,
+        trial.error,
+        trial.seconds,
+        words,
+        s.gamma,
+        trial.log_loss,
+        n,
+    )

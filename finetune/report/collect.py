@@ -1,4 +1,5 @@
-"""From what a job knows to what its report shows: plain values, thumbnails, and what the curves say in words."""
+"""From what a job knows to what its report shows: plain values, thumbnails, and what the curves say
+in words."""
 
 from __future__ import annotations
 
@@ -22,7 +23,15 @@ from finetune.heads.head import AnyHead
 from finetune.heads.svm import SvmResult
 from finetune.metrics import Estimate, Paired
 from finetune.names import shown, typed
-from finetune.report.render import Candidate, Contender, Curve, Distance, Matrix, Mistake, ReportData
+from finetune.report.render import (
+    Candidate,
+    Contender,
+    Curve,
+    Distance,
+    Matrix,
+    Mistake,
+    ReportData,
+)
 
 if TYPE_CHECKING:
     from finetune.training.loop import TrainResult
@@ -43,7 +52,8 @@ def collect(
     verdict: tuple[str, str],
     path: Path,
 ) -> ReportData:
-    """Everything that the page of a run shows; `verdict` are its two sentences, `judged` what it was judged on."""
+    """Everything that the page of a run shows; `verdict` are its two sentences, `judged` what it
+    was judged on."""
     found, classes = judged.found, seen.images.classes
     nothing = np.zeros((len(classes), len(classes)), dtype=np.int64)
     train = seen.images.labels[seen.part("train")]
@@ -55,7 +65,9 @@ def collect(
         shipped=shipped.kind,
         classes=classes,
         training=tuple(int(n) for n in np.bincount(train, minlength=len(classes))),
-        confusion=metrics.confusion(found.images.labels, found.best, len(classes)) if found else nothing,
+        confusion=metrics.confusion(found.images.labels, found.best, len(classes))
+        if found
+        else nothing,
         metrics=judged.metrics,
         matrix=_matrix(seen),
         distance=_distance(seen),
@@ -79,7 +91,9 @@ def collect(
 def _matrix(seen: Look) -> Matrix:
     rows = tuple(policy.row_words().values())
     names = tuple(name for name, _, _ in policy.ROWS)
-    cells = tuple(tuple(policy.MATRIX[row, column].strategy for column in policy.COLUMNS) for row in names)
+    cells = tuple(
+        tuple(policy.MATRIX[row, column].strategy for column in policy.COLUMNS) for row in names
+    )
     plan = seen.plan
     chosen = names.index(plan.row), policy.COLUMNS.index(plan.column)
     return Matrix(rows, policy.COLUMNS, cells, chosen, plan.strategy, plan.because, plan.advice)
@@ -90,9 +104,20 @@ def _distance(seen: Look) -> Distance:
     second = (
         ""
         if near.knn is None
-        else f"{similarity.KNN}-NN on the features, leave-one-out: {near.knn:.0%} right, which says {near.knn_word}"
+        else f"{similarity.KNN}-NN on the features, leave-one-out: "
+        f"{near.knn:.0%} right, which says {near.knn_word}"
     )
-    return Distance(near.word, near.distance, near.low, near.high, near.n, similarity.NEAR, similarity.FAR, second, near.notes)
+    return Distance(
+        near.word,
+        near.distance,
+        near.low,
+        near.high,
+        near.n,
+        similarity.NEAR,
+        similarity.FAR,
+        second,
+        near.notes,
+    )
 
 
 def _commands(path: Path) -> tuple[tuple[str, str], ...]:
@@ -109,15 +134,24 @@ def _warnings(seen: Look, baseline: SvmResult, training: TrainResult | None) -> 
     loud: tuple[str, ...] = ()
     if seen.named.network.pretraining == "random":
         loud = ("THE BACKBONE'S WEIGHTS ARE RANDOM: nothing here says anything about transfer.",)
-    bad = () if not seen.features.faults else (f"{len(seen.features.faults)} unreadable images were left out.",)
+    bad = (
+        ()
+        if not seen.features.faults
+        else (f"{len(seen.features.faults)} unreadable images were left out.",)
+    )
     same = (text,) if (text := omissions.leaks(seen.images, seen.digests)) else ()
     return (*loud, *bad, *same, *baseline.warnings, *(training.warnings if training else ()))
 
 
 def _contenders(
-    seen: Look, baseline: SvmResult, shipped: AnyHead, judged: Judgement, svm_on_test: Estimate | None
+    seen: Look,
+    baseline: SvmResult,
+    shipped: AnyHead,
+    judged: Judgement,
+    svm_on_test: Estimate | None,
 ) -> tuple[Contender, ...]:
-    """The models on the test images; where only one was refitted for them, the SVM's out-of-fold accuracy stands below."""
+    """The models on the test images; where only one was refitted for them, the SVM's out-of-fold
+    accuracy stands below."""
     top1 = judged.metrics.get("top1")
     if not isinstance(top1, Estimate):
         return ()
@@ -132,8 +166,14 @@ def _contenders(
     if math.isfinite(baseline.cv_accuracy):
         half = 1.96 * baseline.cv_error
         low, high = max(0.0, baseline.cv_accuracy - half), min(1.0, baseline.cv_accuracy + half)
-        folds = Estimate(baseline.cv_accuracy, low, high, len(seen.part("train")), "normal, over folds")
-        rows.append(Contender(f"{name}, before it was refitted", folds, "training images, out of fold", False))
+        folds = Estimate(
+            baseline.cv_accuracy, low, high, len(seen.part("train")), "normal, over folds"
+        )
+        rows.append(
+            Contender(
+                f"{name}, before it was refitted", folds, "training images, out of fold", False
+            )
+        )
     return tuple(rows)
 
 
@@ -163,10 +203,15 @@ def _curves(history: Sequence[dict[str, Any]]) -> tuple[Curve, ...]:
         panel = panels.get(key) or ("learning rate" if key.startswith("lr/") else None)
         if panel is None:
             continue
-        points = [(row["epoch"], row[key]) for row in history if isinstance(row.get(key), (int, float))]
+        points = [
+            (row["epoch"], row[key]) for row in history if isinstance(row.get(key), (int, float))
+        ]
         curves.append(
             Curve(
-                panel, key.partition("/")[2] if panel == "learning rate" else key, [x for x, _ in points], [v for _, v in points]
+                panel,
+                key.partition("/")[2] if panel == "learning rate" else key,
+                [x for x, _ in points],
+                [v for _, v in points],
             )
         )
     return tuple(curves)
@@ -179,17 +224,21 @@ def _diagnosis(history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     lines = []
     if len(train) >= 2 and train[-1] > 0.9 * train[0]:
         lines.append(
-            f"The training loss hardly fell ({train[0]:.2f} → {train[-1]:.2f}): the learning rate may be too low, "
+            f"The training loss hardly fell ({train[0]:.2f} → {train[-1]:.2f}): the learning rate "
+            f"may be too low, "
             "or nothing is left to learn."
         )
     if len(val) >= 3 and min(val) < 0.95 * val[-1]:
         at = int(np.argmin(val)) + 1
         lines.append(
-            f"The validation loss turned upwards after epoch {at} ({min(val):.2f} → {val[-1]:.2f}): overfitting; "
+            f"The validation loss turned upwards after epoch {at} ({min(val):.2f} → "
+            f"{val[-1]:.2f}): overfitting; "
             "the best epoch was kept."
         )
     if len(val) >= 2 and len(val) == int(np.argmin(val)) + 1:
-        lines.append("The validation loss was still falling at the end: more epochs may help (--epochs).")
+        lines.append(
+            "The validation loss was still falling at the end: more epochs may help (--epochs)."
+        )
     return tuple(lines) or ("Nothing unusual: the losses fell and settled.",)
 
 
@@ -200,14 +249,21 @@ def _mistakes(found: Predictions) -> tuple[Mistake, ...]:
     score = found.probabilities[np.arange(len(y)), best]
     worst = wrong[np.argsort(-score[wrong], kind="stable")][:MISTAKES]
     return tuple(
-        Mistake(shown(found.images.paths[i]), found.classes[y[i]], found.classes[best[i]], float(score[i]), picture)
+        Mistake(
+            shown(found.images.paths[i]),
+            found.classes[y[i]],
+            found.classes[best[i]],
+            float(score[i]),
+            picture,
+        )
         for i in worst
         if (picture := thumbnail(found.images, int(i)))
     )
 
 
 def thumbnail(images: ImageSet, i: int, side: int = THUMBNAIL) -> bytes:
-    """A small JPEG of image i, or no bytes where it cannot be read; tiny pictures are enlarged without smoothing."""
+    """A small JPEG of image i, or no bytes where it cannot be read; tiny pictures are enlarged
+    without smoothing."""
     from PIL import Image
 
     try:
@@ -216,7 +272,9 @@ def thumbnail(images: ImageSet, i: int, side: int = THUMBNAIL) -> bytes:
         return b""
     if max(image.size) < side // 2:
         factor = side // max(image.size)
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        image = image.resize(
+            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
+        )
     image.thumbnail((side, side))
     buffer = BytesIO()
     image.save(buffer, "JPEG", quality=80)
@@ -224,10 +282,16 @@ def thumbnail(images: ImageSet, i: int, side: int = THUMBNAIL) -> bytes:
 
 
 def _facts(seen: Look, shipped: AnyHead) -> tuple[tuple[str, str], ...]:
-    network, counts = seen.named.network, {name: len(seen.part(name)) for name in ("train", "val", "test")}
+    network, counts = (
+        seen.named.network,
+        {name: len(seen.part(name)) for name in ("train", "val", "test")},
+    )
     used = seen.how
     return (
-        ("images", f"{counts['train']} training, {counts['val']} validation, {counts['test']} test"),
+        (
+            "images",
+            f"{counts['train']} training, {counts['val']} validation, {counts['test']} test",
+        ),
         ("backbone", f"{network.name} ({network.source})"),
         ("head", f"{shipped.kind} on {' + '.join(map(str, shipped.taps))}"),
         ("engine", f"{used[0]} in {used[1]}"),

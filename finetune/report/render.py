@@ -1,7 +1,8 @@
 """`report.html`: the verdict of a run on one self-contained page, from plain values.
 
-The page loads nothing: styles, pictures and the few lines of script are inside, and its own policy forbids the rest. This
-module computes what is drawn where; `report.html` beside it is the template, which escapes every text.
+The page loads nothing: styles, pictures and the few lines of script are inside, and its own policy
+forbids the rest. This module computes what is drawn where; `report.html` beside it is the template,
+which escapes every text.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from finetune.metrics import Estimate, Paired
 MATRIX_CLASSES = 25  # more classes: the confusions are listed, not drawn
 PAIRS = 15  # confusions listed
 FIRST_ROWS = 25  # classes shown before "all the others"
-ISOLATE, POP = "\u2068", "\u2069"  # a name in a script that runs from right to left must not turn the sentence around it
-FEW_TEST, FEW_TRAIN = 10, 20  # images: below, a class's figures are rough, and more images are the first advice
+# a name in a script that runs from right to left must not turn the sentence around it
+ISOLATE, POP = ("\u2068", "\u2069")
+# images: below, a class's figures are rough, and more images are the first advice
+FEW_TEST, FEW_TRAIN = (10, 20)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The policy's table: `cells[row][column]` are strategies, `chosen` is (row, column) or None."""
+    """The policy's table: `cells[row][column]` are strategies, `chosen` is (row, column) or
+    None."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
@@ -42,7 +46,8 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far the images are from the pretraining photographs. Below `near` is near, above `far` far; None: not measured."""
+    """How far the images are from the pretraining photographs. Below `near` is near, above `far`
+    far; None: not measured."""
 
     word: str
     value: float | None
@@ -69,7 +74,8 @@ class Contender:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One setting of the SVM that cross-validation compared: mean accuracy and its standard error."""
+    """One setting of the SVM that cross-validation compared: mean accuracy and its standard
+    error."""
 
     name: str
     accuracy: float
@@ -80,7 +86,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line over training: `panel` groups lines that share an axis. Values that are not finite leave a gap."""
+    """A line over training: `panel` groups lines that share an axis. Values that are not finite
+    leave a gap."""
 
     panel: str
     name: str
@@ -101,11 +108,12 @@ class Mistake:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that the page shows. Rows of `confusion` `(C, C)` are the true classes; `training` counts images a class.
+    """Everything that the page shows. Rows of `confusion` `(C, C)` are the true classes; `training`
+    counts images a class.
 
-    `metrics` has the names that `metrics.judge` gives. `pair` compares the SVM (first) with
-    the fine-tuned model (second) on the images that `pair_on` names. `metrics` and `confusion` are of the images that
-    `judged_on` names; where there are none, they are empty and zero.
+    `metrics` has the names that `metrics.judge` gives. `pair` compares the SVM (first) with the
+    fine-tuned model (second) on the images that `pair_on` names. `metrics` and `confusion` are of
+    the images that `judged_on` names; where there are none, they are empty and zero.
     """
 
     title: str
@@ -157,13 +165,24 @@ def render(report: ReportData) -> str:
 def _template() -> Any:
     from jinja2 import Environment, StrictUndefined
 
-    text = importlib.resources.files("finetune.report").joinpath("report.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "points": points, "chance": chance, "duration": duration}
+    text = (
+        importlib.resources.files("finetune.report")
+        .joinpath("report.html")
+        .read_text(encoding="utf-8")
+    )
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "chance": chance,
+        "duration": duration,
+    }
     return environment.from_string(text)
 
 
-# --- numbers for people ---------------------------------------------------------------------------------------------
+# --- numbers for people -------------------------------------------------------------------------
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -177,7 +196,13 @@ def points(difference: float) -> str:
 
 
 def chance(p_value: float) -> str:
-    return "< 0.001" if p_value < 0.001 else f"= {p_value:.3f}" if p_value < 0.1 else f"= {p_value:.2f}"
+    return (
+        "< 0.001"
+        if p_value < 0.001
+        else f"= {p_value:.3f}"
+        if p_value < 0.1
+        else f"= {p_value:.2f}"
+    )
 
 
 def duration(seconds: float) -> str:
@@ -194,10 +219,13 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     rough = (high - low) / about
     power = 10 ** math.floor(math.log10(rough))
     step = min((power * m for m in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / rough)))
-    return [round(i * step, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        round(i * step, 12)
+        for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
-# --- what is drawn --------------------------------------------------------------------------------------------------
+# --- what is drawn ------------------------------------------------------------------------------
 
 
 def _tiles(report: ReportData) -> list[dict[str, str]]:
@@ -207,7 +235,10 @@ def _tiles(report: ReportData) -> list[dict[str, str]]:
         "balanced": ("Balanced accuracy", "every class counts the same"),
         "macro_f1": ("Macro-F1", "mean F1 over the classes"),
         "top5": ("Right among 5", "the true class is in the first five"),
-        "ece": ("Calibration error", f"stated confidence against truth, {metrics.CALIBRATION_BINS} bins"),
+        "ece": (
+            "Calibration error",
+            f"stated confidence against truth, {metrics.CALIBRATION_BINS} bins",
+        ),
         "majority": ("Majority baseline", "always the commonest class"),
     }
     tiles = []
@@ -215,9 +246,18 @@ def _tiles(report: ReportData) -> list[dict[str, str]]:
         value = report.metrics.get(name)
         if isinstance(value, Estimate):
             interval = f"{100 * value.low:.1f}–{100 * value.high:.1f}% ({value.method})"
-            tiles.append({"label": label, "value": percent(value.value), "interval": interval, "meaning": meaning})
+            tiles.append(
+                {
+                    "label": label,
+                    "value": percent(value.value),
+                    "interval": interval,
+                    "meaning": meaning,
+                }
+            )
         elif value is not None:
-            tiles.append({"label": label, "value": percent(value), "interval": "", "meaning": meaning})
+            tiles.append(
+                {"label": label, "value": percent(value), "interval": "", "meaning": meaning}
+            )
     return tiles
 
 
@@ -233,7 +273,11 @@ def _ruler(distance: Distance) -> dict[str, Any] | None:
 
     near, far = place(distance.near), place(distance.far)
     return {
-        "bands": [("near", 0, near), ("moderate", near, round(far - near, 2)), ("far", far, round(100 - far, 2))],
+        "bands": [
+            ("near", 0, near),
+            ("moderate", near, round(far - near, 2)),
+            ("far", far, round(100 - far, 2)),
+        ],
         "borders": [(near, f"{distance.near:g}"), (far, f"{distance.far:g}")],
         "value": place(distance.value),
         "low": place(distance.low),
@@ -260,20 +304,28 @@ def _contenders(report: ReportData) -> dict[str, Any] | None:
         }
         for c in report.contenders
     ]
-    return {"rows": rows, "ticks": [(place(tick), percent(tick, 0)) for tick in ticks(low, high, 4)]}
+    return {
+        "rows": rows,
+        "ticks": [(place(tick), percent(tick, 0)) for tick in ticks(low, high, 4)],
+    }
 
 
 def _candidates(candidates: Sequence[Candidate]) -> list[tuple[Candidate, float]]:
-    """Candidates, best first, with the length of their bar: the axis starts below the worst, so that differences show."""
+    """Candidates, best first, with the length of their bar: the axis starts below the worst, so
+    that differences show."""
     if not candidates:
         return []
     best, worst = max(c.accuracy for c in candidates), min(c.accuracy for c in candidates)
     start = max(0.0, worst - 0.25 * (best - worst) - 0.01)
-    return [(c, round(100 * (c.accuracy - start) / (best - start), 1)) for c in sorted(candidates, key=lambda c: -c.accuracy)]
+    return [
+        (c, round(100 * (c.accuracy - start) / (best - start), 1))
+        for c in sorted(candidates, key=lambda c: -c.accuracy)
+    ]
 
 
 def _panels(report: ReportData) -> list[dict[str, Any]]:
-    """One panel an axis: lines as points in a square of 100 × 100 that the page stretches, and labels in percent."""
+    """One panel an axis: lines as points in a square of 100 × 100 that the page stretches, and
+    labels in percent."""
     panels = []
     for name in dict.fromkeys(curve.panel for curve in report.curves):
         curves = [curve for curve in report.curves if curve.panel == name]
@@ -295,8 +347,14 @@ def _panels(report: ReportData) -> list[dict[str, Any]]:
         def down(y: float, bottom: float = bottom, top: float = top) -> float:
             return round(100 - 100 * (y - bottom) / (top - bottom), 2)
 
-        lines = [{"name": c.name, "pieces": _pieces(c, across, down), "last": _last(c)} for c in curves]
-        best = across(report.best_epoch) if report.best_epoch is not None and left <= report.best_epoch <= right else None
+        lines = [
+            {"name": c.name, "pieces": _pieces(c, across, down), "last": _last(c)} for c in curves
+        ]
+        best = (
+            across(report.best_epoch)
+            if report.best_epoch is not None and left <= report.best_epoch <= right
+            else None
+        )
         panels.append(
             {
                 "name": name,
@@ -328,19 +386,24 @@ def _last(curve: Curve) -> str:
 
 
 def _confusion(report: ReportData) -> list[dict[str, Any]] | None:
-    """Rows of the confusion matrix with each cell's share of its row, or None where it would not fit a page."""
+    """Rows of the confusion matrix with each cell's share of its row, or None where it would not
+    fit a page."""
     if len(report.classes) > MATRIX_CLASSES:
         return None
     rows = []
     for i, counts in enumerate(report.confusion):
         total = max(1, int(counts.sum()))
-        cells = [{"count": int(n), "share": round(float(n) / total, 3), "right": i == j} for j, n in enumerate(counts)]
+        cells = [
+            {"count": int(n), "share": round(float(n) / total, 3), "right": i == j}
+            for j, n in enumerate(counts)
+        ]
         rows.append({"name": report.classes[i], "cells": cells, "total": int(counts.sum())})
     return rows
 
 
 def confused(counts: NDArray[Any], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Pairs of different classes by how many images of the first were taken for the second, most first."""
+    """Pairs of different classes by how many images of the first were taken for the second, most
+    first."""
     off = np.array(counts)
     np.fill_diagonal(off, 0)
     support = np.asarray(counts).sum(axis=1)
@@ -348,18 +411,30 @@ def confused(counts: NDArray[Any], classes: Sequence[str]) -> list[dict[str, Any
     pairs.sort(key=lambda pair: (-pair[0], -pair[0] / support[pair[1]], pair[1:]))
     most = pairs[0][0] if pairs else 1
     return [
-        {"true": classes[i], "predicted": classes[j], "count": n, "of": int(support[i]), "bar": round(100 * n / most, 1)}
+        {
+            "true": classes[i],
+            "predicted": classes[j],
+            "count": n,
+            "of": int(support[i]),
+            "bar": round(100 * n / most, 1),
+        }
         for n, i, j in pairs
     ]
 
 
 def class_rows(report: ReportData) -> list[dict[str, Any]]:
-    """One row a class, the lowest F1 first, classes without test images last, each with advice in words."""
+    """One row a class, the lowest F1 first, classes without test images last, each with advice in
+    words."""
     rates = metrics.per_class(report.confusion)
     rows = []
     for i, name in enumerate(report.classes):
         support = int(rates.support[i])
-        row = {"name": name, "support": support, "training": report.training[i], "f1": float(rates.f1[i])}
+        row = {
+            "name": name,
+            "support": support,
+            "training": report.training[i],
+            "f1": float(rates.f1[i]),
+        }
         row |= {"precision": float(rates.precision[i]), "recall": float(rates.recall[i])}
         rows.append(row | {"advice": advice(report, i, row)})
     return sorted(rows, key=lambda row: (row["support"] == 0, row["f1"], row["name"]))
@@ -368,13 +443,18 @@ def class_rows(report: ReportData) -> list[dict[str, Any]]:
 def advice(report: ReportData, i: int, row: Mapping[str, Any]) -> str:
     """What the numbers of class `i` suggest, or nothing where it does well."""
     if row["support"] == 0:
-        return "No test images: nothing is known about this class." if report.test_evaluations else ""
+        return (
+            "No test images: nothing is known about this class." if report.test_evaluations else ""
+        )
     said = []
     wrong = np.array(report.confusion[i])
     wrong[i] = 0
     if wrong.any():
         other = int(wrong.argmax())
-        said.append(f"{int(wrong[other])} of {row['support']} taken for {ISOLATE}{report.classes[other]}{POP}.")
+        said.append(
+            f"{int(wrong[other])} of {row['support']} taken for "
+            f"{ISOLATE}{report.classes[other]}{POP}."
+        )
     attracted = int(report.confusion[:, i].sum()) - int(report.confusion[i, i])
     if attracted > max(1, 0.25 * row["support"]) and row["precision"] < row["recall"]:
         said.append(f"{attracted} images of other classes land here.")
@@ -387,7 +467,10 @@ def advice(report: ReportData, i: int, row: Mapping[str, Any]) -> str:
 
 def _times(seconds: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
     total = sum(value for _, value in seconds) or 1.0
-    return [{"name": name, "text": duration(value), "share": round(100 * value / total, 2)} for name, value in seconds]
+    return [
+        {"name": name, "text": duration(value), "share": round(100 * value / total, 2)}
+        for name, value in seconds
+    ]
 
 
 def _data_url(picture: bytes) -> str:

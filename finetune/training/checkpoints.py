@@ -1,7 +1,7 @@
 """Where a training is, on the disk: one file an epoch writes over, and what may go on from it.
 
-A training that was killed goes on from its last epoch, with the bits of one that was not; a checkpoint of anything else is
-refused.
+A training that was killed goes on from its last epoch, with the bits of one that was not; a
+checkpoint of anything else is refused.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ PLAIN = ("epoch", "step", "stopped", "start", "history", "warnings")  # what of 
 
 @dataclass
 class State:
-    """Where the loop is and what it has seen: what a checkpoint holds beside the live weights and the optimizer's moments.
+    """Where the loop is and what it has seen: what a checkpoint holds beside the live weights and
+    the optimizer's moments.
 
-    Order, augmentation, mixup and dropout follow from (seed, epoch), so that no generator has to be saved. `good` are the
-    weights after the last finished epoch, `average` the moving average, `best` the weights of the lowest validation loss
-    and `scores` (n_val, C) theirs.
+    Order, augmentation, mixup and dropout follow from (seed, epoch), so that no generator has to be
+    saved. `good` are the weights after the last finished epoch, `average` the moving average,
+    `best` the weights of the lowest validation loss and `scores` (n_val, C) theirs.
     """
 
     epoch: int = 0
@@ -56,7 +57,8 @@ class State:
 
 @dataclass(frozen=True)
 class Trainable:
-    """What a step changes: the live tensors by name (`trunk.` and `head.`), a copy of them at the start, and the optimizer."""
+    """What a step changes: the live tensors by name (`trunk.` and `head.`), a copy of them at the
+    start, and the optimizer."""
 
     live: optim.Tensors
     initial: optim.Tensors
@@ -81,7 +83,11 @@ class Trainable:
     def moved(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs of a trunk parameter and its start, for L2-SP."""
         pairs = ((key, self.live[key], start) for key, start in self.initial.items())
-        return [(live, start) for key, live, start in pairs if key.startswith("trunk.") and live.requires_grad]
+        return [
+            (live, start)
+            for key, live, start in pairs
+            if key.startswith("trunk.") and live.requires_grad
+        ]
 
 
 def copied(tensors: Mapping[str, Tensor]) -> optim.Tensors:
@@ -100,7 +106,10 @@ def mark_of(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> s
     """A digest of all that decides the outcome: a checkpoint of anything else is refused."""
     known = {f"start.{key}": tensor for key, tensor in job.backbone.module.state_dict().items()}
     known["class_weights"] = job.class_weights
-    known |= {f"head_start.{k}": torch.as_tensor(np.asarray(array)) for k, array in enumerate(head_start or ())}
+    known |= {
+        f"head_start.{k}": torch.as_tensor(np.asarray(array))
+        for k, array in enumerate(head_start or ())
+    }
     about = {
         "format": FORMAT,
         "training": job.training.to_json(),
@@ -109,36 +118,51 @@ def mark_of(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> s
         "bf16": job.half,
         "preprocess": job.backbone.network.to_json()["preprocess"],
         "tensors": tensor_digest(known),
-        "images": [[(job.images.paths[i], int(job.images.labels[i])) for i in part] for part in (job.train, job.val)],
+        "images": [
+            [(job.images.paths[i], int(job.images.labels[i])) for i in part]
+            for part in (job.train, job.val)
+        ],
         "positions": [job.train.tolist(), job.val.tolist()],
     }
     return files.digest_json(about)
 
 
 def save(job: Job, mark: str, state: State, trainable: Trainable) -> None:
-    """One safetensors file, its JSON in the header, so that tensors and state are replaced together or not at all."""
+    """One safetensors file, its JSON in the header, so that tensors and state are replaced together
+    or not at all."""
     if job.folder is None:
         return
-    tensors = {f"{part}/{key}": t for part in ("good", "average", "best") for key, t in getattr(state, part).items()}
+    tensors = {
+        f"{part}/{key}": t
+        for part in ("good", "average", "best")
+        for key, t in getattr(state, part).items()
+    }
     if state.scores is not None:
         tensors["scores"] = state.scores
     for k, parameter in enumerate(trainable.parameters):
         moments = trainable.optimizer.state[parameter]
-        tensors |= {f"optimizer/{k}/{name}": value for name, value in moments.items() if value is not None}
+        tensors |= {
+            f"optimizer/{k}/{name}": value for name, value in moments.items() if value is not None
+        }
     plain = {name: getattr(state, name) for name in PLAIN}
     header = {"mark": mark, "state": json.dumps(plain, allow_nan=False)}
     with files.atomic(job.folder / FILE) as temporary:
         try:
             safetensors.torch.save_file(
-                {key: t.detach().contiguous().cpu() for key, t in tensors.items()}, temporary, metadata=header
+                {key: t.detach().contiguous().cpu() for key, t in tensors.items()},
+                temporary,
+                metadata=header,
             )
         except safetensors.SafetensorError as error:  # what it raises for a full disk
             fix = "free some space, then run the same command again: it goes on"
-            raise UserError(f"the checkpoint cannot be written ({error})", where=job.folder, fix=fix) from error
+            raise UserError(
+                f"the checkpoint cannot be written ({error})", where=job.folder, fix=fix
+            ) from error
 
 
 def load(job: Job, mark: str, trainable: Trainable) -> State:
-    """The state to go on from: that of the checkpoint, put into the model and the optimizer, or a new one."""
+    """The state to go on from: that of the checkpoint, put into the model and the optimizer, or a
+    new one."""
     path = None if job.folder is None else job.folder / FILE
     if path is None or not path.exists():
         return State()
@@ -147,9 +171,15 @@ def load(job: Job, mark: str, trainable: Trainable) -> State:
             header = file.metadata()
             tensors = {key: file.get_tensor(key).to(job.device) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"damaged: {error}", where=path, fix="remove it: the training then starts again") from error
+        raise UserError(
+            f"damaged: {error}", where=path, fix="remove it: the training then starts again"
+        ) from error
     if not header or header.get("mark") != mark:
-        raise UserError("belongs to another training", where=path, fix="remove it, or choose another folder with --out")
+        raise UserError(
+            "belongs to another training",
+            where=path,
+            fix="remove it, or choose another folder with --out",
+        )
     state = State(**json.loads(header["state"]), scores=tensors.pop("scores", None))
     parameters = trainable.parameters
     for key, value in tensors.items():
@@ -158,9 +188,15 @@ def load(job: Job, mark: str, trainable: Trainable) -> State:
             k, _, name = name.partition("/")
             parameter = parameters[int(k)]
             # In the layout of the parameter, which the fused kernel walks along.
-            own = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+            own = (
+                torch.empty_like(parameter)
+                if value.shape == parameter.shape
+                else torch.empty_like(value)
+            )
             trainable.optimizer.state[parameter][name] = own.detach().copy_(value)
         else:
-            getattr(state, part)[name] = torch.empty_like(trainable.live[name]).detach().copy_(value)
+            getattr(state, part)[name] = (
+                torch.empty_like(trainable.live[name]).detach().copy_(value)
+            )
     put(trainable.live, state.good)
     return state

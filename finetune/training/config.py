@@ -15,10 +15,11 @@ from finetune.errors import UserError
 class Training:
     """How to fine-tune: everything that the loop needs, decided before it starts.
 
-    `trainable` names stages from stem to end; `lr` is the head's learning rate, every trainable stage gets
-    `lr * trunk_lr_scale * layer_decay ** (stages between it and the head)`, written into its own parameter group.
-    `warmup` is a share of all steps. `views` is the number of augmented copies of each image whose activations are
-    stored at the freeze boundary. `l2_sp` pulls trainable trunk weights to where they started (Li et al. 2018).
+    `trainable` names stages from stem to end; `lr` is the head's learning rate, every trainable
+    stage gets `lr * trunk_lr_scale * layer_decay ** (stages between it and the head)`, written into
+    its own parameter group. `warmup` is a share of all steps. `views` is the number of augmented
+    copies of each image whose activations are stored at the freeze boundary. `l2_sp` pulls
+    trainable trunk weights to where they started (Li et al. 2018).
     """
 
     trainable: tuple[str, ...]
@@ -51,10 +52,14 @@ class Training:
 
 def check_strategy(strategy: str) -> str:
     """The strategy itself where it exists, else a `UserError` that lists those that do."""
-    if strategy in ("svm", "probe", "half", "full", "scratch") or re.fullmatch(r"stages:[1-9]\d*", strategy):
+    if strategy in ("svm", "probe", "half", "full", "scratch") or re.fullmatch(
+        r"stages:[1-9]\d*", strategy
+    ):
         return strategy
     raise UserError(
-        f"no strategy is called {strategy!r}", where="--strategy", fix="choose auto, svm, probe, stages:K, half, full or scratch"
+        f"no strategy is called {strategy!r}",
+        where="--strategy",
+        fix="choose auto, svm, probe, stages:K, half, full or scratch",
     )
 
 

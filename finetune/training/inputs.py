@@ -1,4 +1,5 @@
-"""What the training loop is fed with: activations stored at the freeze boundary, so that frozen stages run once, or pixels."""
+"""What the training loop is fed with: activations stored at the freeze boundary, so that frozen
+stages run once, or pixels."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ Ints = NDArray[np.int64]
 Items = list[tuple[int, int]]  # (image, view)
 Log = Callable[[dict[str, Any]], None]
 
-STORE_LIMIT = 16 * 2**30  # bytes: more stored activations than this, and the frozen stages run in every epoch instead
+# bytes: more stored activations than this, and the frozen stages run in every epoch instead
+STORE_LIMIT = 16 * 2**30
 STORE_BATCH = 32  # images at once through the frozen stages
 FREE_SHARE = 0.8  # of the free disk, the same
 VERIFIED = 4  # images on which the tail is compared with the whole network, in float32
@@ -60,15 +62,18 @@ class Job:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
     def labels(self, items: Items) -> Tensor:
-        return torch.from_numpy(self.images.labels[[i for i, _ in items]].astype(np.int64)).to(self.device)
+        return torch.from_numpy(self.images.labels[[i for i, _ in items]].astype(np.int64)).to(
+            self.device
+        )
 
 
 @dataclass(frozen=True)
 class Feed:
     """Where the loop's input comes from.
 
-    `batches` gives the input of every batch of (image, view); `trunk` makes pooled features `(n, width)` of it. `views` is
-    the number of stored views of a training image, 0 where every epoch draws a new one. `tick` counts images.
+    `batches` gives the input of every batch of (image, view); `trunk` makes pooled features `(n,
+    width)` of it. `views` is the number of stored views of a training image, 0 where every epoch
+    draws a new one. `tick` counts images.
     """
 
     views: int
@@ -78,20 +83,26 @@ class Feed:
 
 
 def even_batches(items: Items, size: int) -> list[Items]:
-    """Batches of nearly equal size: none is dropped, and no single image is left over to upset BatchNorm."""
-    edges = np.linspace(0, len(items), math.ceil(len(items) / size) + 1).round().astype(int).tolist()
+    """Batches of nearly equal size: none is dropped, and no single image is left over to upset
+    BatchNorm."""
+    edges = (
+        np.linspace(0, len(items), math.ceil(len(items) / size) + 1).round().astype(int).tolist()
+    )
     return [items[low:high] for low, high in itertools.pairwise(edges)]
 
 
 @contextlib.contextmanager
 def open_feed(job: Job, warnings: list[str]) -> Iterator[Feed]:
-    """The input of the loop: activations at the freeze boundary where they can be stored, else pixels; `warnings` gets why."""
+    """The input of the loop: activations at the freeze boundary where they can be stored, else
+    pixels; `warnings` gets why."""
     module, count = job.backbone.module, len(job.train) * job.training.epochs
     reader = Reader(job.backbone, ()).to(job.device)
     pre, training = job.backbone.network.preprocess, job.training
 
     def pixels(plan: Sequence[Items]) -> Iterator[Tensor]:
-        for array in augment.batches(job.images, plan, pre, training.augment, flip=training.flip, seed=job.seed):
+        for array in augment.batches(
+            job.images, plan, pre, training.augment, flip=training.flip, seed=job.seed
+        ):
             yield reader.normalise(torch.from_numpy(array).to(job.device))
 
     plain = Feed(0, pixels, lambda x: module(x).flatten(1), _ticker(job.progress, count))
@@ -111,23 +122,33 @@ def open_feed(job: Job, warnings: list[str]) -> Iterator[Feed]:
 
 
 def boundary(backbone: Backbone) -> str | None:
-    """The submodule behind which something moves; "" where nothing does, None where no stage before it can be read."""
+    """The submodule behind which something moves; "" where nothing does, None where no stage before
+    it can be read."""
     names = [stage.name for stage in backbone.stages]
     moving = trainable_stages(backbone)
     if not moving:
         return ""
-    return next((stage.end for stage in reversed(backbone.stages[: names.index(moving[0])]) if stage.end), None)
+    return next(
+        (stage.end for stage in reversed(backbone.stages[: names.index(moving[0])]) if stage.end),
+        None,
+    )
 
 
 @torch.no_grad()
 def _stored(job: Job, plain: Feed, end: str, stack: contextlib.ExitStack) -> Feed:
-    """Run the frozen stages over every view of every image and keep what comes out, in the type it was computed in.
+    """Run the frozen stages over every view of every image and keep what comes out, in the type it
+    was computed in.
 
-    The file has no name, so that nothing is left of it however the process ends. Raises `CannotStoreError` before anything
-    is written, and `UserError` where the disk fills up on the way.
+    The file has no name, so that nothing is left of it however the process ends. Raises
+    `CannotStoreError` before anything is written, and `UserError` where the disk fills up on the
+    way.
     """
     train, val = job.train.tolist(), job.val.tolist()
-    views = 1 if job.training.augment == "none" else max(1, min(job.training.views, job.training.epochs))
+    views = (
+        1
+        if job.training.augment == "none"
+        else max(1, min(job.training.views, job.training.epochs))
+    )
     items = [(i, view) for view in range(views) for i in train] + [(i, 0) for i in val]
     (sample,) = plain.batches([[(i, 0) for i in train[:VERIFIED]]])
     wide = tail_works(job.backbone, end, sample) if end else False
@@ -150,7 +171,14 @@ def _stored(job: Job, plain: Feed, end: str, stack: contextlib.ExitStack) -> Fee
     with files.disk_errors(folder):
         for x in plain.batches(plan):
             y = run(x)
-            file.write((y.permute(0, 2, 3, 1) if nhwc else y).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            file.write(
+                (y.permute(0, 2, 3, 1) if nhwc else y)
+                .contiguous()
+                .cpu()
+                .view(torch.uint8)
+                .numpy()
+                .tobytes()
+            )
             tick(len(x))
         file.flush()
     rows = np.memmap(file, dtype=np.uint8, mode="r", shape=(len(items), size))
@@ -159,16 +187,30 @@ def _stored(job: Job, plain: Feed, end: str, stack: contextlib.ExitStack) -> Fee
 
     def stored(plan: Sequence[Items]) -> Iterator[Tensor]:
         for batch in plan:
-            x = torch.from_numpy(rows[[row[item] for item in batch]]).view(one.dtype).view(-1, *shape).to(job.device)
+            x = (
+                torch.from_numpy(rows[[row[item] for item in batch]])
+                .view(one.dtype)
+                .view(-1, *shape)
+                .to(job.device)
+            )
             yield x.permute(0, 3, 1, 2) if nhwc else x
 
     # From here on the module is no longer whole, until `stack` closes.
-    return Feed(views, stored, stack.enter_context(tail(job.backbone, end, wide)) if end else lambda x: x, tick)
+    return Feed(
+        views,
+        stored,
+        stack.enter_context(tail(job.backbone, end, wide)) if end else lambda x: x,
+        tick,
+    )
 
 
 def _check_room(needed: int, free: int) -> None:
-    """Refuse to store more than `STORE_LIMIT`, or more than `FREE_SHARE` of what is free on the disk."""
-    for room, words in ((STORE_LIMIT, "that is the limit"), (FREE_SHARE * free, "of the disk may be filled")):
+    """Refuse to store more than `STORE_LIMIT`, or more than `FREE_SHARE` of what is free on the
+    disk."""
+    for room, words in (
+        (STORE_LIMIT, "that is the limit"),
+        (FREE_SHARE * free, "of the disk may be filled"),
+    ):
         if needed > room:
             sizes = f"{needed / 2**30:.1f} GiB of activations, where {room / 2**30:.1f} GiB"
             raise CannotStoreError(f"{sizes} {words}")

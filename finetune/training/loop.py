@@ -1,8 +1,10 @@
-"""The one visible loop: fine-tune the trainable stages of a backbone and a linear head, with everything decided beforehand.
+"""The one visible loop: fine-tune the trainable stages of a backbone and a linear head, with
+everything decided beforehand.
 
-Where the first stages are frozen, they run once: their activations at the freeze boundary are stored for a few views of
-each image, and only the moving tail is trained. The same seed gives the same bits on one machine's CPU; a run that was
-killed goes on from its last epoch and ends with the bits of an uninterrupted one.
+Where the first stages are frozen, they run once: their activations at the freeze boundary are
+stored for a few views of each image, and only the moving tail is trained. The same seed gives the
+same bits on one machine's CPU; a run that was killed goes on from its last epoch and ends with the
+bits of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -46,10 +48,11 @@ LOWER = "lower --set train.lr, or use --precision float32"
 class TrainResult:
     """What `fit` made; the backbone's module holds the weights that go with it.
 
-    `head_weight` (C, width) and `head_bias` (C,) read the pooled features as they are. `history` has one row an epoch:
-    `epoch`, `step`, `train/loss`, `lr/<group>`, `update_ratio/<group>`, `seconds`, and with a validation part `val/loss`
-    and `val/top1`; `start` is the same before the first step (its `train/loss` is that of the first batch).
-    `best_epoch` is the epoch whose weights were kept (0: those before the first step), `val_scores` (n, C) their scores.
+    `head_weight` (C, width) and `head_bias` (C,) read the pooled features as they are. `history`
+    has one row an epoch: `epoch`, `step`, `train/loss`, `lr/<group>`, `update_ratio/<group>`,
+    `seconds`, and with a validation part `val/loss` and `val/top1`; `start` is the same before the
+    first step (its `train/loss` is that of the first batch). `best_epoch` is the epoch whose
+    weights were kept (0: those before the first step), `val_scores` (n, C) their scores.
     """
 
     head_weight: Floats
@@ -67,7 +70,7 @@ class DivergedError(UserError):
     """Loss, gradients or weights are no longer finite."""
 
 
-# -------------------------------------------------------------------------------------------------------- the one door
+# ------------------------------------------------------------------------------------- the one door
 
 
 def fit(
@@ -87,26 +90,34 @@ def fit(
     device: str = "auto",
     precision: str = "auto",
 ) -> TrainResult:
-    """Fine-tune `backbone` (changed in place) and a head for `classes` classes on `images` at `train_index`.
+    """Fine-tune `backbone` (changed in place) and a head for `classes` classes on `images` at
+    `train_index`.
 
-    `head_start` is a `(weight, bias)` on the pooled features; without it the head starts at zero or from `probe`, as
-    `training.head_init` says. `class_weights` (C,) weigh the images of a class; without them `training.class_weight`
-    "balanced" gives n / (C n_c), everything else 1. With `val_index` the weights of the lowest validation loss are kept,
-    and `training.patience` epochs without a gain of `optim.MIN_DELTA` stop the training (0: never); else the last are kept.
-    `checkpoint` is a folder: every epoch is saved there, and the same call goes on from it. `precision` is auto, bf16 or
-    float32. The input size is that of `backbone`.
+    `head_start` is a `(weight, bias)` on the pooled features; without it the head starts at zero or
+    from `probe`, as `training.head_init` says. `class_weights` (C,) weigh the images of a class;
+    without them `training.class_weight` "balanced" gives n / (C n_c), everything else 1. With
+    `val_index` the weights of the lowest validation loss are kept, and `training.patience` epochs
+    without a gain of `optim.MIN_DELTA` stop the training (0: never); else the last are kept.
+    `checkpoint` is a folder: every epoch is saved there, and the same call goes on from it.
+    `precision` is auto, bf16 or float32. The input size is that of `backbone`.
 
-    Raises `UserError` for bad input, an unreadable image and a full disk, and where the loss or a gradient is no longer
-    finite; the backbone then holds the weights of the last finished epoch. After any other end, Ctrl-C included, it holds
-    those it started with.
+    Raises `UserError` for bad input, an unreadable image and a full disk, and where the loss or a
+    gradient is no longer finite; the backbone then holds the weights of the last finished epoch.
+    After any other end, Ctrl-C included, it holds those it started with.
     """
     log, progress = log or (lambda row: None), progress or (lambda done, total: None)
     where = _device(device)
     half = where.type != "mps" and resolve("torch", precision)[1] == "bf16"
-    train, val = np.asarray(train_index, np.int64), np.asarray([] if val_index is None else val_index, np.int64)
+    train, val = (
+        np.asarray(train_index, np.int64),
+        np.asarray([] if val_index is None else val_index, np.int64),
+    )
     _check(images.labels, train, val, classes, training)
     weights = _class_weights(images.labels[train], classes, training, class_weights).to(where)
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []), _prepared(backbone, training, where, half):
+    with (
+        torch.random.fork_rng(devices=[where] if where.type == "cuda" else []),
+        _prepared(backbone, training, where, half),
+    ):
         head = nn.Linear(backbone.network.widths["pooled"], classes, device=where)
         job = Job(
             backbone=backbone,
@@ -159,7 +170,11 @@ def _run(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> Trai
 
 
 def _begin(
-    job: Job, feed: Feed, state: State, trainable: Trainable, head_start: tuple[NDArray[Any], NDArray[Any]] | None
+    job: Job,
+    feed: Feed,
+    state: State,
+    trainable: Trainable,
+    head_start: tuple[NDArray[Any], NDArray[Any]] | None,
 ) -> None:
     """Give the head its first weights, and judge the model before the first step."""
     nn.init.zeros_(job.head.weight)
@@ -171,7 +186,9 @@ def _begin(
         with torch.no_grad(), job.autocast():
             features = torch.cat([feed.trunk(x).float() for x in feed.batches(plan)]).cpu().numpy()
         weights = job.class_weights.cpu().numpy()
-        head_start = probe(features, job.images.labels[job.train], len(weights), class_weights=weights)
+        head_start = probe(
+            features, job.images.labels[job.train], len(weights), class_weights=weights
+        )
     if head_start is not None:
         with torch.no_grad():
             job.head.weight.copy_(torch.as_tensor(head_start[0]))
@@ -181,7 +198,11 @@ def _begin(
     if len(job.val):
         loss, top1, state.scores = _evaluate(job, feed)
         if not math.isfinite(loss):
-            raise DivergedError(f"the validation loss is {loss} before the first step", where="training", fix="check the weights")
+            raise DivergedError(
+                f"the validation loss is {loss} before the first step",
+                where="training",
+                fix="check the weights",
+            )
         state.start = {"val/loss": loss, "val/top1": top1}
         state.best = copied(trainable.live)
 
@@ -191,11 +212,19 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
     training, groups = job.training, trainable.groups
     steps = math.ceil(len(job.train) / training.batch_size) * training.epochs
     factor, decay = optim.schedule(training, steps), optim.ema_decay(steps)
-    job.log({"groups": optim.group_table(groups), "device": str(job.device), "bf16": job.half, "stored_views": feed.views})
+    job.log(
+        {
+            "groups": optim.group_table(groups),
+            "device": str(job.device),
+            "bf16": job.half,
+            "stored_views": feed.views,
+        }
+    )
     feed.tick(state.epoch * len(job.train))
     for epoch in range(state.epoch + 1, training.epochs + 1):
         began = time.perf_counter()
-        torch.manual_seed(int(np.random.default_rng([job.seed, epoch, 1]).integers(2**62)))  # dropout, drop-path
+        # dropout, drop-path
+        torch.manual_seed(int(np.random.default_rng([job.seed, epoch, 1]).integers(2**62)))
         rng = np.random.default_rng([job.seed, epoch])
         plan = _order(job, feed, epoch, rng)
         job.backbone.module.train()
@@ -219,20 +248,30 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
             total += stats.loss * len(items)
             feed.tick(len(items))
         if optim.broken_groups(groups, gradients=False):
-            raise _diverged("a step gave weights that are not finite", state.step - 1, epoch, groups)
-        row: dict[str, Any] = {"epoch": epoch, "step": state.step, "train/loss": total / len(job.train)}
+            raise _diverged(
+                "a step gave weights that are not finite", state.step - 1, epoch, groups
+            )
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "step": state.step,
+            "train/loss": total / len(job.train),
+        }
         row |= {f"lr/{group['name']}": group["lr"] for group in groups}
         row |= {f"update_ratio/{name}": ratio for name, ratio in ratios.items()}
         live = copied(trainable.live)
         if len(job.val):
             row |= _judge(job, feed, state, trainable, live)
             if not math.isfinite(row["val/loss"]):
-                raise _diverged(f"the validation loss is {row['val/loss']}", state.step - 1, epoch, groups)
+                raise _diverged(
+                    f"the validation loss is {row['val/loss']}", state.step - 1, epoch, groups
+                )
         state.epoch, state.good = epoch, live
         row["seconds"] = time.perf_counter() - began
         state.history.append(row)
         state.stopped = _reason_to_stop(job, state)
-        job.log(row)  # before the checkpoint: an epoch that is done again is told once, one that is not would be missing
+        # before the checkpoint: an epoch that is done again is told once, one that is not would be
+        # missing
+        job.log(row)
         checkpoints.save(job, mark, state, trainable)
         if state.stopped:
             break
@@ -240,8 +279,9 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
 
 @dataclass(frozen=True)
 class StepStats:
-    """What a step met: the loss that learns, the same with the pull of L2-SP, whether the head was all zeros before it,
-    and the norm of the whole gradient before clipping. A step that is not `finite` has changed nothing."""
+    """What a step met: the loss that learns, the same with the pull of L2-SP, whether the head was
+    all zeros before it, and the norm of the whole gradient before clipping. A step that is not
+    `finite` has changed nothing."""
 
     loss: float
     penalised: float
@@ -257,10 +297,11 @@ class StepStats:
 
 
 def step(job: Job, feed: Feed, trainable: Trainable, x: Tensor, targets: Tensor) -> StepStats:
-    """One step on one batch: forward, loss, gradients, clipping, update, at the learning rates that the groups hold.
+    """One step on one batch: forward, loss, gradients, clipping, update, at the learning rates that
+    the groups hold.
 
-    `x` is what `feed.batches` gives, `targets` (n, C) are probabilities. A loss or gradient that is not finite updates
-    nothing: the caller decides what that means.
+    `x` is what `feed.batches` gives, `targets` (n, C) are probabilities. A loss or gradient that is
+    not finite updates nothing: the caller decides what that means.
     """
     training = job.training
     with job.autocast():
@@ -281,9 +322,12 @@ def step(job: Job, feed: Feed, trainable: Trainable, x: Tensor, targets: Tensor)
 
 
 def _order(job: Job, feed: Feed, epoch: int, rng: np.random.Generator) -> list[Items]:
-    """The batches of an epoch: every training image once, in random order, each in the view that is its turn."""
+    """The batches of an epoch: every training image once, in random order, each in the view that is
+    its turn."""
     order = rng.permutation(len(job.train)).tolist()
-    return even_batches([(int(job.train[k]), _view(job, feed, epoch, k)) for k in order], job.training.batch_size)
+    return even_batches(
+        [(int(job.train[k]), _view(job, feed, epoch, k)) for k in order], job.training.batch_size
+    )
 
 
 def _reason_to_stop(job: Job, state: State) -> str:
@@ -295,13 +339,16 @@ def _reason_to_stop(job: Job, state: State) -> str:
 
 
 def _view(job: Job, feed: Feed, epoch: int, k: int) -> int:
-    """Which view of the k-th training image an epoch sees: the stored ones in turn, else a new one."""
+    """Which view of the k-th training image an epoch sees: the stored ones in turn, else a new
+    one."""
     if job.training.augment == "none":
         return 0
     return (epoch - 1 + k) % feed.views if feed.views else epoch
 
 
-def _judge(job: Job, feed: Feed, state: State, trainable: Trainable, live: optim.Tensors) -> dict[str, float]:
+def _judge(
+    job: Job, feed: Feed, state: State, trainable: Trainable, live: optim.Tensors
+) -> dict[str, float]:
     """Validate the live weights, or their average, and keep the best so far."""
     current = state.average or live
     checkpoints.put(trainable.live, current)
@@ -313,11 +360,14 @@ def _judge(job: Job, feed: Feed, state: State, trainable: Trainable, live: optim
 
 
 def _evaluate(job: Job, feed: Feed) -> tuple[float, float, Tensor]:
-    """Mean cross-entropy (no smoothing, no class weights), top-1 and scores (n, C) of the validation images."""
+    """Mean cross-entropy (no smoothing, no class weights), top-1 and scores (n, C) of the
+    validation images."""
     items = [(int(i), 0) for i in job.val]
     job.backbone.module.eval()
     with torch.no_grad(), job.autocast():
-        features = torch.cat([feed.trunk(x).float() for x in feed.batches(even_batches(items, STORE_BATCH))])
+        features = torch.cat(
+            [feed.trunk(x).float() for x in feed.batches(even_batches(items, STORE_BATCH))]
+        )
     with torch.no_grad():
         scores, labels = job.head(features), job.labels(items)
         loss = nn.functional.cross_entropy(scores, labels).item()
@@ -325,41 +375,87 @@ def _evaluate(job: Job, feed: Feed) -> tuple[float, float, Tensor]:
     return loss, top1, scores
 
 
-# -------------------------------------------------------------------------------------- before and after the loop
+# ------------------------------------------------------------------------ before and after the loop
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"no device {name!r} here", where="device", fix="use auto or cpu") from error
+        raise UserError(
+            f"no device {name!r} here", where="device", fix="use auto or cpu"
+        ) from error
     hardware.keep_memory()
     return torch.device(name)
 
 
 def _check(labels: Ints, train: Ints, val: Ints, classes: int, training: Training) -> None:
     if not len(train):
-        raise UserError("no training images", where="training", fix="give at least one image of each class")
+        raise UserError(
+            "no training images", where="training", fix="give at least one image of each class"
+        )
     if training.batch_size < 1:
-        raise UserError(f"batch_size is {training.batch_size}", where="train.batch_size", fix="use 1 or more")
+        raise UserError(
+            f"batch_size is {training.batch_size}", where="train.batch_size", fix="use 1 or more"
+        )
     if training.head_init not in ("probe", "zero"):
-        raise UserError(f"no head_init is called {training.head_init!r}", where="train.head_init", fix="use probe or zero")
+        raise UserError(
+            f"no head_init is called {training.head_init!r}",
+            where="train.head_init",
+            fix="use probe or zero",
+        )
     if shared := np.intersect1d(train, val).tolist():
-        raise UserError(f"images {shared[:3]} train and validate", where="training", fix="make the parts disjoint")
-    outside = sorted({int(label) for label in labels[np.concatenate([train, val])] if not 0 <= label < classes})
+        raise UserError(
+            f"images {shared[:3]} train and validate",
+            where="training",
+            fix="make the parts disjoint",
+        )
+    outside = sorted(
+        {int(label) for label in labels[np.concatenate([train, val])] if not 0 <= label < classes}
+    )
     if outside:
-        raise UserError(f"label {outside[0]} is none of the {classes} classes", where="training", fix="label every image")
-    if training.norm_moves and min(len(part) for part in even_batches([(int(i), 0) for i in train], training.batch_size)) == 1:
-        raise UserError("BatchNorm cannot learn from batches of one image", where="train.batch_size", fix="use 2 or more")
+        raise UserError(
+            f"label {outside[0]} is none of the {classes} classes",
+            where="training",
+            fix="label every image",
+        )
+    if (
+        training.norm_moves
+        and min(
+            len(part) for part in even_batches([(int(i), 0) for i in train], training.batch_size)
+        )
+        == 1
+    ):
+        raise UserError(
+            "BatchNorm cannot learn from batches of one image",
+            where="train.batch_size",
+            fix="use 2 or more",
+        )
 
 
-def _class_weights(labels: Ints, classes: int, training: Training, given: ArrayLike | None) -> Tensor:
+def _class_weights(
+    labels: Ints, classes: int, training: Training, given: ArrayLike | None
+) -> Tensor:
     if given is not None:
         weights = torch.as_tensor(np.asarray(given, np.float32))
-        if weights.shape != (classes,) or not (weights > 0).all() or not torch.isfinite(weights).all():
-            raise UserError("class weights must be one number above 0 a class", where="class_weights", fix=f"give {classes}")
+        if (
+            weights.shape != (classes,)
+            or not (weights > 0).all()
+            or not torch.isfinite(weights).all()
+        ):
+            raise UserError(
+                "class weights must be one number above 0 a class",
+                where="class_weights",
+                fix=f"give {classes}",
+            )
         return weights
     if training.class_weight != "balanced":
         return torch.ones(classes)
@@ -368,8 +464,11 @@ def _class_weights(labels: Ints, classes: int, training: Training, given: ArrayL
 
 
 @contextlib.contextmanager
-def _prepared(backbone: Backbone, training: Training, device: torch.device, half: bool) -> Iterator[None]:
-    """Freeze, and bring the module to the device in the layout that convolutions are fastest in; afterwards, back."""
+def _prepared(
+    backbone: Backbone, training: Training, device: torch.device, half: bool
+) -> Iterator[None]:
+    """Freeze, and bring the module to the device in the layout that convolutions are fastest in;
+    afterwards, back."""
     freeze(backbone, training.trainable, norm_moves=training.norm_moves)
     backbone.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     slow = slow_in_bf16(backbone.module) if half and device.type == "cpu" else {}
@@ -383,18 +482,34 @@ def _prepared(backbone: Backbone, training: Training, device: torch.device, half
 
 
 def _check_first_loss(job: Job, state: State, first: StepStats) -> None:
-    """Keep the loss of the first batch; a head of zeros must give ln C, whatever the features are."""
+    """Keep the loss of the first batch; a head of zeros must give ln C, whatever the features
+    are."""
     state.start["train/loss"] = first.loss
     expected = math.log(len(job.class_weights))
     if first.zero_head and abs(first.loss - expected) > 1e-3:
-        raise UserError(f"the first loss of a zero head is {first.loss:.4f}, not ln C = {expected:.4f}", where="training")
+        raise UserError(
+            f"the first loss of a zero head is {first.loss:.4f}, not ln C = {expected:.4f}",
+            where="training",
+        )
 
 
 def _diverged(what: str, step: int, epoch: int, groups: Sequence[optim.Group]) -> DivergedError:
-    """Name the step and the groups: those with broken weights where there are any, else those with broken gradients."""
-    weights, gradients = optim.broken_groups(groups, gradients=False), optim.broken_groups(groups, gradients=True)
-    names = f"weights of {', '.join(weights)}" if weights else f"gradients of {', '.join(gradients) or 'none'}"
-    return DivergedError(f"{what} at step {step + 1} (epoch {epoch}); not finite: {names}", where="training", fix=LOWER)
+    """Name the step and the groups: those with broken weights where there are any, else those with
+    broken gradients."""
+    weights, gradients = (
+        optim.broken_groups(groups, gradients=False),
+        optim.broken_groups(groups, gradients=True),
+    )
+    names = (
+        f"weights of {', '.join(weights)}"
+        if weights
+        else f"gradients of {', '.join(gradients) or 'none'}"
+    )
+    return DivergedError(
+        f"{what} at step {step + 1} (epoch {epoch}); not finite: {names}",
+        where="training",
+        fix=LOWER,
+    )
 
 
 def _doubts(state: State, best: int, n: int) -> list[str]:
@@ -402,7 +517,9 @@ def _doubts(state: State, best: int, n: int) -> list[str]:
     if not n or not state.history:
         return []
     if best == 0:
-        return ["no epoch lowered the validation loss: the weights from before the first step were kept"]
+        return [
+            "no epoch lowered the validation loss: the weights from before the first step were kept"
+        ]
     before, after = state.start["val/top1"], state.history[best - 1]["val/top1"]
     error = math.sqrt(after * (1 - after) / n)
     if after - before >= error:

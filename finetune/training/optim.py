@@ -1,4 +1,5 @@
-"""Parameter groups with real learning rates, schedules as plain functions, moving averages, L2-SP, the loss, and when to stop."""
+"""Parameter groups with real learning rates, schedules as plain functions, moving averages, L2-SP,
+the loss, and when to stop."""
 
 from __future__ import annotations
 
@@ -25,12 +26,14 @@ Tensors = dict[str, Tensor]
 
 
 def param_groups(backbone: Backbone, head: nn.Module, training: Training) -> list[Group]:
-    """Every trainable parameter once, in groups `{name, params, lr, base_lr, weight_decay}` from stem to head.
+    """Every trainable parameter once, in groups `{name, params, lr, base_lr, weight_decay}` from
+    stem to head.
 
-    The head learns at `training.lr`, a stage at `lr * trunk_lr_scale * layer_decay ** (stages between it and the head)`.
-    Vectors, scalars and what the network's `no_weight_decay()` names (tokens, position tables) are not decayed: their
-    group is called `<stage>/no-decay`. With L2-SP, which pulls the trunk to its start, weight decay would pull it to zero
-    as well, so that the trunk has none.
+    The head learns at `training.lr`, a stage at `lr * trunk_lr_scale * layer_decay ** (stages
+    between it and the head)`. Vectors, scalars and what the network's `no_weight_decay()` names
+    (tokens, position tables) are not decayed: their group is called `<stage>/no-decay`. With L2-SP,
+    which pulls the trunk to its start, weight decay would pull it to zero as well, so that the
+    trunk has none.
     """
     between = {stage.name: i for i, stage in enumerate(reversed(backbone.stages))}
     stage_of = group_of(backbone)
@@ -53,12 +56,21 @@ def param_groups(backbone: Backbone, head: nn.Module, training: Training) -> lis
             if parameters := members.get((stage, decays)):
                 name = stage if decays else f"{stage}/no-decay"
                 weight_decay = decay if decays else 0.0
-                groups.append({"name": name, "params": parameters, "lr": lr, "base_lr": lr, "weight_decay": weight_decay})
+                groups.append(
+                    {
+                        "name": name,
+                        "params": parameters,
+                        "lr": lr,
+                        "base_lr": lr,
+                        "weight_decay": weight_decay,
+                    }
+                )
     return groups
 
 
 def group_table(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """What each group holds, for the log: name, number of tensors and of numbers, learning rate, weight decay."""
+    """What each group holds, for the log: name, number of tensors and of numbers, learning rate,
+    weight decay."""
     return [
         {
             "name": group["name"],
@@ -75,25 +87,36 @@ def optimizer(groups: list[Group], training: Training) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019), or SGD with momentum 0.9, over `groups`."""
     if training.optimizer == "adamw":
         # The fused kernel takes one pass over each tensor; it exists for these devices.
-        fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+        fused = all(
+            parameter.device.type in ("cpu", "cuda")
+            for group in groups
+            for parameter in group["params"]
+        )
         return torch.optim.AdamW(groups, lr=training.lr, fused=fused)
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=training.lr, momentum=0.9)
     raise UserError(
-        f"no optimizer is called {training.optimizer!r}", where="train.optimizer", fix=f"use {' or '.join(OPTIMIZERS)}"
+        f"no optimizer is called {training.optimizer!r}",
+        where="train.optimizer",
+        fix=f"use {' or '.join(OPTIMIZERS)}",
     )
 
 
 def schedule(training: Training, total_steps: int) -> Callable[[int], float]:
     """The factor on every learning rate at step t = 0, 1, …, T − 1, with T = `total_steps`.
 
-    Over the first W = `round(warmup * T)` steps it rises as (t + 1) / W. After that, with p = (t − W) / (T − W):
-    cosine (1 + cos πp) / 2; linear 1 − p; step 0.1 ** ⌊3p⌋ (a tenth after each third); constant 1; and rsqrt, the
-    inverse square root √(W / (t + 1)) of Vaswani et al. 2017, with W at least 1.
+    Over the first W = `round(warmup * T)` steps it rises as (t + 1) / W. After that, with p = (t −
+    W) / (T − W): cosine (1 + cos πp) / 2; linear 1 − p; step 0.1 ** ⌊3p⌋ (a tenth after each
+    third); constant 1; and rsqrt, the inverse square root √(W / (t + 1)) of Vaswani et al. 2017,
+    with W at least 1.
     """
     shape = training.schedule
     if shape not in SCHEDULES:
-        raise UserError(f"no schedule is called {shape!r}", where="train.schedule", fix=f"use {', '.join(SCHEDULES)}")
+        raise UserError(
+            f"no schedule is called {shape!r}",
+            where="train.schedule",
+            fix=f"use {', '.join(SCHEDULES)}",
+        )
     warm = min(round(training.warmup * total_steps), max(total_steps - 1, 0))
 
     def factor(t: int) -> float:
@@ -118,21 +141,22 @@ def set_rates(groups: Iterable[Group], factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-# ------------------------------------------------------------------------------------------------ averages and L2-SP
+# ------------------------------------------------------------------------------- averages and L2-SP
 
 
 def ema_decay(total_steps: int) -> float:
     """Decay d of a moving average over `total_steps`: 1 − 5 / T, at most 0.9998.
 
-    The initial weights keep a share d ** T, which is below e⁻⁵ < 1 %. A fixed 0.9998 would still be mostly the initial
-    model after a few hundred steps.
+    The initial weights keep a share d ** T, which is below e⁻⁵ < 1 %. A fixed 0.9998 would still be
+    mostly the initial model after a few hundred steps.
     """
     return min(LONGEST_DECAY, max(0.0, 1 - 5 / max(total_steps, 1)))
 
 
 @torch.no_grad()
 def blend(average: Tensors, current: Mapping[str, Tensor], decay: float) -> None:
-    """One step of a moving average in place: `decay * average + (1 - decay) * current`; counters are copied."""
+    """One step of a moving average in place: `decay * average + (1 - decay) * current`; counters
+    are copied."""
     for key, value in current.items():
         if value.is_floating_point():
             average[key].lerp_(value.detach(), 1 - decay)
@@ -141,19 +165,23 @@ def blend(average: Tensors, current: Mapping[str, Tensor], decay: float) -> None
 
 
 def l2_sp(pairs: Iterable[tuple[Tensor, Tensor]], strength: float) -> Tensor:
-    """The penalty `strength / 2 * Σ ‖w − w₀‖²` over pairs of a weight and its start (Li et al. 2018)."""
+    """The penalty `strength / 2 * Σ ‖w − w₀‖²` over pairs of a weight and its start (Li et al.
+    2018)."""
     distances = [(weight - start).square().sum() for weight, start in pairs]
     return strength / 2 * torch.stack(distances).sum() if distances else torch.zeros(())
 
 
-# ----------------------------------------------------------------------------------------------------- loss and stopping
+# -------------------------------------------------------------------------------- loss and stopping
 
 
-def soft_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy with probabilities `targets` (n, C), smoothed towards 1 / C, as a mean weighted by class.
+def soft_cross_entropy(
+    logits: Tensor, targets: Tensor, class_weights: Tensor, smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy with probabilities `targets` (n, C), smoothed towards 1 / C, as a mean weighted
+    by class.
 
-    An image weighs what its target's classes weigh on average; for one-hot targets without smoothing this is
-    `F.cross_entropy(logits, labels, weight=class_weights)`.
+    An image weighs what its target's classes weigh on average; for one-hot targets without
+    smoothing this is `F.cross_entropy(logits, labels, weight=class_weights)`.
     """
     weights = targets @ class_weights
     smooth = targets * (1 - smoothing) + smoothing / targets.shape[1]
@@ -161,10 +189,14 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor, s
     return (weights * losses).sum() / weights.sum()
 
 
-def early_stop(losses: Sequence[float], patience: int, min_delta: float = MIN_DELTA) -> tuple[int, bool]:
-    """The position of the lowest loss, and whether `patience` losses have followed the last gain of `min_delta`.
+def early_stop(
+    losses: Sequence[float], patience: int, min_delta: float = MIN_DELTA
+) -> tuple[int, bool]:
+    """The position of the lowest loss, and whether `patience` losses have followed the last gain of
+    `min_delta`.
 
-    The first of equal losses wins. A slow descent of many gains below `min_delta` counts once their sum reaches it.
+    The first of equal losses wins. A slow descent of many gains below `min_delta` counts once their
+    sum reaches it.
     """
     reference, last = losses[0], 0
     for position, loss in enumerate(losses):
@@ -173,12 +205,13 @@ def early_stop(losses: Sequence[float], patience: int, min_delta: float = MIN_DE
     return losses.index(min(losses)), len(losses) - 1 - last >= patience
 
 
-# ------------------------------------------------------------------------------------------------------ health of a step
+# --------------------------------------------------------------------------------- health of a step
 
 
 @torch.no_grad()
 def broken_groups(groups: Sequence[Group], *, gradients: bool) -> list[str]:
-    """Names of the groups in which a weight (or a gradient, where `gradients`) is NaN or infinite."""
+    """Names of the groups in which a weight (or a gradient, where `gradients`) is NaN or
+    infinite."""
     names = []
     for group in groups:
         tensors = [parameter.grad if gradients else parameter for parameter in group["params"]]
@@ -193,11 +226,13 @@ def copies(groups: Sequence[Group]) -> list[list[Tensor]]:
 
 
 @torch.no_grad()
-def update_ratios(groups: Sequence[Group], before: Sequence[Sequence[Tensor]]) -> dict[str, float | str]:
+def update_ratios(
+    groups: Sequence[Group], before: Sequence[Sequence[Tensor]]
+) -> dict[str, float | str]:
     """‖Δw‖ / ‖w‖ of one step a group: about 1e-3 is healthy.
 
-    Tensors that were all zero have no such ratio and are left out; a group of nothing else is `"warming"`: a new head,
-    or biases that have only begun.
+    Tensors that were all zero have no such ratio and are left out; a group of nothing else is
+    `"warming"`: a new head, or biases that have only begun.
     """
     ratios: dict[str, float | str] = {}
     for group, olds in zip(groups, before, strict=True):

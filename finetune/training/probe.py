@@ -17,16 +17,26 @@ PROBE_FLOAT64 = 20_000_000  # numbers: features up to this many are fitted in fl
 
 
 def probe(
-    features: NDArray[Any], y: NDArray[Any], classes: int, *, C: float = PROBE_C, class_weights: NDArray[Any] | None = None
+    features: NDArray[Any],
+    y: NDArray[Any],
+    classes: int,
+    *,
+    C: float = PROBE_C,
+    class_weights: NDArray[Any] | None = None,
 ) -> tuple[Floats, Floats]:
-    """Multinomial logistic regression on standardised features, folded back to raw ones: `(weight, bias)`.
+    """Multinomial logistic regression on standardised features, folded back to raw ones: `(weight,
+    bias)`.
 
-    `features` (n, d), `y` (n,) in 0…classes−1. Minimises C Σ loss + ‖w‖² / 2 with L-BFGS, as scikit-learn's
-    `LogisticRegression` does. `weight` is (classes, d) and `bias` (classes,), float32: the fold is exact.
+    `features` (n, d), `y` (n,) in 0…classes−1. Minimises C Σ loss + ‖w‖² / 2 with L-BFGS, as
+    scikit-learn's `LogisticRegression` does. `weight` is (classes, d) and `bias` (classes,),
+    float32: the fold is exact.
     """
-    x = torch.as_tensor(features, dtype=torch.float32 if features.size > PROBE_FLOAT64 else torch.float64)
+    x = torch.as_tensor(
+        features, dtype=torch.float32 if features.size > PROBE_FLOAT64 else torch.float64
+    )
     mean, std = x.mean(0), x.std(0, correction=0)
-    # A feature that hardly varies here would be blown up wherever it does; a floor keeps its weight small.
+    # A feature that hardly varies here would be blown up wherever it does; a floor keeps its weight
+    # small.
     scale = 1 / std.clamp(min=max(1e-3 * float(std.mean()), 1e-12))
     x = (x - mean) * scale
     labels = torch.as_tensor(y, dtype=torch.int64)
@@ -34,14 +44,18 @@ def probe(
     weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=300, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+        [weight, bias],
+        max_iter=300,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
         solver.zero_grad()
-        loss = nn.functional.cross_entropy(x @ weight.T + bias, labels, weight=per_class) + weight.square().sum() / (
-            2 * C * len(x)
-        )
+        loss = nn.functional.cross_entropy(
+            x @ weight.T + bias, labels, weight=per_class
+        ) + weight.square().sum() / (2 * C * len(x))
         loss.backward()
         return loss
 

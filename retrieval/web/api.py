@@ -1,7 +1,9 @@
-"""The routes of `retrieve serve`: the page, its pictures, and the API that the page and programs use.
+"""The routes of `retrieve serve`: the page, its pictures, and the API that the page and programs
+use.
 
-Pictures are served by id alone, and only while a file still has the very bytes that the gallery knows: whatever was put in
-the place of a file since, or a link to elsewhere, does not get out. Every error is JSON: `{"detail": "…"}`.
+Pictures are served by id alone, and only while a file still has the very bytes that the gallery
+knows: whatever was put in the place of a file since, or a link to elsewhere, does not get out.
+Every error is JSON: `{"detail": "…"}`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path as File
 from typing import Annotated
 
-from fastapi import APIRouter, FastAPI, Form, HTTPException, Path, Query, Request, Response, UploadFile
+from fastapi import (
+    APIRouter,
+    FastAPI,
+    Form,
+    HTTPException,
+    Path,
+    Query,
+    Request,
+    Response,
+    UploadFile,
+)
 from fastapi import File as Upload
 from pydantic import BaseModel, Field
 from starlette.types import ASGIApp
@@ -37,12 +49,20 @@ READING = 32  # uploads held in memory at once
 SHOWN = 1_000_000_000  # bytes of a file that is still shown
 
 TYPES = {
-    "JPEG": "image/jpeg", "PNG": "image/png", "GIF": "image/gif", "WebP": "image/webp", "TIFF": "image/tiff",
-    "BMP": "image/bmp", "PNM": "image/x-portable-anymap", "JPEG 2000": "image/jp2", "AVIF": "image/avif",
-}  # fmt: skip
-STATUS = {"not an image": 415, "unsupported": 415, "too large": 413}  # of faults of a picture; the others: 422
+    "JPEG": "image/jpeg",
+    "PNG": "image/png",
+    "GIF": "image/gif",
+    "WebP": "image/webp",
+    "TIFF": "image/tiff",
+    "BMP": "image/bmp",
+    "PNM": "image/x-portable-anymap",
+    "JPEG 2000": "image/jp2",
+    "AVIF": "image/avif",
+}
+# of faults of a picture; the others: 422
+STATUS = {"not an image": 415, "unsupported": 415, "too large": 413}
 
-# ------------------------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 
 class About(BaseModel):
@@ -64,7 +84,9 @@ class ImageItem(BaseModel):
     """One image of the gallery."""
 
     id: int
-    path: str = Field(description=r"what cannot be printed is written as bytes, \xNN, and a backslash as \\")
+    path: str = Field(
+        description=r"what cannot be printed is written as bytes, \xNN, and a backslash as \\"
+    )
     also: list[str] = Field(description="further paths of the same bytes")
 
 
@@ -93,7 +115,9 @@ class Result(ImageItem):
     score: float = Field(description="cosine: 1 is the same direction")
     same: bool = Field(description="it has the very bytes of the query, and comes first")
     missing: bool = Field(description="there is no file at `path` any more")
-    changed: bool = Field(description="the file at `path` has another size or time than the index remembers")
+    changed: bool = Field(
+        description="the file at `path` has another size or time than the index remembers"
+    )
     missing_paths: list[str] = Field(description="of `path` and `also`")
     changed_paths: list[str] = Field(description="of `path` and `also`")
 
@@ -118,16 +142,29 @@ Id = Annotated[int, Path(ge=0, lt=2**63)]
 K = Annotated[int, Query(ge=1, le=MOST, description="results")]
 Threshold = Annotated[float | None, Query(ge=-1, le=1, description="the least score")]
 KeepSelf = Annotated[bool, Query(description="show the image's own path, too")]
-Expand = Annotated[int, Query(ge=0, le=100, description="search again with the mean of the query and its first results")]
+Expand = Annotated[
+    int,
+    Query(
+        ge=0, le=100, description="search again with the mean of the query and its first results"
+    ),
+]
 
 
-# -------------------------------------------------------------------------------------------------------------- app
+# ---------------------------------------------------------------------------------------------- app
 
 
-def create(desk: Desk, *, hosts: frozenset[str] | None = None, token: str | None = None, thumbs: Thumbs | None = None) -> ASGIApp:
+def create(
+    desk: Desk,
+    *,
+    hosts: frozenset[str] | None = None,
+    token: str | None = None,
+    thumbs: Thumbs | None = None,
+) -> ASGIApp:
     """The application behind its guard: see `guard.guarded`."""
     name = hashlib.sha256(os.fsencode(desk.gallery.folder.absolute())).hexdigest()[:8]
-    return security.guarded(routed(desk, thumbs or Thumbs()), hosts=hosts, token=token, name=name, limit=UPLOAD)
+    return security.guarded(
+        routed(desk, thumbs or Thumbs()), hosts=hosts, token=token, name=name, limit=UPLOAD
+    )
 
 
 def routed(desk: Desk, thumbs: Thumbs) -> FastAPI:
@@ -155,7 +192,9 @@ def page_routes() -> APIRouter:
 
         @routes.get(path, include_in_schema=False)
         def send() -> Response:
-            return Response(data, media_type=f"{kind}; charset=utf-8", headers={"cache-control": "no-cache"})
+            return Response(
+                data, media_type=f"{kind}; charset=utf-8", headers={"cache-control": "no-cache"}
+            )
 
     serve("/", "page.html", "text/html")
     serve("/page.css", "page.css", "text/css")
@@ -173,14 +212,25 @@ def search_routes(desk: Desk) -> APIRouter:
     async def info() -> About:
         """What is served, and what may be asked."""
         about = await asyncio.wrap_future(desk.call(lambda gallery: gallery.info()))
-        known = {key: about[key] for key in ("images", "paths", "unreadable", "network", "search", "warnings")}
-        return About(name=shown(desk.gallery.folder.name), max_upload=UPLOAD, max_pictures=PICTURES, max_k=MOST, **known)
+        known = {
+            key: about[key]
+            for key in ("images", "paths", "unreadable", "network", "search", "warnings")
+        }
+        return About(
+            name=shown(desk.gallery.folder.name),
+            max_upload=UPLOAD,
+            max_pictures=PICTURES,
+            max_k=MOST,
+            **known,
+        )
 
     @routes.get("/images")
     async def images(
         offset: Annotated[int, Query(ge=0, lt=2**63)] = 0,
         limit: Annotated[int, Query(ge=1, le=MOST)] = 50,
-        spread: Annotated[bool, Query(description="from all over the gallery, instead of in the order they came")] = False,
+        spread: Annotated[
+            bool, Query(description="from all over the gallery, instead of in the order they came")
+        ] = False,
     ) -> ImageList:
         """Images of the gallery, part by part."""
 
@@ -193,28 +243,45 @@ def search_routes(desk: Desk) -> APIRouter:
             at = range(offset, min(offset + limit, len(ids)))
             chosen = [ids[spread_out(i, len(ids)) if spread else i] for i in at]
             paths = gallery.now.paths(chosen)
-            return ImageList(total=len(ids), offset=offset, images=[_item(number, paths[number]) for number in chosen])
+            return ImageList(
+                total=len(ids),
+                offset=offset,
+                images=[_item(number, paths[number]) for number in chosen],
+            )
 
         return await asyncio.wrap_future(desk.call(some))
 
     @routes.post("/search")
     async def search(
-        files: Annotated[list[UploadFile], Upload(description="one picture, or several that are one query: their mean")],
+        files: Annotated[
+            list[UploadFile],
+            Upload(description="one picture, or several that are one query: their mean"),
+        ],
         k: Annotated[int, Form(ge=1, le=MOST, description="results")] = 10,
         threshold: Annotated[float | None, Form(ge=-1, le=1, description="the least score")] = None,
-        keep_self: Annotated[bool, Form(description="of no effect: what is sent has no path that could be left out")] = False,
-        expand: Annotated[int, Form(ge=0, le=100, description="search again with the mean of so many results")] = 0,
+        keep_self: Annotated[
+            bool, Form(description="of no effect: what is sent has no path that could be left out")
+        ] = False,
+        expand: Annotated[
+            int, Form(ge=0, le=100, description="search again with the mean of so many results")
+        ] = 0,
     ) -> Results:
         """The images most like pictures that are sent."""
         if len(files) > PICTURES:
-            raise HTTPException(422, f"{len(files)} pictures are too many: at most {PICTURES} are one query")
+            raise HTTPException(
+                422, f"{len(files)} pictures are too many: at most {PICTURES} are one query"
+            )
         async with reading:
             pictures = tuple([(_name(file.filename), await file.read()) for file in files])
             return await _ask(desk, batching.Query(pictures, None, k, threshold, expand, keep_self))
 
     @routes.get("/images/{number:int}/similar")
     async def similar(
-        number: Id, k: K = 10, threshold: Threshold = None, keep_self: KeepSelf = False, expand: Expand = 0
+        number: Id,
+        k: K = 10,
+        threshold: Threshold = None,
+        keep_self: KeepSelf = False,
+        expand: Expand = 0,
     ) -> Results:
         """The images most like one of the gallery."""
         return await _ask(desk, batching.Query((), number, k, threshold, expand, keep_self))
@@ -245,7 +312,9 @@ def picture_routes(gallery: Gallery, thumbs: Thumbs) -> APIRouter:
     def thumb(
         number: Id,
         request: Request,
-        size: Annotated[str, Query(pattern="^(small|large)$", description="small: 320 pixels; large: 1600")] = "small",
+        size: Annotated[
+            str, Query(pattern="^(small|large)$", description="small: 320 pixels; large: 1600")
+        ] = "small",
     ) -> Response:
         """An image made small, as JPEG or PNG."""
         digest, paths = _known(gallery, number)
@@ -253,7 +322,9 @@ def picture_routes(gallery: Gallery, thumbs: Thumbs) -> APIRouter:
             raise _gone(paths[0])
         tag = f'"{digest[:32]}-{size}"'
         if tag in request.headers.get("if-none-match", ""):
-            return Response(status_code=304, headers={"etag": tag, "cache-control": "private, no-cache"})
+            return Response(
+                status_code=304, headers={"etag": tag, "cache-control": "private, no-cache"}
+            )
         try:
             data = thumbs.get(digest, size, lambda: original(gallery, number))
         except decode.DecodeError as error:
@@ -263,16 +334,19 @@ def picture_routes(gallery: Gallery, thumbs: Thumbs) -> APIRouter:
     @routes.get("/files/{number:int}", response_class=Response)
     def file(number: Id) -> Response:
         """The file of an image, as it is."""
-        return _picture(original(gallery, number), {"content-security-policy": "default-src 'none'; sandbox"})
+        return _picture(
+            original(gallery, number), {"content-security-policy": "default-src 'none'; sandbox"}
+        )
 
     return routes
 
 
-# ----------------------------------------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------ answers
 
 
 def original(gallery: Gallery, number: int) -> bytes:
-    """The bytes of an image, from the first of its files that still has exactly them; else a 404 in words."""
+    """The bytes of an image, from the first of its files that still has exactly them; else a 404 in
+    words."""
     digest, paths = _known(gallery, number)
     root, found = gallery.root, None
     for path in paths:
@@ -288,7 +362,11 @@ def original(gallery: Gallery, number: int) -> bytes:
         found = found or path
     if found is None:
         raise _gone(paths[0])
-    raise HTTPException(404, f"{shown(found)} was changed since the index was made: `retrieve sync` brings the index up to date")
+    raise HTTPException(
+        404,
+        f"{shown(found)} was changed since the index was made: "
+        f"`retrieve sync` brings the index up to date",
+    )
 
 
 def _known(gallery: Gallery, number: int) -> tuple[str, tuple[str, ...]]:
@@ -299,7 +377,9 @@ def _known(gallery: Gallery, number: int) -> tuple[str, tuple[str, ...]]:
 
 
 def _gone(path: str) -> HTTPException:
-    return HTTPException(404, f"{shown(path)} is not there any more: `retrieve sync` brings the index up to date")
+    return HTTPException(
+        404, f"{shown(path)} is not there any more: `retrieve sync` brings the index up to date"
+    )
 
 
 def _picture(data: bytes, headers: dict[str, str]) -> Response:
@@ -326,9 +406,14 @@ async def _ask(desk: Desk, query: batching.Query) -> Results:
     if query.image is not None:
         asked = [Asked(name=shown(desk.gallery.paths(query.image)[0]), id=query.image)]
     else:
-        asked = [Asked(name=name, id=number) for (name, _), number in zip(query.pictures, found.known, strict=True)]
+        asked = [
+            Asked(name=name, id=number)
+            for (name, _), number in zip(query.pictures, found.known, strict=True)
+        ]
     results = [_result(hit) for hit in found.hits]
-    return Results(query=asked, results=results, images=found.images, seconds=time.perf_counter() - start)
+    return Results(
+        query=asked, results=results, images=found.images, seconds=time.perf_counter() - start
+    )
 
 
 def _result(hit: Hit) -> Result:
@@ -344,7 +429,8 @@ def _result(hit: Hit) -> Result:
 
 
 def spread_out(i: int, n: int) -> int:
-    """Where the i-th of n is taken from, so that the first few are from all over and none comes twice."""
+    """Where the i-th of n is taken from, so that the first few are from all over and none comes
+    twice."""
     step = next(s for s in itertools.count(max(1, round(n * 0.618))) if math.gcd(s, n) == 1)
     return i * step % n
 

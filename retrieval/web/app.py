@@ -21,11 +21,13 @@ BACKLOG = 2048  # connections that may wait to be accepted
 LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 
 
-def serve(index: Path, *, host: str = "127.0.0.1", port: int = 8000, token: str | None = None) -> None:
+def serve(
+    index: Path, *, host: str = "127.0.0.1", port: int = 8000, token: str | None = None
+) -> None:
     """Serve the page and its API until Ctrl-C. Port 0 takes a free one.
 
-    Raises `UserError` where the extra `web` is missing, for another address than this machine's own without a token, and
-    for an address that cannot be had.
+    Raises `UserError` where the extra `web` is missing, for another address than this machine's own
+    without a token, and for an address that cannot be had.
     """
     try:
         import fastapi  # noqa: F401
@@ -33,7 +35,9 @@ def serve(index: Path, *, host: str = "127.0.0.1", port: int = 8000, token: str 
         import uvicorn
     except ImportError as error:
         fix = "pip install 'regraft[web]'"
-        raise UserError(f"the page needs packages that are not installed ({error.name})", fix=fix) from error
+        raise UserError(
+            f"the page needs packages that are not installed ({error.name})", fix=fix
+        ) from error
 
     own = is_loopback(host)
     check_token(host, token)
@@ -44,12 +48,23 @@ def serve(index: Path, *, host: str = "127.0.0.1", port: int = 8000, token: str 
             print(f"warning: {text}", file=sys.stderr)
         name = socket.gethostname() if host in ("0.0.0.0", "::") else host
         address = f"http://{f'[{name}]' if ':' in name else name}:{server.getsockname()[1]}/"
-        how = "Ctrl-C ends it" if token is None else "open it with ?token=… at its end; Ctrl-C ends it"
+        how = (
+            "Ctrl-C ends it"
+            if token is None
+            else "open it with ?token=… at its end; Ctrl-C ends it"
+        )
         app = api.create(desk, hosts=LOOPBACK | {host.lower()} if own else None, token=token)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, lifespan="off",
-            timeout_graceful_shutdown=WAIT, backlog=BACKLOG, ws="none",
-        )  # fmt: skip
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            timeout_graceful_shutdown=WAIT,
+            backlog=BACKLOG,
+            ws="none",
+        )
         threading.Thread(target=batching.warm, args=(gallery,), daemon=True).start()
         try:
             # The socket listens already: who comes from now on is answered.
@@ -84,19 +99,29 @@ def is_loopback(host: str) -> bool:
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises `UserError` naming the port, and another that is free."""
     try:
-        family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, where = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         return socket.create_server(where[:2], family=family, backlog=BACKLOG)
     except (socket.gaierror, UnicodeError) as error:
-        raise UserError(f"no address is called {host!r}", where="--host", fix="use 127.0.0.1") from error
+        raise UserError(
+            f"no address is called {host!r}", where="--host", fix="use 127.0.0.1"
+        ) from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             fix = f"choose another: --port {_free_port()}"
-            raise UserError(f"port {port} is in use by another program", where="--port", fix=fix) from error
+            raise UserError(
+                f"port {port} is in use by another program", where="--port", fix=fix
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM):
             fix = f"choose one from 1024 on: --port {_free_port()}"
-            raise UserError(f"port {port} needs the rights of an administrator", where="--port", fix=fix) from error
+            raise UserError(
+                f"port {port} needs the rights of an administrator", where="--port", fix=fix
+            ) from error
         if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-            raise UserError(f"{host} is no address of this machine", where="--host", fix="use 127.0.0.1") from error
+            raise UserError(
+                f"{host} is no address of this machine", where="--host", fix="use 127.0.0.1"
+            ) from error
         raise
 
 

@@ -1,7 +1,9 @@
-"""Waiting queries answered together: one thread runs all that wait through the network and the search at once.
+"""Waiting queries answered together: one thread runs all that wait through the network and the
+search at once.
 
-Nobody waits for company: a query that comes alone is answered alone; those that come meanwhile are the next batch. The
-thread is also the only one that brings the gallery up to date, so that an answer is of one moment.
+Nobody waits for company: a query that comes alone is answered alone; those that come meanwhile are
+the next batch. The thread is also the only one that brings the gallery up to date, so that an
+answer is of one moment.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ BATCH = 32  # queries answered at once
 
 @dataclass(frozen=True)
 class Query:
-    """What somebody looks for: images like `pictures` (name, bytes; their mean, where they are several), or like the image
-    of the gallery with the id `image`, whose first path is left out unless `keep_self`. The rest is as in `Gallery.search`."""
+    """What somebody looks for: images like `pictures` (name, bytes; their mean, where they are
+    several), or like the image of the gallery with the id `image`, whose first path is left out
+    unless `keep_self`. The rest is as in `Gallery.search`."""
 
     pictures: tuple[tuple[str, bytes], ...] = ()
     image: int | None = None
@@ -45,8 +48,8 @@ class Query:
 
 @dataclass(frozen=True)
 class Found:
-    """An answer: `known` are the ids of the query's pictures (None: not in the gallery), `images` counts the gallery's, and
-    `batch` the queries that were answered together."""
+    """An answer: `known` are the ids of the query's pictures (None: not in the gallery), `images`
+    counts the gallery's, and `batch` the queries that were answered together."""
 
     hits: tuple[Hit, ...]
     known: tuple[int | None, ...]
@@ -59,7 +62,8 @@ class NoImage(Exception):  # noqa: N818
 
 
 class BadPictures(Exception):  # noqa: N818
-    """Pictures of a query that cannot be read; `kind` is the first one's, as in `decode.DecodeError`."""
+    """Pictures of a query that cannot be read; `kind` is the first one's, as in
+    `decode.DecodeError`."""
 
     def __init__(self, faults: tuple[Fault, ...]) -> None:
         self.kind = faults[0].kind
@@ -107,7 +111,9 @@ class Desk:
         job = _Job(work, Future())
         with self._lock:
             if self._closed:
-                raise UserError("the search is closing", where=self.gallery.folder, fix="start it again")
+                raise UserError(
+                    "the search is closing", where=self.gallery.folder, fix="start it again"
+                )
             self._waiting.put(job)
         return job.future
 
@@ -121,16 +127,26 @@ class Desk:
                 except queue.Empty:
                     break
             more = batch[-1] is not None
-            jobs = [job for job in batch if job is not None and job.future.set_running_or_notify_cancel()]
+            jobs = [
+                job
+                for job in batch
+                if job is not None and job.future.set_running_or_notify_cancel()
+            ]
             if jobs:
                 self._answer(jobs)
 
     def _answer(self, jobs: list[_Job]) -> None:
-        """Answer all together; where that fails, each alone, so that what one brings cannot spoil the others' answers."""
+        """Answer all together; where that fails, each alone, so that what one brings cannot spoil
+        the others' answers."""
         try:
             self.gallery.refresh()
-            queries = iter(answer([job.work for job in jobs if isinstance(job.work, Query)], self.gallery))
-            results = [next(queries) if isinstance(job.work, Query) else job.work(self.gallery) for job in jobs]
+            queries = iter(
+                answer([job.work for job in jobs if isinstance(job.work, Query)], self.gallery)
+            )
+            results = [
+                next(queries) if isinstance(job.work, Query) else job.work(self.gallery)
+                for job in jobs
+            ]
         except Exception as error:
             if len(jobs) > 1:
                 for job in jobs:
@@ -146,17 +162,21 @@ class Desk:
 
 
 def warm(gallery: Gallery) -> None:
-    """Load the network, so that the first query need not wait for it. What goes wrong here is said to the first who asks."""
+    """Load the network, so that the first query need not wait for it. What goes wrong here is said
+    to the first who asks."""
     with contextlib.suppress(UserError):
         gallery.network()
 
 
 def answer(queries: list[Query], gallery: Gallery) -> list[Found | Exception]:
-    """Answer queries with one run of the network, and one search for each way of searching among them.
+    """Answer queries with one run of the network, and one search for each way of searching among
+    them.
 
     What is wrong with a query is its own answer: `NoImage` or `BadPictures`.
     """
-    digests = [[hashlib.sha256(data).hexdigest() for _, data in query.pictures] for query in queries]
+    digests = [
+        [hashlib.sha256(data).hexdigest() for _, data in query.pictures] for query in queries
+    ]
     names = {
         digest: one
         for query, some in zip(queries, digests, strict=True)
@@ -185,14 +205,23 @@ def answer(queries: list[Query], gallery: Gallery) -> list[Found | Exception]:
                 if at.get(digest) in faults
             }
             if bad:
-                answers[i] = BadPictures(tuple(Fault(name, fault.kind, fault.detail) for name, fault in bad.items()))
+                answers[i] = BadPictures(
+                    tuple(Fault(name, fault.kind, fault.detail) for name, fault in bad.items())
+                )
                 continue
             stored = [known[digest] for digest in some if digest in known]
             own[i] = both([gallery.own(position, None) for position in stored])
-        rows = np.concatenate([gallery.now.vectors(np.array(stored, dtype=np.int64)), made[[at[d] for d in some if d in at]]])
+        rows = np.concatenate(
+            [
+                gallery.now.vectors(np.array(stored, dtype=np.int64)),
+                made[[at[d] for d in some if d in at]],
+            ]
+        )
         mean = unit(rows.mean(axis=0, keepdims=True)) if len(rows) > 1 else rows
         if not mean.any():
-            answers[i] = BadPictures((Fault(query.pictures[0][0], "no features", "the pictures cancel each other out"),))
+            answers[i] = BadPictures(
+                (Fault(query.pictures[0][0], "no features", "the pictures cancel each other out"),)
+            )
             continue
         vectors[i] = mean[0]
     for group in _alike(queries, list(vectors)):
@@ -202,7 +231,9 @@ def answer(queries: list[Query], gallery: Gallery) -> list[Found | Exception]:
             stacked, how.k, own=[own[i] for i in group], threshold=how.threshold, expand=how.expand
         )  # fmt: skip
         for i, hits in zip(group, found, strict=True):
-            answers[i] = Found(hits, _ids(gallery, queries[i], digests[i], known), len(gallery), len(queries))
+            answers[i] = Found(
+                hits, _ids(gallery, queries[i], digests[i], known), len(gallery), len(queries)
+            )
     return [one for one in answers if one is not None]
 
 
@@ -210,7 +241,14 @@ def _encoded(gallery: Gallery, data: list[bytes]) -> tuple[Rows, dict[int, Fault
     if not data:
         return np.zeros((0, int(gallery.manifest["width"])), np.float32), {}
     paths = tuple(str(i) for i in range(len(data)))
-    source = ImageSet("the query", Path(), paths, np.full(len(paths), -1, np.int64), (), source=lambda path: data[int(path)])
+    source = ImageSet(
+        "the query",
+        Path(),
+        paths,
+        np.full(len(paths), -1, np.int64),
+        (),
+        source=lambda path: data[int(path)],
+    )
     return gallery.encode(source)
 
 
@@ -223,9 +261,17 @@ def _alike(queries: list[Query], at: list[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _ids(gallery: Gallery, query: Query, digests: list[str], known: dict[str, int]) -> tuple[int | None, ...]:
+def _ids(
+    gallery: Gallery, query: Query, digests: list[str], known: dict[str, int]
+) -> tuple[int | None, ...]:
     if query.image is not None:
         return (query.image,)
     inside = [digest for digest in digests if digest in known]
-    ids = dict(zip(inside, gallery.now.ids(np.array([known[digest] for digest in inside], dtype=np.int64)), strict=True))
+    ids = dict(
+        zip(
+            inside,
+            gallery.now.ids(np.array([known[digest] for digest in inside], dtype=np.int64)),
+            strict=True,
+        )
+    )
     return tuple(ids.get(digest) for digest in digests)

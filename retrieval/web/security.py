@@ -1,4 +1,5 @@
-"""Who may come in, and what every answer says to the browser: host names, the token, the size of uploads, headers."""
+"""Who may come in, and what every answer says to the browser: host names, the token, the size of
+uploads, headers."""
 
 from __future__ import annotations
 
@@ -17,8 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 OVERHEAD = 100_000  # bytes of a request beside its pictures
 
 HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob: data:; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "no-referrer",
@@ -29,10 +31,12 @@ HEADERS = {
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; display: grid; place-items: center; min-height: 90vh; margin: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; display: grid; place-items: center;
+  min-height: 90vh; margin: 0 1rem; }
 form { display: flex; gap: .5rem; flex-wrap: wrap; }
 label { flex: 1 0 100%; }
-input, button { font: inherit; padding: .5rem .9rem; border-radius: .6rem; border: 1px solid #8888; }
+input, button { font: inherit; padding: .5rem .9rem; border-radius: .6rem;
+  border: 1px solid #8888; }
 button { background: #256b4a; color: #fff; border-color: transparent; cursor: pointer; }
 """
 ASK = f"""<!doctype html><html lang=en><meta charset=utf-8><title>The token, please</title>
@@ -43,18 +47,24 @@ ASK = f"""<!doctype html><html lang=en><meta charset=utf-8><title>The token, ple
 <button>Open</button></form></main></html>
 """
 ASK_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'; "
+    f"default-src 'none'; style-src "
+    f"'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 
 
-def guarded(app: ASGIApp, *, hosts: frozenset[str] | None, token: str | None, name: str, limit: int) -> ASGIApp:
-    """`app` behind the door: requests for other `hosts` (None: any), without the `token` (None: none is needed), from pages
-    of other origins, or of more than `limit` bytes do not reach it. `name` tells the cookies of several galleries apart."""
+def guarded(
+    app: ASGIApp, *, hosts: frozenset[str] | None, token: str | None, name: str, limit: int
+) -> ASGIApp:
+    """`app` behind the door: requests for other `hosts` (None: any), without the `token` (None:
+    none is needed), from pages of other origins, or of more than `limit` bytes do not reach it.
+    `name` tells the cookies of several galleries apart."""
     secret = None if token is None else token.encode()
     cookie = f"regraft-{name}"
     # The cookie is not the token: who reads it cannot use it elsewhere.
-    pass_ = "" if secret is None else hmac.new(secret, b"regraft cookie", hashlib.sha256).hexdigest()
+    pass_ = (
+        "" if secret is None else hmac.new(secret, b"regraft cookie", hashlib.sha256).hexdigest()
+    )
 
     async def door(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -63,7 +73,11 @@ def guarded(app: ASGIApp, *, hosts: frozenset[str] | None, token: str | None, na
             return
         request = Request(scope)
         given = request.query_params.get("token")
-        fresh = secret is not None and given is not None and hmac.compare_digest(given.encode(errors="replace"), secret)
+        fresh = (
+            secret is not None
+            and given is not None
+            and hmac.compare_digest(given.encode(errors="replace"), secret)
+        )
 
         bare = scope["method"] == "HEAD"  # as GET, without a body
         if bare:
@@ -77,11 +91,22 @@ def guarded(app: ASGIApp, *, hosts: frozenset[str] | None, token: str | None, na
                 for key, value in HEADERS.items():
                     headers.setdefault(key, value)
                 if fresh:
-                    headers.append("set-cookie", f"{cookie}={pass_}; Path=/; HttpOnly; SameSite=Strict")
+                    headers.append(
+                        "set-cookie", f"{cookie}={pass_}; Path=/; HttpOnly; SameSite=Strict"
+                    )
             await send(message)
 
-        refusal = wrong_host(request, hosts) or wrong_origin(request) or wrong_kind(request) or too_large(request, limit)
-        if refusal is None and secret is not None and not (fresh or may_enter(request, secret, cookie, pass_)):
+        refusal = (
+            wrong_host(request, hosts)
+            or wrong_origin(request)
+            or wrong_kind(request)
+            or too_large(request, limit)
+        )
+        if (
+            refusal is None
+            and secret is not None
+            and not (fresh or may_enter(request, secret, cookie, pass_))
+        ):
             refusal = ask(request, given is not None)
         if refusal is not None:
             await refusal(scope, receive, answer)
@@ -96,7 +121,8 @@ def refuse(status: int, detail: str, headers: Mapping[str, str] | None = None) -
 
 
 def wrong_host(request: Request, hosts: frozenset[str] | None) -> Response | None:
-    """A page elsewhere can point its own name at this machine (DNS rebinding): only our own names are answered."""
+    """A page elsewhere can point its own name at this machine (DNS rebinding): only our own names
+    are answered."""
     if hosts is None:
         return None
     given = request.headers.getlist("host")
@@ -106,7 +132,9 @@ def wrong_host(request: Request, hosts: frozenset[str] | None) -> Response | Non
         found = None
     if found in hosts:
         return None
-    return refuse(400, f"the host {', '.join(given)!r} is not served here: use {' or '.join(sorted(hosts))}")
+    return refuse(
+        400, f"the host {', '.join(given)!r} is not served here: use {' or '.join(sorted(hosts))}"
+    )
 
 
 def wrong_origin(request: Request) -> Response | None:
@@ -157,7 +185,9 @@ def counted(receive: Receive, limit: int) -> Receive:
 def may_enter(request: Request, secret: bytes, cookie: str, pass_: str) -> bool:
     """Whether a request knows the token: as a bearer, or by the cookie that it got for it."""
     kind, _, value = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() == "bearer" and hmac.compare_digest(value.strip().encode("latin-1", "replace"), secret):
+    if kind.lower() == "bearer" and hmac.compare_digest(
+        value.strip().encode("latin-1", "replace"), secret
+    ):
         return True
     found = request.cookies.get(cookie, "")
     return hmac.compare_digest(found.encode(errors="replace"), pass_.encode())
@@ -168,7 +198,12 @@ def ask(request: Request, tried: bool) -> Response:
     words = "This token is not the right one." if tried else "Whoever started it has the token."
     headers = {"www-authenticate": "Bearer"}
     if request.url.path == "/" and "text/html" in request.headers.get("accept", ""):
-        return HTMLResponse(ASK.replace("WORDS", words), 401, {**headers, "content-security-policy": ASK_POLICY})
+        return HTMLResponse(
+            ASK.replace("WORDS", words), 401, {**headers, "content-security-policy": ASK_POLICY}
+        )
     return refuse(
-        401, "the token is missing or wrong: send it as `Authorization: Bearer …`, or open the page with ?token=…", headers
+        401,
+        "the token is missing or wrong: send it as `Authorization: "
+        "Bearer …`, or open the page with ?token=…",
+        headers,
     )

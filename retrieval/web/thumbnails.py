@@ -1,4 +1,5 @@
-"""Small pictures, made once: kept in the cache folder by the content that they show, the longest unused dropped first."""
+"""Small pictures, made once: kept in the cache folder by the content that they show, the longest
+unused dropped first."""
 
 from __future__ import annotations
 
@@ -35,10 +36,12 @@ class Thumbs:
         self.limit = limit
         self._bytes: int | None = None  # kept; None: not counted yet
         self._lock = threading.Lock()
-        self._places = threading.BoundedSemaphore(hardware.cores())  # decoded side by side: each may take much memory
+        # decoded side by side: each may take much memory
+        self._places = threading.BoundedSemaphore(hardware.cores())
 
     def get(self, digest: str, size: str, read: Callable[[], bytes]) -> bytes:
-        """The picture of the content with this SHA-256, in one of `SIDES`; `read` gives the content where it has to be made.
+        """The picture of the content with this SHA-256, in one of `SIDES`; `read` gives the content
+        where it has to be made.
 
         It is a JPEG, or a PNG where it is tiny. Raises `DecodeError`, and what `read` raises.
         """
@@ -66,7 +69,8 @@ class Thumbs:
                 return
             known = sorted((info.st_mtime_ns, info.st_size, path) for path, info in _all(folder))
             total = sum(size for _, size, _ in known)
-            goal = self.limit if total <= self.limit else self.limit * 4 // 5  # some room, so that this is rare
+            # some room, so that this is rare
+            goal = self.limit if total <= self.limit else self.limit * 4 // 5
             for _, size, path in known:
                 if total <= goal:
                     break
@@ -104,7 +108,8 @@ def _all(folder: Path) -> list[tuple[Path, os.stat_result]]:
 
 
 def shrink(data: bytes, side: int) -> bytes:
-    """The picture in at most `side` pixels a side, as JPEG; tiny ones as PNG. Raises `DecodeError`."""
+    """The picture in at most `side` pixels a side, as JPEG; tiny ones as PNG. Raises
+    `DecodeError`."""
     image = decode.decode(data, short_side=side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     out = BytesIO()

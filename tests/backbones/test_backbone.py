@@ -1,4 +1,5 @@
-"""Networks: stages that cover everything once, taps that read what they say, and freezing that freezes."""
+"""Networks: stages that cover everything once, taps that read what they say, and freezing that
+freezes."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def shared(name: str) -> Backbone:
 
 
 def fresh(name: str, **dropout: float) -> Backbone:
-    """A network of random weights that a test may train, with dropout and drop-path where they are given."""
+    """A network of random weights that a test may train, with dropout and drop-path where they are
+    given."""
     torch.manual_seed(0)
     found = create.load(name, "random")
     if dropout:
@@ -57,10 +59,14 @@ def fresh(name: str, **dropout: float) -> Backbone:
 
 def pixels(net: Network, count: int = 4, seed: int = 0) -> torch.Tensor:
     size = net.preprocess.size
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    )
 
 
-def read(found: Backbone, taps: Sequence[str], images: torch.Tensor | None = None) -> list[torch.Tensor]:
+def read(
+    found: Backbone, taps: Sequence[str], images: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     reader = Reader(found, [Tap.parse(text) for text in taps]).eval()
     with torch.inference_mode():
         return list(reader(pixels(found.network) if images is None else images))
@@ -68,15 +74,19 @@ def read(found: Backbone, taps: Sequence[str], images: torch.Tensor | None = Non
 
 def state(module: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer, also those that are not saved."""
-    return {key: value.detach().clone() for key, value in [*module.named_parameters(), *module.named_buffers()]}
+    return {
+        key: value.detach().clone()
+        for key, value in [*module.named_parameters(), *module.named_buffers()]
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------ stages
+# ------------------------------------------------------------------------------------------- stages
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_stages_cover_every_parameter_and_buffer_once(name: str) -> None:
-    """Nothing is left to chance when a network is frozen by stages, and nothing belongs to two of them."""
+    """Nothing is left to chance when a network is frozen by stages, and nothing belongs to two of
+    them."""
     found = shared(name)
     keys = [key for stage in found.stages for key in stage.keys]
 
@@ -91,7 +101,9 @@ def test_stages_run_from_the_stem_to_the_end(name: str) -> None:
     numbered = [stage.name for stage in found.stages if stage.name.startswith("stage")]
     order: list[str] = []
     hooks = [
-        found.module.get_submodule(stage.end).register_forward_hook(lambda *_, name=stage.name: order.append(name))
+        found.module.get_submodule(stage.end).register_forward_hook(
+            lambda *_, name=stage.name: order.append(name)
+        )
         for stage in found.stages
         if stage.end
     ]
@@ -117,7 +129,9 @@ def test_stages_run_from_the_stem_to_the_end(name: str) -> None:
         ("googlenet", 4, "conv1.conv.weight", None),
     ],
 )
-def test_each_family_is_cut_where_its_authors_cut_it(name: str, count: int, stem: str | None, neck: str | None) -> None:
+def test_each_family_is_cut_where_its_authors_cut_it(
+    name: str, count: int, stem: str | None, neck: str | None
+) -> None:
     """The number of stages, and what stands before and after them."""
     stages = {stage.name: stage.keys for stage in shared(name).stages}
 
@@ -149,10 +163,12 @@ def test_the_last_stages_bring_the_neck_with_them() -> None:
 
     assert ("neck",) == stages.last_stages(found, 0)
     assert ("stage4", "stage5", "neck") == stages.last_stages(found, 2)
-    assert ("stage1", "stage2", "stage3", "stage4", "stage5", "neck") == stages.last_stages(found, 99)
+    assert ("stage1", "stage2", "stage3", "stage4", "stage5", "neck") == stages.last_stages(
+        found, 99
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------- taps
+# --------------------------------------------------------------------------------------------- taps
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -162,14 +178,16 @@ def test_every_tap_has_the_width_that_is_written(name: str) -> None:
     outputs = read(found, list(found.network.widths), pixels(found.network, 2))
 
     assert {text: (2, width) for text, width in found.network.widths.items()} == {
-        text: tuple(output.shape) for text, output in zip(found.network.widths, outputs, strict=True)
+        text: tuple(output.shape)
+        for text, output in zip(found.network.widths, outputs, strict=True)
     }
     assert all(torch.isfinite(output).all() and output.dtype == torch.float32 for output in outputs)
 
 
 @pytest.mark.parametrize("name", [*SMALL, "vgg11"])
 def test_pooled_is_what_timm_gives_its_classifier(name: str) -> None:
-    """The end of the trunk equals timm's `forward_head(forward_features(x), pre_logits=True)` of the whole model."""
+    """The end of the trunk equals timm's `forward_head(forward_features(x), pre_logits=True)` of
+    the whole model."""
     found = shared(name)
     whole = timm.create_model(name, num_classes=5).eval()
     whole.load_state_dict(found.module.state_dict(), strict=False)
@@ -183,13 +201,16 @@ def test_pooled_is_what_timm_gives_its_classifier(name: str) -> None:
 
 
 def test_pooled_of_the_real_weights_is_what_timm_gives(lite0: Backbone, photographs: Path) -> None:
-    """timm's own model, transform and weights, mapped by hand, on photographs: the same features."""
+    """timm's own model, transform and weights, mapped by hand, on photographs: the same
+    features."""
     path = weights.PACKAGES["tf_efficientnet_lite0"].path()
     assert path is not None
     whole: Any = timm.create_model("tf_efficientnet_lite0").eval()
     tensors = torch.load(path, weights_only=True)
     whole.load_state_dict(dict(zip(whole.state_dict(), tensors.values(), strict=True)))
-    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(whole), is_training=False)
+    transform: Any = timm.data.create_transform(
+        **timm.data.resolve_model_data_config(whole), is_training=False
+    )
     reader = Reader(lite0, [Tap("pooled")]).eval()
     with torch.inference_mode():
         for file in sorted(photographs.iterdir())[:2]:
@@ -201,7 +222,8 @@ def test_pooled_of_the_real_weights_is_what_timm_gives(lite0: Backbone, photogra
 
 @pytest.mark.parametrize("name", ["vgg11", "alexnet"])
 def test_fc7_is_after_the_relu_and_fc7_pre_before_it(name: str) -> None:
-    """The 4096-d layers: before the ReLU there are negatives, after it none, and the one is the other cut at zero."""
+    """The 4096-d layers: before the ReLU there are negatives, after it none, and the one is the
+    other cut at zero."""
     names = ["fc6-pre", "fc6", "fc7-pre", "fc7", "pooled"]
     fc6_pre, fc6, fc7_pre, fc7, pooled = read(shared(name), names, pixels(shared(name).network, 2))
 
@@ -214,13 +236,20 @@ def test_fc7_is_after_the_relu_and_fc7_pre_before_it(name: str) -> None:
 
 def test_a_tap_before_a_relu_is_not_rewritten_by_it() -> None:
     """In-place activations would change, behind our back, the tensor that a hook has seen."""
-    assert [] == [path for path, part in shared("alexnet").module.named_modules() if getattr(part, "inplace", False)]
+    assert [] == [
+        path
+        for path, part in shared("alexnet").module.named_modules()
+        if getattr(part, "inplace", False)
+    ]
 
 
 def test_a_grid_is_flattened_row_by_row_with_the_channels_last() -> None:
     """3 × 3 cells of a 3 × 3 map are the map itself, in the order y, x, channel."""
     x = torch.arange(2 * 4 * 9, dtype=torch.float32).reshape(2, 4, 3, 3)
-    expected = [[x[n, c, row, column].item() for row in range(3) for column in range(3) for c in range(4)] for n in range(2)]
+    expected = [
+        [x[n, c, row, column].item() for row in range(3) for column in range(3) for c in range(4)]
+        for n in range(2)
+    ]
 
     assert expected == extractor.pool(x, Tap("stage1", grid=3)).tolist()
 
@@ -237,23 +266,30 @@ def test_gem_is_the_cubic_mean() -> None:
     """p = 3: the cube root of the mean of cubes; negatives count as (almost) nothing."""
     x = torch.tensor([[[[1.0, 2.0], [3.0, -5.0]]]])
 
-    assert ((1 + 8 + 27) / 4) ** (1 / 3) == pytest.approx(extractor.pool(x, Tap("stage1", pool="gem")).item(), rel=1e-6)
+    assert ((1 + 8 + 27) / 4) ** (1 / 3) == pytest.approx(
+        extractor.pool(x, Tap("stage1", pool="gem")).item(), rel=1e-6
+    )
 
 
 def test_rmac_sums_normalised_maxima_over_squares() -> None:
-    """On a 2 × 2 map: the whole map, the whole again as level 1, four cells at level 2, and the same four at level 3."""
+    """On a 2 × 2 map: the whole map, the whole again as level 1, four cells at level 2, and the
+    same four at level 3."""
     x = torch.tensor([[[[3.0, 0.0], [0.0, 1.0]], [[4.0, 2.0], [0.0, 0.0]]]])
     whole = np.array([3.0, 4.0]) / 5
     cells = [np.array([3.0, 4.0]) / 5, np.array([0.0, 1.0]), np.zeros(2), np.array([1.0, 0.0])]
-    level3 = [cells[0], cells[1], cells[2], cells[3]]  # side 1 of three by three places, of which two a side differ
+    # side 1 of three by three places, of which two a side differ
+    level3 = [cells[0], cells[1], cells[2], cells[3]]
 
     expected = 2 * whole + np.sum(cells, axis=0) + np.sum(level3, axis=0)
 
-    assert expected.tolist() == pytest.approx(extractor.pool(x, Tap("stage1", pool="rmac"))[0].tolist(), rel=1e-6)
+    assert expected.tolist() == pytest.approx(
+        extractor.pool(x, Tap("stage1", pool="rmac"))[0].tolist(), rel=1e-6
+    )
 
 
 def test_rmac_follows_the_long_side() -> None:
-    """A map of 2 × 4 is covered by overlapping squares along its long side: turning the map turns nothing."""
+    """A map of 2 × 4 is covered by overlapping squares along its long side: turning the map turns
+    nothing."""
     x = torch.from_numpy(np.random.default_rng(0).random((1, 5, 2, 4), dtype=np.float32))
     lying, standing = extractor.rmac(x), extractor.rmac(x.transpose(2, 3))
 
@@ -264,7 +300,9 @@ def test_rmac_follows_the_long_side() -> None:
 def test_rmac_and_gem_are_read_from_any_stage(name: str) -> None:
     """Maps and tokens alike give one value a channel."""
     found = shared(name)
-    plain, gem, rmac = read(found, ["stage2", "stage2/gem", "stage2/rmac"], pixels(found.network, 2))
+    plain, gem, rmac = read(
+        found, ["stage2", "stage2/gem", "stage2/rmac"], pixels(found.network, 2)
+    )
 
     assert plain.shape == gem.shape == rmac.shape
 
@@ -278,16 +316,21 @@ def test_tokens_become_a_map_without_the_class_token() -> None:
 
 
 def test_moments_are_the_means_and_mean_squares_of_what_enters_batchnorm() -> None:
-    """Layer by layer in the order in which data flows: the mean of each channel, then the mean of its square."""
+    """Layer by layer in the order in which data flows: the mean of each channel, then the mean of
+    its square."""
     found = shared("test_efficientnet")
     seen: list[torch.Tensor] = []
     norms = [part for part in found.module.modules() if isinstance(part, nn.BatchNorm2d)]
-    hooks = [part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for part in norms]
+    hooks = [
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for part in norms
+    ]
     (moments,) = read(found, ["moments"], pixels(found.network, 2))
     for hook in hooks:
         hook.remove()
 
-    expected = torch.cat([value for x in seen for value in (x.mean((2, 3)), (x**2).mean((2, 3)))], 1)
+    expected = torch.cat(
+        [value for x in seen for value in (x.mean((2, 3)), (x**2).mean((2, 3)))], 1
+    )
 
     torch.testing.assert_close(moments, expected)
 
@@ -300,7 +343,9 @@ def test_a_reader_leaves_nothing_on_the_network() -> None:
         reader(pixels(found.network, 1))
         found.module(torch.zeros(1, 3, 160, 160))
 
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in found.module.modules())
+    assert not any(
+        part._forward_hooks or part._forward_pre_hooks for part in found.module.modules()
+    )
     assert ({}, []) == (reader._captured, reader._moments)
 
 
@@ -336,11 +381,12 @@ def test_pixels_are_normalised_as_the_weights_expect() -> None:
     np.testing.assert_allclose(Reader(found, []).normalise(images).numpy(), expected, atol=2e-6)
 
 
-# ----------------------------------------------------------------------------------------------------- what is loaded
+# ----------------------------------------------------------------------------------- what is loaded
 
 
 def test_preprocessing_is_that_of_the_weights(lite0: Backbone) -> None:
-    """Size, crop, filter, mean and std come from the model's own configuration, not from a habit."""
+    """Size, crop, filter, mean and std come from the model's own configuration, not from a
+    habit."""
     half = (0.5, 0.5, 0.5)
 
     assert Preprocess(224, 256, "bicubic", half, half) == lite0.network.preprocess
@@ -355,7 +401,8 @@ def test_a_network_is_loaded_in_eval_mode() -> None:
 
 
 def test_random_weights_are_the_same_at_every_load() -> None:
-    """Whatever the state of torch's generator, which is left as it was: a run with random weights can be made again."""
+    """Whatever the state of torch's generator, which is left as it was: a run with random weights
+    can be made again."""
     torch.manual_seed(0)
     again = create.load("test_resnet", "random").network.digest
     torch.manual_seed(1)
@@ -379,11 +426,14 @@ def test_the_digest_is_that_of_the_tensors() -> None:
 
 @pytest.mark.parametrize(("name", "side"), [("test_efficientnet", 96), ("test_vit", 64)])
 def test_another_input_size_is_taken_where_the_network_can(name: str, side: int) -> None:
-    """A convolutional network takes any size, a ViT is created with a position table of that size."""
+    """A convolutional network takes any size, a ViT is created with a position table of that
+    size."""
     found = create.load(name, "random", side)
 
     assert side == found.network.preprocess.size
-    assert (2, found.network.widths["pooled"]) == tuple(read(found, ["pooled"], pixels(found.network, 2))[0].shape)
+    assert (2, found.network.widths["pooled"]) == tuple(
+        read(found, ["pooled"], pixels(found.network, 2))[0].shape
+    )
 
 
 def test_an_input_size_that_does_not_fit_is_refused_with_the_own_one() -> None:
@@ -409,7 +459,8 @@ def test_alexnet_and_googlenet_without_the_network_name_a_package(no_network: li
 
 
 def test_a_trunk_comes_back_from_its_file(tmp_path: Path, tiny: Backbone) -> None:
-    """What `save` writes, with a head under timm's names or without, is the same network when it is loaded."""
+    """What `save` writes, with a head under timm's names or without, is the same network when it is
+    loaded."""
     head = np.ones((3, 256), np.float32), np.zeros(3, np.float32)
     create.save(tiny, tmp_path / "trunk.safetensors")
     create.save(tiny, tmp_path / "whole.safetensors", head)
@@ -430,14 +481,18 @@ def test_a_trained_network_has_a_digest_and_a_source_of_its_own() -> None:
 
     assert found.network.digest != after.network.digest
     assert weights.tensor_digest(after.module.state_dict()) == after.network.digest
-    assert ("fine-tuned on shapes", found.network.widths) == (after.network.source, after.network.widths)
+    assert ("fine-tuned on shapes", found.network.widths) == (
+        after.network.source,
+        after.network.widths,
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------- freezing
+# ----------------------------------------------------------------------------------------- freezing
 
 
 def train(found: Backbone, steps: int = 3) -> None:
-    """Some optimiser steps in train mode, weight decay and momentum included, through the whole network."""
+    """Some optimiser steps in train mode, weight decay and momentum included, through the whole
+    network."""
     head = nn.Linear(found.network.widths["pooled"], 3)
     parameters = [p for p in found.module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], lr=1e-2, weight_decay=0.1)
@@ -470,7 +525,8 @@ def test_frozen_stages_are_bit_identical_after_training(name: str, count: int) -
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit", "test_convnext"])
 def test_a_frozen_trunk_in_train_mode_is_deterministic(name: str) -> None:
-    """Dropout and drop-path are off and BatchNorm uses its running statistics: train mode equals eval mode."""
+    """Dropout and drop-path are off and BatchNorm uses its running statistics: train mode equals
+    eval mode."""
     found = fresh(name, drop_rate=0.5, drop_path_rate=0.5)
     x = torch.randn(4, 3, 160, 160)
     with torch.no_grad():
@@ -487,7 +543,8 @@ def test_a_frozen_trunk_in_train_mode_is_deterministic(name: str) -> None:
 
 
 def test_freezing_survives_every_call_of_train() -> None:
-    """Whoever writes `module.train()` once an epoch does not thaw anything; `eval()` still reaches all of it."""
+    """Whoever writes `module.train()` once an epoch does not thaw anything; `eval()` still reaches
+    all of it."""
     found = fresh("test_efficientnet")
     stages.freeze(found, ("stage5", "neck"))
     for _ in range(2):
@@ -506,12 +563,15 @@ def test_freezing_again_replaces_what_was_frozen_before() -> None:
 
     moving = {key for key, value in found.module.named_parameters() if value.requires_grad}
     stage5 = next(stage for stage in found.stages if stage.name == "stage5")
-    assert {key for key in stage5.keys if "running" not in key and "num_batches" not in key} == moving
+    assert {
+        key for key in stage5.keys if "running" not in key and "num_batches" not in key
+    } == moving
     assert found.module.train().blocks[4].training
 
 
 def test_batchnorm_keeps_its_statistics_in_moving_stages_unless_asked() -> None:
-    """Small batches would spoil them; `norm_moves` lets those of moving stages go, and no others."""
+    """Small batches would spoil them; `norm_moves` lets those of moving stages go, and no
+    others."""
     still, moves = fresh("test_efficientnet"), fresh("test_efficientnet")
     stages.freeze(still, ("stage5",))
     stages.freeze(moves, ("stage5",), norm_moves=True)
@@ -549,7 +609,8 @@ def test_the_time_of_a_forward_pass_is_measured() -> None:
 
 
 def test_whatever_asks_for_gradients_is_trainable() -> None:
-    """A parameter that was added after loading counts as one of its module's stage: nothing else keeps a list of its own."""
+    """A parameter that was added after loading counts as one of its module's stage: nothing else
+    keeps a list of its own."""
     found = fresh("test_resnet")
     stages.freeze(found, ())
     assert () == stages.trainable_stages(found)
@@ -562,12 +623,15 @@ def test_whatever_asks_for_gradients_is_trainable() -> None:
     assert found.stages[2].name == stages.group_of(found)(key)
     assert (found.stages[2].name,) == stages.trainable_stages(found)
     assert key in stages.trainable_tensors(found)
-    assert {key} == {name for name, tensor in stages.trainable_tensors(found).items() if tensor.requires_grad}
+    assert {key} == {
+        name for name, tensor in stages.trainable_tensors(found).items() if tensor.requires_grad
+    }
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_what_freezing_leaves_trainable_is_its_stages_with_their_statistics(count: int) -> None:
-    """Parameters and running statistics of the trainable stages, in the network's own order, and nothing else."""
+    """Parameters and running statistics of the trainable stages, in the network's own order, and
+    nothing else."""
     found = fresh("test_resnet")
     names = stages.last_stages(found, count)
     stages.freeze(found, names)

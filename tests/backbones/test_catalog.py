@@ -1,4 +1,5 @@
-"""Networks by name: their descriptions come from the cache where they are whole, else they are made again."""
+"""Networks by name: their descriptions come from the cache where they are whole, else they are made
+again."""
 
 from __future__ import annotations
 
@@ -47,16 +48,31 @@ def test_a_description_is_made_once(tiny: Backbone, weights: Path, loaded: list[
     assert 1 == len(loaded)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "no JSON", "no text", "a list", "no network", "another mean", "a folder"])
-def test_a_damaged_description_is_made_again(tiny: Backbone, weights: Path, loaded: list[str], damage: str) -> None:
-    """Also where it still parses: a network that sees images in another way would give other features under the same name."""
+@pytest.mark.parametrize(
+    "damage",
+    ["cut", "empty", "no JSON", "no text", "a list", "no network", "another mean", "a folder"],
+)
+def test_a_damaged_description_is_made_again(
+    tiny: Backbone, weights: Path, loaded: list[str], damage: str
+) -> None:
+    """Also where it still parses: a network that sees images in another way would give other
+    features under the same name."""
     catalog.open_named("test_efficientnet", str(weights))
     path = described(weights)
     found = json.loads(path.read_text())
     whole = path.read_bytes()
     found["network"]["preprocess"]["mean"] = [0.1, 0.2, 0.3]
-    contents = {"cut": whole[:100], "empty": b"", "no JSON": b"hello", "no text": b"\xff\xfe", "a list": b"[1]"}
-    contents |= {"no network": b'{"network": {}, "sha256": ""}', "another mean": json.dumps(found).encode()}
+    contents = {
+        "cut": whole[:100],
+        "empty": b"",
+        "no JSON": b"hello",
+        "no text": b"\xff\xfe",
+        "a list": b"[1]",
+    }
+    contents |= {
+        "no network": b'{"network": {}, "sha256": ""}',
+        "another mean": json.dumps(found).encode(),
+    }
     if damage == "a folder":
         path.unlink()
         path.mkdir()

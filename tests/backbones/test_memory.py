@@ -1,4 +1,5 @@
-"""What a network takes of the memory: reckoned without running it, refused with a number and a way on where it does not fit."""
+"""What a network takes of the memory: reckoned without running it, refused with a number and a way
+on where it does not fit."""
 
 from __future__ import annotations
 
@@ -25,11 +26,12 @@ def free(monkeypatch: pytest.MonkeyPatch, size: float | None) -> None:
     monkeypatch.setattr(hardware, "available", lambda: size and int(size))
 
 
-# ------------------------------------------------------------------------------------------------------------ reckoning
+# ---------------------------------------------------------------------------------------- reckoning
 
 
 def test_the_largest_operation_is_counted() -> None:
-    """An operation reads and writes its tensors, and nothing is computed for it: 3 × 8 × 8 in, 16 × 8 × 8 out, the weights."""
+    """An operation reads and writes its tensors, and nothing is computed for it: 3 × 8 × 8 in, 16 ×
+    8 × 8 out, the weights."""
     convolution = nn.Conv2d(3, 16, 1, bias=False)
     assert 4 * (3 * 64 + 16 * 64 + 48) == memory.largest(convolution, 8)
     assert 4 * (19 * 10**10 + 48) == memory.largest(convolution, 10**5)
@@ -37,23 +39,33 @@ def test_the_largest_operation_is_counted() -> None:
 
 def test_attention_makes_no_matrix_of_all_tokens() -> None:
     """A transformer's need grows with the pixels, not with their square."""
-    small, large = (memory.largest(create.load("test_vit", "random", side).module, side) for side in (320, 640))
+    small, large = (
+        memory.largest(create.load("test_vit", "random", side).module, side) for side in (320, 640)
+    )
     assert 4.2 > large / small > 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine_name", "images"), [("torch", memory.RUN * 8), ("openvino", 4 * memory.CONVERTED)])
+@pytest.mark.parametrize(
+    ("engine_name", "images"), [("torch", memory.RUN * 8), ("openvino", 4 * memory.CONVERTED)]
+)
 def test_the_reckoning_is_near_what_is_taken(engine_name: str, images: float) -> None:
     """The peak memory of a process between two sizes grows by what was reckoned, within a half."""
     code = (
-        "import sys, resource, numpy as np\nfrom finetune import backbone, engine\nfrom finetune.network import Tap\n"
+        "import sys, resource, numpy as np\nfrom finetune import backbone, engine\nfrom "
+        "finetune.network import Tap\n"
         "side = int(sys.argv[1]); made = backbone.load('tf_efficientnet_lite0', 'random', side)\n"
-        f"run = engine.open_runner(made.network, (Tap('pooled'),), lambda: made, engine={engine_name!r}, precision='float32')\n"
+        f"run = engine.open_runner(made.network, (Tap('pooled'),), lambda: made, "
+        f"engine={engine_name!r}, precision='float32')\n"
         "list(run.stream(np.zeros((run.batch, side, side, 3), np.uint8) for _ in range(2)))\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     taken = [
-        int(subprocess.run([sys.executable, "-c", code, str(side)], capture_output=True, text=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, str(side)], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for side in (384, 768)
     ]
     module = create.load("tf_efficientnet_lite0", "random").module
@@ -61,13 +73,17 @@ def test_the_reckoning_is_near_what_is_taken(engine_name: str, images: float) ->
     assert 0.5 < (taken[1] - taken[0]) / expected < 1.5
 
 
-# ------------------------------------------------------------------------------------------------------------- refusing
+# ----------------------------------------------------------------------------------------- refusing
 
 
 def test_a_size_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A size that the memory cannot hold is refused before anything of it is made; the size that is named instead works."""
+    """A size that the memory cannot hold is refused before anything of it is made; the size that is
+    named instead works."""
     free(monkeypatch, 200e6)
-    with pytest.raises(UserError, match=r"input of 9999 pixels needs some \d+\.\d GB of memory, and 0\.2 GB are free") as caught:
+    with pytest.raises(
+        UserError,
+        match=r"input of 9999 pixels needs some \d+\.\d GB of memory, and 0\.2 GB are free",
+    ) as caught:
         create.load(SMALL, "random", 9999)
     (size,) = re.findall(r"at most (\d+) pixels", str(caught.value))
     assert 160 < int(size) < 2000
@@ -75,17 +91,28 @@ def test_a_size_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_batches_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, tiny: Backbone) -> None:
-    """Opened for either engine, a network that was loaded when there was room is refused where there is none."""
+    """Opened for either engine, a network that was loaded when there was room is refused where
+    there is none."""
     free(monkeypatch, 1e6)
     for name in ("torch", "openvino"):
         with pytest.raises(UserError, match="input of 160 pixels needs some"):
-            engine.open_runner(tiny.network, (Tap("pooled"),), lambda: tiny, engine=name, precision="float32")
+            engine.open_runner(
+                tiny.network, (Tap("pooled"),), lambda: tiny, engine=name, precision="float32"
+            )
 
 
-def test_little_memory_runs_one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch, tiny: Backbone) -> None:
-    """Where all streams of OpenVINO do not fit, it runs one; where one does not, a converted network is refused, too."""
+def test_little_memory_runs_one_batch_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tiny: Backbone
+) -> None:
+    """Where all streams of OpenVINO do not fit, it runs one; where one does not, a converted
+    network is refused, too."""
     model, _ = engine._converted(tiny.network, (Tap("pooled"),), lambda: tiny)
-    need = engine.HELD["float32"] * engine.OPENVINO_BATCH * memory.largest(tiny.module, 160) / hardware.SHARE
+    need = (
+        engine.HELD["float32"]
+        * engine.OPENVINO_BATCH
+        * memory.largest(tiny.module, 160)
+        / hardware.SHARE
+    )
     monkeypatch.setattr(hardware, "cores", lambda: 4)
     for share, streams in ((10, ""), (1.5, "1")):
         free(monkeypatch, need * share)
@@ -103,7 +130,10 @@ def test_where_nobody_knows_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("name", "side", "words", "works"),
-    [("test_vit", 161, "it takes multiples of 16, such as 160", 160), ("alexnet", 40, "64 can be taken, too", 64)],
+    [
+        ("test_vit", 161, "it takes multiples of 16, such as 160", 160),
+        ("alexnet", 40, "64 can be taken, too", 64),
+    ],
 )
 def test_sizes_that_a_network_cannot_take(name: str, side: int, words: str, works: int) -> None:
     """A side between the patches, or too small to leave a map, is refused with one that works."""
@@ -112,11 +142,12 @@ def test_sizes_that_a_network_cannot_take(name: str, side: int, words: str, work
     assert works == create.load(name, "random", works).network.preprocess.size
 
 
-# -------------------------------------------------------------------------------------------------------- the machine
+# -------------------------------------------------------------------------------------- the machine
 
 
 def test_a_container_bounds_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least of what the system has and what the container may still take, files in memory not counted; None if unknown."""
+    """The least of what the system has and what the container may still take, files in memory not
+    counted; None if unknown."""
     tables = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 5000 kB\n"}
 
     def read(path: Path) -> str:

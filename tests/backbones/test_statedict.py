@@ -1,4 +1,5 @@
-"""Weights in the files of other programs: what wraps them is taken off, and what is taken and left is said."""
+"""Weights in the files of other programs: what wraps them is taken off, and what is taken and left
+is said."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def module() -> Any:
 
 
 def packed(tiny: Backbone) -> dict[str, Any]:
-    """Its tensors in one piece each: another test may have left the shared network in the layout that torch is fastest in."""
+    """Its tensors in one piece each: another test may have left the shared network in the layout
+    that torch is fastest in."""
     return {key: value.contiguous() for key, value in tiny.module.state_dict().items()}
 
 
@@ -46,16 +48,28 @@ def spoilt(tiny: Backbone, prefix: str = "") -> dict[str, Any]:
 
 WRAPPED: dict[str, tuple[Callable[[Backbone], Any], str]] = {
     "a checkpoint": (lambda t: {"epoch": 3, "state_dict": named(t, "")}, "its state_dict"),
-    "as in PyTorch's tutorial": (lambda t: {"model_state_dict": named(t, ""), "loss": 0.1}, "its model_state_dict"),
+    "as in PyTorch's tutorial": (
+        lambda t: {"model_state_dict": named(t, ""), "loss": 0.1},
+        "its model_state_dict",
+    ),
     "data parallelism": (lambda t: named(t, "module."), "without the prefix module."),
-    "a compiled model": (lambda t: {"model": named(t, "_orig_mod.")}, "its model; without the prefix _orig_mod."),
-    "both": (lambda t: named(t, "module._orig_mod."), "without the prefix _orig_mod.; without the prefix module."),
+    "a compiled model": (
+        lambda t: {"model": named(t, "_orig_mod.")},
+        "its model; without the prefix _orig_mod.",
+    ),
+    "both": (
+        lambda t: named(t, "module._orig_mod."),
+        "without the prefix _orig_mod.; without the prefix module.",
+    ),
     "averaged by torch": (
         lambda t: {"n_averaged": torch.tensor(3), **named(t, "module.")},
         "without the prefix module.; 1 tensor (n_averaged) left out",
     ),
     "Lightning": (
-        lambda t: {"state_dict": {**named(t, "model."), "loss.weight": torch.ones(2)}, "global_step": 7},
+        lambda t: {
+            "state_dict": {**named(t, "model."), "loss.weight": torch.ones(2)},
+            "global_step": 7,
+        },
         "its state_dict; without the prefix model.; 1 tensor (loss.weight) left out",
     ),
     "Lightning with an average": (
@@ -68,12 +82,19 @@ WRAPPED: dict[str, tuple[Callable[[Backbone], Any], str]] = {
             "teacher": {**named(t, "backbone."), "head.last.weight": torch.ones(2)},
             "args": argparse.Namespace(lr=0.1),
         },
-        "its teacher, averaged weights; without the prefix backbone.; 1 tensor (head.last.weight) left out",
+        "its teacher, averaged weights; without the prefix backbone.; 1 tensor "
+        "(head.last.weight) left out",
     ),
     "DINO's student alone": (lambda t: {"student": named(t, "module.backbone.")}, "its student"),
-    "DeiT": (lambda t: {"model": spoilt(t), "model_ema": named(t, "")}, "its model_ema, averaged weights"),
+    "DeiT": (
+        lambda t: {"model": spoilt(t), "model_ema": named(t, "")},
+        "its model_ema, averaged weights",
+    ),
     "fastai": (
-        lambda t: {"model": {**named(t, "0.model."), "1.2.weight": torch.ones(2)}, "opt": {"state": [], "hypers": [{"lr": 0.1}]}},
+        lambda t: {
+            "model": {**named(t, "0.model."), "1.2.weight": torch.ones(2)},
+            "opt": {"state": [], "hypers": [{"lr": 0.1}]},
+        },
         "its model; without the prefix 0.model.; 1 tensor (1.2.weight) left out",
     ),
     "with numbers beside it": (
@@ -84,8 +105,11 @@ WRAPPED: dict[str, tuple[Callable[[Backbone], Any], str]] = {
 
 
 @pytest.mark.parametrize("form", WRAPPED)
-def test_weights_are_taken_out_of_what_wraps_them(tmp_path: Path, tiny: Backbone, form: str) -> None:
-    """Checkpoints of the usual programs give the same network; its source says in one line what was taken and left."""
+def test_weights_are_taken_out_of_what_wraps_them(
+    tmp_path: Path, tiny: Backbone, form: str
+) -> None:
+    """Checkpoints of the usual programs give the same network; its source says in one line what was
+    taken and left."""
     make, words = WRAPPED[form]
     torch.save(make(tiny), tmp_path / "x.pth")
 
@@ -98,7 +122,8 @@ def test_weights_are_taken_out_of_what_wraps_them(tmp_path: Path, tiny: Backbone
 
 @pytest.mark.parametrize("average", [True, False])
 def test_a_checkpoint_of_timm_loads(tmp_path: Path, module: Any, average: bool) -> None:
-    """What timm's own saver writes: options beside the weights, the averaged weights where there are some."""
+    """What timm's own saver writes: options beside the weights, the averaged weights where there
+    are some."""
     options = argparse.Namespace(model=TINY, lr=0.1, mean=(0.5, 0.5, 0.5), resume="")
     other = copy.deepcopy(module)
     with torch.no_grad():
@@ -116,13 +141,16 @@ def test_a_checkpoint_of_timm_loads(tmp_path: Path, module: Any, average: bool) 
 
     found = create.load(TINY, str(tmp_path / "model_best.pth.tar"))
 
-    assert torch.equal(module.state_dict()["conv_stem.weight"], found.module.state_dict()["conv_stem.weight"])
+    assert torch.equal(
+        module.state_dict()["conv_stem.weight"], found.module.state_dict()["conv_stem.weight"]
+    )
     words = "its state_dict_ema, averaged weights" if average else "its state_dict"
     assert f"the file model_best.pth.tar ({words})" == found.network.source
 
 
 def test_a_name_that_is_not_utf_8_is_read_and_shown(tmp_path: Path, tiny: Backbone) -> None:
-    """Names of files are bytes: such a file is opened, and its name written out where it is shown."""
+    """Names of files are bytes: such a file is opened, and its name written out where it is
+    shown."""
     if sys.platform != "linux":
         pytest.skip("names are text here")
     for suffix in ("pth", "safetensors"):
@@ -153,15 +181,26 @@ def test_a_part_of_weights_says_that_it_is_one(tmp_path: Path, tiny: Backbone) -
 
 
 def test_a_large_checkpoint_is_not_read_whole(tmp_path: Path, tiny: Backbone) -> None:
-    """The optimizer's half of a checkpoint stays on the disk: only what is taken comes into memory."""
-    torch.save({"state_dict": tiny.module.state_dict(), "optimizer": torch.zeros(1 << 24)}, tmp_path / "x.pth")  # 64 MB
+    """The optimizer's half of a checkpoint stays on the disk: only what is taken comes into
+    memory."""
+    # 64 MB
+    torch.save(
+        {"state_dict": tiny.module.state_dict(), "optimizer": torch.zeros(1 << 24)},
+        tmp_path / "x.pth",
+    )
     code = (
         "import sys, torch; from pathlib import Path; from finetune import statedict\n"
-        "def peak(): return int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
+        "def peak(): return "
+        "int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
         "before = peak(); statedict.read(Path(sys.argv[1])); print(peak() - before)"
     )
     if sys.platform != "linux":
         pytest.skip("memory is told elsewhere here")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.pth")], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "x.pth")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
 
     assert int(done.stdout) < 32_000  # kilobytes

@@ -38,8 +38,11 @@ def module() -> Any:
 
 
 @pytest.fixture
-def package(tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], Path]:
-    """Install a weight package for the small model, with the tensors given; importing it would fail."""
+def package(
+    tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[dict[str, Any]], Path]:
+    """Install a weight package for the small model, with the tensors given; importing it would
+    fail."""
     digest = weights.tensor_digest(module.state_dict())
     found = weights.Package("own_pytorch_model", "own.pth", digest)
     monkeypatch.setitem(weights.PACKAGES, TINY, found)
@@ -65,7 +68,7 @@ class Malicious:
         return os.mkdir, (str(self.mark),)
 
 
-# ------------------------------------------------------------------------------------------------------- the source
+# --------------------------------------------------------------------------------------- the source
 
 
 def test_an_installed_package_comes_first() -> None:
@@ -92,7 +95,9 @@ def test_a_package_that_is_not_installed_is_passed_over(monkeypatch: pytest.Monk
     assert "package" != weights.find(LITE0).kind
 
 
-def test_the_cache_of_the_hub_is_found_without_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_of_the_hub_is_found_without_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file that the hub's client downloaded before is used, and named."""
     repository = tmp_path / "models--timm--test_resnet.r160_in1k"
     snapshot = repository / "snapshots" / ("a" * 40)
@@ -118,7 +123,9 @@ def test_finding_weights_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(("name", "what"), [("no-such.pth", "no weight file"), ("table.csv", "cannot read weights from")])
+@pytest.mark.parametrize(
+    ("name", "what"), [("no-such.pth", "no weight file"), ("table.csv", "cannot read weights from")]
+)
 def test_a_path_that_is_no_weight_file_is_refused(tmp_path: Path, name: str, what: str) -> None:
     """The value and the forms that are taken are in the message."""
     (tmp_path / "table.csv").write_text("a,b")
@@ -130,7 +137,8 @@ def test_a_path_that_is_no_weight_file_is_refused(tmp_path: Path, name: str, wha
 
 
 def test_random_weights_say_so_loudly(tiny: Backbone) -> None:
-    """The source of the network, which every run shows, begins with the word, and its pretraining is none."""
+    """The source of the network, which every run shows, begins with the word, and its pretraining
+    is none."""
     assert tiny.network.source.startswith("RANDOM weights")
     assert "random" == tiny.network.pretraining
 
@@ -156,10 +164,12 @@ def test_without_its_package_a_known_network_names_that_package() -> None:
     assert "tf_efficientnet_lite2" == error.where
 
 
-# -------------------------------------------------------------------------------------------------------- packages
+# ----------------------------------------------------------------------------------------- packages
 
 
-def test_a_package_is_zipped_onto_the_model_by_position(package: Callable[..., Path], module: Any) -> None:
+def test_a_package_is_zipped_onto_the_model_by_position(
+    package: Callable[..., Path], module: Any
+) -> None:
     """Other names, the same order: the tensors arrive, and the package's own code is not run."""
     renamed = {f"layer{i}": value for i, value in enumerate(module.state_dict().values())}
     package(renamed)
@@ -170,7 +180,10 @@ def test_a_package_is_zipped_onto_the_model_by_position(package: Callable[..., P
     weights.load_package(other, TINY, found.path)
 
     assert "package" == found.kind
-    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(module.state_dict().values(), other.state_dict().values(), strict=True)
+    )
 
 
 def test_a_tampered_package_is_refused(package: Callable[..., Path], module: Any) -> None:
@@ -205,7 +218,8 @@ def test_the_packages_hold_the_weights_that_we_know(name: str) -> None:
 
 
 def test_the_mapped_weights_know_a_palace_and_a_daisy() -> None:
-    """With its own classifier, the mapped model names scikit-learn's two sample photographs as ImageNet does."""
+    """With its own classifier, the mapped model names scikit-learn's two sample photographs as
+    ImageNet does."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -213,8 +227,12 @@ def test_the_mapped_weights_know_a_palace_and_a_daisy() -> None:
     assert path is not None
     model = timm.create_model(LITE0).eval()
     weights.load_package(model, LITE0, path)
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    batch = torch.stack([transform(Image.fromarray(image)) for image in load_sample_images().images])  # type: ignore[operator]
+    transform = timm.data.create_transform(
+        **timm.data.resolve_model_data_config(model), is_training=False
+    )
+    batch = torch.stack(
+        [transform(Image.fromarray(image)) for image in load_sample_images().images]
+    )  # type: ignore[operator]
 
     with torch.inference_mode():
         palace, daisy = model(batch).argmax(1).tolist()
@@ -232,12 +250,15 @@ def test_the_licence_of_a_package_travels_with_its_weights() -> None:
     assert weights.notice(LITE0, weights.find(LITE0, "random")) is None
 
 
-# ------------------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("form", ["model.safetensors", "model.pth", "model.pth.tar", "model.bin", "model.ckpt"])
+@pytest.mark.parametrize(
+    "form", ["model.safetensors", "model.pth", "model.pth.tar", "model.bin", "model.ckpt"]
+)
 def test_a_file_of_weights_is_read_by_names(tmp_path: Path, tiny: Backbone, form: str) -> None:
-    """safetensors, or a state dict under any of the usual names: the same network, and nothing to say of it."""
+    """safetensors, or a state dict under any of the usual names: the same network, and nothing to
+    say of it."""
     tensors = {key: value.clone().contiguous() for key, value in tiny.module.state_dict().items()}
     (save_file if form == "model.safetensors" else torch.save)(tensors, tmp_path / form)
 
@@ -249,28 +270,46 @@ def test_a_file_of_weights_is_read_by_names(tmp_path: Path, tiny: Backbone, form
 
 
 def test_the_arch_of_a_checkpoint_is_compared(tmp_path: Path, tiny: Backbone, module: Any) -> None:
-    """One that says it is of another model is told where it fits, and named in the remedy where it does not."""
-    torch.save({"arch": "test_resnet", "state_dict": tiny.module.state_dict()}, tmp_path / "fits.pth")
+    """One that says it is of another model is told where it fits, and named in the remedy where it
+    does not."""
     torch.save(
-        {"arch": "test_resnet.r160_in1k", "state_dict": timm.create_model("test_resnet").state_dict()}, tmp_path / "not.pth"
+        {"arch": "test_resnet", "state_dict": tiny.module.state_dict()}, tmp_path / "fits.pth"
     )
-    torch.save({"arch": "efficientnet", "state_dict": tiny.module.state_dict()}, tmp_path / "class.pth")
+    torch.save(
+        {
+            "arch": "test_resnet.r160_in1k",
+            "state_dict": timm.create_model("test_resnet").state_dict(),
+        },
+        tmp_path / "not.pth",
+    )
+    torch.save(
+        {"arch": "efficientnet", "state_dict": tiny.module.state_dict()}, tmp_path / "class.pth"
+    )
 
-    assert "saved as test_resnet, not test_efficientnet" in create.load(TINY, str(tmp_path / "fits.pth")).network.source
-    assert "saved as" not in create.load(TINY, str(tmp_path / "class.pth")).network.source  # the name of a class
+    assert (
+        "saved as test_resnet, not test_efficientnet"
+        in create.load(TINY, str(tmp_path / "fits.pth")).network.source
+    )
+    # the name of a class
+    assert "saved as" not in create.load(TINY, str(tmp_path / "class.pth")).network.source
     with pytest.raises(UserError, match="do not fit test_efficientnet") as caught:
         create.load(TINY, str(tmp_path / "not.pth"))
     assert "--backbone test_resnet" in caught.value.fix
 
 
 def test_position_embeddings_of_another_input_size_are_resampled(tmp_path: Path) -> None:
-    """A ViT that was trained at 224 pixels reads 160, with the very numbers that timm's loader gives, and it is said."""
+    """A ViT that was trained at 224 pixels reads 160, with the very numbers that timm's loader
+    gives, and it is said."""
     torch.manual_seed(2)
     large = timm.create_model("test_vit", img_size=224)
     torch.nn.init.normal_(large.pos_embed)
     save_file(large.state_dict(), tmp_path / "large.safetensors")
     right = timm.create_model("test_vit")
-    timm.models.load_checkpoint(right, str(tmp_path / "large.safetensors"), filter_fn=vision_transformer.checkpoint_filter_fn)
+    timm.models.load_checkpoint(
+        right,
+        str(tmp_path / "large.safetensors"),
+        filter_fn=vision_transformer.checkpoint_filter_fn,
+    )
 
     found = create.load("test_vit", str(tmp_path / "large.safetensors"))
     whole = create.load("test_vit", str(tmp_path / "large.safetensors"), 224)
@@ -283,19 +322,26 @@ def test_position_embeddings_of_another_input_size_are_resampled(tmp_path: Path)
 
 @pytest.mark.parametrize("name", [TINY, "test_vit"])
 @pytest.mark.parametrize("channels", [1, 4])
-def test_a_first_convolution_of_one_or_four_channels_is_adapted(tmp_path: Path, name: str, channels: int) -> None:
-    """The reverse of what timm does for `in_chans`: grey images give what they gave, of four channels three are kept."""
+def test_a_first_convolution_of_one_or_four_channels_is_adapted(
+    tmp_path: Path, name: str, channels: int
+) -> None:
+    """The reverse of what timm does for `in_chans`: grey images give what they gave, of four
+    channels three are kept."""
     model = timm.create_model(name)
     key = "conv_stem.weight" if name == TINY else "patch_embed.proj.weight"
     tensors = model.state_dict()
     colours = tensors[key].clone()
-    torch.save(tensors | {key: timm.models.adapt_input_conv(channels, colours.clone())}, tmp_path / "x.pth")
+    torch.save(
+        tensors | {key: timm.models.adapt_input_conv(channels, colours.clone())}, tmp_path / "x.pth"
+    )
 
     found = create.load(name, str(tmp_path / "x.pth"))
     ours = found.module.state_dict()[key]
 
     assert (3, True) == (ours.shape[1], torch.allclose(ours.sum(1), colours.sum(1), atol=1e-5))
-    assert torch.allclose(ours, colours if channels == 4 else colours.mean(1, keepdim=True), atol=1e-5)
+    assert torch.allclose(
+        ours, colours if channels == 4 else colours.mean(1, keepdim=True), atol=1e-5
+    )
     assert key in found.network.source
     assert "channel" in found.network.source
 
@@ -306,7 +352,9 @@ def test_a_classifier_of_another_size_is_left_out(tmp_path: Path, module: Any) -
 
     found = create.load(TINY, str(tmp_path / "ten.pth"))
 
-    assert torch.equal(module.state_dict()["conv_stem.weight"], found.module.state_dict()["conv_stem.weight"])
+    assert torch.equal(
+        module.state_dict()["conv_stem.weight"], found.module.state_dict()["conv_stem.weight"]
+    )
 
 
 def test_weights_of_another_network_are_named_key_by_key(tmp_path: Path, tiny: Backbone) -> None:
@@ -320,7 +368,11 @@ def test_weights_of_another_network_are_named_key_by_key(tmp_path: Path, tiny: B
     with pytest.raises(UserError, match="do not fit test_efficientnet") as caught:
         create.load(TINY, str(tmp_path / "x.pth"))
 
-    for part in ("1 of another shape (conv_stem.weight)", "1 missing (bn1.weight)", "1 unknown (fc_extra.weight)"):
+    for part in (
+        "1 of another shape (conv_stem.weight)",
+        "1 missing (bn1.weight)",
+        "1 unknown (fc_extra.weight)",
+    ):
         assert part in caught.value.what
 
 
@@ -370,7 +422,8 @@ TEXTS = {
 REFUSED = {
     "torch": r"holds more than tensors \((posix|nt)\.mkdir\), and is not opened",
     "pickle": r"holds more than tensors, and is not opened",
-    "module": r"holds more than tensors \(timm\.models\.efficientnet\.EfficientNet\), and is not opened",
+    "module": r"holds more than tensors \(timm\.models\.efficientnet\.EfficientNet\), and is not "
+    r"opened",
     "program": "is a TorchScript program",
     "numbers": "holds no tensors",
     "nothing": "holds no tensors",
@@ -391,8 +444,11 @@ REFUSED = {
 @pytest.mark.parametrize("form", REFUSED)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
-def test_whatever_is_no_dictionary_of_tensors_is_refused(tmp_path: Path, form: str, suffix: str) -> None:
-    """Code, other objects, half files, text, nothing: a sentence with the path and a remedy, and no code has run."""
+def test_whatever_is_no_dictionary_of_tensors_is_refused(
+    tmp_path: Path, form: str, suffix: str
+) -> None:
+    """Code, other objects, half files, text, nothing: a sentence with the path and a remedy, and no
+    code has run."""
     path = tmp_path / f"x{suffix}"
     path.write_bytes(bytes_of(form, tmp_path / "code has run"))
 
@@ -401,7 +457,8 @@ def test_whatever_is_no_dictionary_of_tensors_is_refused(tmp_path: Path, form: s
 
     assert str(path) == caught.value.where
     assert caught.value.fix
-    assert not [word for word in ("trust", "weights_only", "Error") if word in str(caught.value)]  # what torch says
+    # what torch says
+    assert not [word for word in ("trust", "weights_only", "Error") if word in str(caught.value)]
     assert not (tmp_path / "code has run").exists()
 
 
@@ -416,14 +473,16 @@ def test_a_whole_model_is_refused_with_the_way_to_save_its_weights(tmp_path: Pat
     assert "torch.save(model.state_dict(), 'weights.pth')" in caught.value.fix
 
 
-def test_the_malicious_file_of_these_tests_does_run_where_nothing_forbids_it(tmp_path: Path) -> None:
+def test_the_malicious_file_of_these_tests_does_run_where_nothing_forbids_it(
+    tmp_path: Path,
+) -> None:
     """Else the test above would prove nothing."""
     pickle.loads(bytes_of("pickle", tmp_path / "code has run"))
 
     assert (tmp_path / "code has run").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------- digests
+# ------------------------------------------------------------------------------------------ digests
 
 
 def test_the_digest_covers_names_types_shapes_and_values() -> None:
@@ -443,8 +502,17 @@ def test_the_digest_covers_names_types_shapes_and_values() -> None:
 
 
 def test_the_digest_takes_every_kind_of_tensor() -> None:
-    """Counters, flags, half precision, views that are not contiguous: none is refused, none depends on memory layout."""
+    """Counters, flags, half precision, views that are not contiguous: none is refused, none depends
+    on memory layout."""
     x = torch.from_numpy(np.arange(12, dtype=np.float32).reshape(3, 4))
-    tensors = {"count": torch.tensor(3), "flag": torch.tensor([True]), "half": x.bfloat16(), "none": torch.zeros(0), "view": x.T}
+    tensors = {
+        "count": torch.tensor(3),
+        "flag": torch.tensor([True]),
+        "half": x.bfloat16(),
+        "none": torch.zeros(0),
+        "view": x.T,
+    }
 
-    assert weights.tensor_digest(tensors) == weights.tensor_digest(tensors | {"view": x.T.contiguous()})
+    assert weights.tensor_digest(tensors) == weights.tensor_digest(
+        tensors | {"view": x.T.contiguous()}
+    )

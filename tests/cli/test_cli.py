@@ -15,10 +15,24 @@ from finetune.cli import cli as finetune
 from retrieval.cli import cli as retrieve
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "timm", "torchvision", "sklearn", "faiss", "openvino", "numpy", "PIL", "pydantic", "rich", "matplotlib")
+HEAVY = (
+    "torch",
+    "timm",
+    "torchvision",
+    "sklearn",
+    "faiss",
+    "openvino",
+    "numpy",
+    "PIL",
+    "pydantic",
+    "rich",
+    "matplotlib",
+)
 
 
-def commands(command: click.Command, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+def commands(
+    command: click.Command, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
     yield path, command
     if isinstance(command, click.Group):
         for name, inner in command.commands.items():
@@ -31,14 +45,18 @@ ALL = [*commands(finetune, ("finetune",)), *commands(retrieve, ("retrieve",))]
 def run(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     package = "retrieval" if words[0] == "retrieve" else "finetune"
     script = f"import sys; sys.argv = {list(words)!r}; from {package}.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
 
     assert code == done.returncode, done.stderr
     return done
 
 
 @pytest.mark.parametrize(("path", "command"), ALL, ids=[" ".join(path) for path, _ in ALL])
-def test_every_command_ends_its_help_with_a_real_example(path: tuple[str, ...], command: click.Command) -> None:
+def test_every_command_ends_its_help_with_a_real_example(
+    path: tuple[str, ...], command: click.Command
+) -> None:
     """Each docstring closes with `Example:` and a line that starts with the command's own words."""
     text = command.help or ""
     lines = [line.strip() for line in text.partition("Example:")[2].splitlines() if line.strip()]
@@ -48,9 +66,18 @@ def test_every_command_ends_its_help_with_a_real_example(path: tuple[str, ...], 
 
 
 def test_docs_hold_what_help_says() -> None:
-    """docs/cli.md is what `make docs` would write now. In its own process: click keeps the help option of a first caller."""
-    script = f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import make_cli; sys.stdout.write(make_cli.text())"
-    done = subprocess.run([sys.executable, "-X", "utf8", "-c", script], capture_output=True, encoding="utf-8", check=True)
+    """docs/cli.md is what `make docs` would write now. In its own process: click keeps the help
+    option of a first caller."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import make_cli; "
+        f"sys.stdout.write(make_cli.text())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8", "-c", script],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
 
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == done.stdout
 
@@ -65,7 +92,9 @@ def test_help_loads_no_heavy_library(home: str) -> None:
         "    [walk(x) for x in getattr(c, 'commands', {}).values()]\n"
         f"walk(cli)\nprint([m for m in {HEAVY!r} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
 
     assert "[]" == done.stdout.strip()
 
@@ -98,6 +127,8 @@ def test_recipes_are_listed_shown_copied_and_validated(tmp_path: Path) -> None:
     target = tmp_path / "mine.yaml"
     run("finetune", "recipes", "cp", "smoke-digits", str(target))
 
-    assert run("finetune", "recipes", "show", "smoke-digits").stdout == target.read_text(encoding="utf-8")
+    assert run("finetune", "recipes", "show", "smoke-digits").stdout == target.read_text(
+        encoding="utf-8"
+    )
     assert "already" in run("finetune", "recipes", "cp", "smoke-digits", str(target), code=1).stderr
     assert "label_smoothing" in run("finetune", "recipes", "validate", str(target)).stdout

@@ -16,7 +16,9 @@ from finetune import console
 from finetune.errors import UserError
 
 
-def leave(error: BaseException | None, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+def leave(
+    error: BaseException | None, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[int, str]:
     """The exit code of a command that ends in `error`, and what it says on stderr."""
 
     @click.group()
@@ -77,8 +79,11 @@ def test_a_name_that_cannot_be_is_no_bug(number: int, capsys: pytest.CaptureFixt
     assert "choose another name" in text
 
 
-def test_a_bug_where_there_is_no_folder_at_all(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The working folder was removed, and there is none for temporary files: the traceback goes to stderr."""
+def test_a_bug_where_there_is_no_folder_at_all(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The working folder was removed, and there is none for temporary files: the traceback goes to
+    stderr."""
 
     def gone(*_: object) -> str:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
@@ -92,14 +97,23 @@ def test_a_bug_where_there_is_no_folder_at_all(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("by nothing"), OSError(errno.EIO, "odd")])
-def test_a_bug(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Anything else exits 3: one line says what and where, the traceback and the command are in crash.log."""
+def test_a_bug(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Anything else exits 3: one line says what and where, the traceback and the command are in
+    crash.log."""
     monkeypatch.chdir(tmp_path)
     code, text = leave(error, capsys)
     log = tmp_path / "crash.log"
     assert (3, 2) == (code, len(text.splitlines()))
     assert str(log) in text
-    assert all(part in log.read_text() for part in ("tool work", "Traceback", str(error), "test_console.py"))
+    assert all(
+        part in log.read_text()
+        for part in ("tool work", "Traceback", str(error), "test_console.py")
+    )
 
 
 def test_a_bug_where_nothing_can_be_written(
@@ -125,7 +139,9 @@ def test_a_closed_pipe_is_quiet() -> None:
         "@group.command()\ndef work():\n for i in range(100000): print(i)\n"
         "import sys; sys.argv = ['tool', 'work']; console.guarded(group, 'tool')"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.readline()
@@ -160,11 +176,13 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_no_terminal_is_too_plain(encoding: str) -> None:
-    """Letters and bytes that a terminal cannot show are written as numbers, in results and in errors."""
+    """Letters and bytes that a terminal cannot show are written as numbers, in results and in
+    errors."""
     code = (
         "import sys, click; from finetune import console; from finetune.errors import UserError\n"
         "@click.group()\ndef group(): pass\n"
-        "@group.command()\ndef work():\n print('caf\\udce9 \u2192'); raise UserError('no \u5199 caf\\udce9')\n"
+        "@group.command()\ndef work():\n print('caf\\udce9 \u2192'); raise UserError('no "
+        "\u5199 caf\\udce9')\n"
         "sys.argv = ['tool', 'work']; console.guarded(group, 'tool')"
     )
     env = {**os.environ, "PYTHONIOENCODING": encoding}

@@ -1,4 +1,5 @@
-"""Places that cannot be used: what needs no cache works without one, what needs one says which variable gives it."""
+"""Places that cannot be used: what needs no cache works without one, what needs one says which
+variable gives it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from finetune.cli import cli
 from finetune.errors import UserError
 from retrieval.cli import cli as retrieve
 
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0.1.0"  # a run and a gallery of a small network
+# a run and a gallery of a small network
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "v0.1.0"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +53,9 @@ def at(place: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Move the cache to one of `PLACES`; returns the variable that says so."""
     for name, value in PLACES[place].items():
         monkeypatch.setenv(name, str(work / value) if value else "")
-    return {"HOME": "the cache in the home folder"}.get(list(PLACES[place])[-1], f"${list(PLACES[place])[-1]}")
+    return {"HOME": "the cache in the home folder"}.get(
+        list(PLACES[place])[-1], f"${list(PLACES[place])[-1]}"
+    )
 
 
 def said(command: Any, *words: str) -> str:
@@ -63,7 +67,11 @@ def said(command: Any, *words: str) -> str:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", WITHOUT)
 def test_what_needs_no_cache_works_without_one(
-    work: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, place: str
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    place: str,
 ) -> None:
     """The same answer to the letter, and one line that says why it took longer, where it did."""
     expected = said(*WITHOUT[name])
@@ -71,7 +79,8 @@ def test_what_needs_no_cache_works_without_one(
 
     assert expected == said(*WITHOUT[name])
     lines = [record.getMessage() for record in caplog.records if record.name == "regraft"]
-    assert len(lines) == (name != "query")  # this gallery's network runs in torch, which keeps nothing
+    # this gallery's network runs in torch, which keeps nothing
+    assert len(lines) == (name != "query")
     for line in lines:
         assert variable in line
         assert "set $REGRAFT_CACHE to a folder that you may write to" in line

@@ -1,4 +1,5 @@
-"""Training-time transforms: seeded views, what each strength may change, batches in threads, and mixup."""
+"""Training-time transforms: seeded views, what each strength may change, batches in threads, and
+mixup."""
 
 from __future__ import annotations
 
@@ -38,23 +39,35 @@ def image_set(count: int, bad: int | None = None) -> ImageSet:
     files = {f"{i}.png": encoded(picture(seed=i)) for i in range(count)}
     if bad is not None:
         files[f"{bad}.png"] = files[f"{bad}.png"][:200]
-    return ImageSet("x", Path("pictures"), tuple(files), np.zeros(count, np.int64), ("a",), source=files.__getitem__)
+    return ImageSet(
+        "x",
+        Path("pictures"),
+        tuple(files),
+        np.zeros(count, np.int64),
+        ("a",),
+        source=files.__getitem__,
+    )
 
 
 def view(strength: str, seed: int = 0, *, flip: bool = True) -> np.ndarray:
-    return augment.augmented(encoded(picture()), PRE, strength, np.random.default_rng(seed), flip=flip)
+    return augment.augmented(
+        encoded(picture()), PRE, strength, np.random.default_rng(seed), flip=flip
+    )
 
 
 def test_none_is_the_evaluation_transform() -> None:
     """Without augmentation the pixels are those that evaluation sees, whatever the generator."""
     data = encoded(picture())
 
-    assert np.array_equal(decode.to_input(data, PRE), augment.augmented(data, PRE, "none", np.random.default_rng(3)))
+    assert np.array_equal(
+        decode.to_input(data, PRE), augment.augmented(data, PRE, "none", np.random.default_rng(3))
+    )
 
 
 @pytest.mark.parametrize("strength", VARIED)
 def test_views_follow_their_seed(strength: str) -> None:
-    """The same generator state gives the same pixels, another one gives others; shape and type are the network's."""
+    """The same generator state gives the same pixels, another one gives others; shape and type are
+    the network's."""
     first, again, other = view(strength, 1), view(strength, 1), view(strength, 2)
 
     assert (32, 32, 3) == first.shape
@@ -65,11 +78,13 @@ def test_views_follow_their_seed(strength: str) -> None:
 
 @pytest.mark.parametrize("strength", VARIED)
 def test_flips_can_be_forbidden(strength: str) -> None:
-    """Half of the views are mirrored; with flips forbidden none is, and every other choice stays as it was."""
+    """Half of the views are mirrored; with flips forbidden none is, and every other choice stays as
+    it was."""
     mirrored = 0
     for seed in range(40):
         free, fixed = view(strength, seed), view(strength, seed, flip=False)
-        # A mirror followed by colours is a mirror of the colours, but for the geometric operations of `strong`.
+        # A mirror followed by colours is a mirror of the colours, but for the geometric operations
+        # of `strong`.
         mirrored += not np.array_equal(free, fixed)
         if strength != "strong" and not np.array_equal(free, fixed):
             assert np.array_equal(free[:, ::-1], fixed)
@@ -88,7 +103,8 @@ def test_crops_lie_inside_the_image(width: int, height: int, area: float, seed: 
 
 
 def test_crops_keep_the_promised_area_and_shape() -> None:
-    """On an image of ordinary shape, area and ratio stay within their bounds (up to rounding) and use them."""
+    """On an image of ordinary shape, area and ratio stay within their bounds (up to rounding) and
+    use them."""
     rng = np.random.default_rng(0)
     boxes = np.array([augment.crop_box((400, 300), 0.35, rng) for _ in range(300)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
@@ -105,21 +121,29 @@ def test_a_very_long_image_is_cropped_at_its_centre() -> None:
 
 
 def test_jitter_is_the_colour_change_of_torchvision() -> None:
-    """Brightness, contrast and saturation agree with torchvision's functions for the same factors and order."""
+    """Brightness, contrast and saturation agree with torchvision's functions for the same factors
+    and order."""
     image = picture()
     rng = np.random.default_rng(5)
     factors, order = rng.uniform(0.8, 1.2, 3), rng.permutation(3)
-    functions = (reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation)
+    functions = (
+        reference.adjust_brightness,
+        reference.adjust_contrast,
+        reference.adjust_saturation,
+    )
     expected = image
     for k in order:
         expected = functions[k](expected, factors[k])
 
-    assert np.array_equal(np.array(expected), np.array(augment.jittered(image, 0.2, np.random.default_rng(5))))
+    assert np.array_equal(
+        np.array(expected), np.array(augment.jittered(image, 0.2, np.random.default_rng(5)))
+    )
 
 
 @pytest.mark.parametrize("name", augment.OPERATIONS)
 def test_operations_keep_size_and_mode(name: str) -> None:
-    """Every TrivialAugment operation works at both ends of its range and gives an RGB image of the same size."""
+    """Every TrivialAugment operation works at both ends of its range and gives an RGB image of the
+    same size."""
     image = picture()
     for strength in (-1.0, 0.0, 1.0):
         result = augment.OPERATIONS[name](image, strength, (124, 116, 104))
@@ -128,13 +152,26 @@ def test_operations_keep_size_and_mode(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["identity", "shear-x", "shear-y", "shift-x", "shift-y", "rotate", "brightness", "colour", "contrast"]
+    "name",
+    [
+        "identity",
+        "shear-x",
+        "shear-y",
+        "shift-x",
+        "shift-y",
+        "rotate",
+        "brightness",
+        "colour",
+        "contrast",
+    ],
 )
 def test_operations_of_no_strength_change_nothing(name: str) -> None:
     """At strength 0 an operation with a sign is the identity."""
     image = picture()
 
-    assert np.array_equal(np.array(image), np.array(augment.OPERATIONS[name](image, 0.0, (0, 0, 0))))
+    assert np.array_equal(
+        np.array(image), np.array(augment.OPERATIONS[name](image, 0.0, (0, 0, 0)))
+    )
 
 
 def test_shears_and_rotations_turn_about_the_centre() -> None:
@@ -162,7 +199,11 @@ def test_large_jpegs_keep_the_pixels_that_a_small_crop_needs() -> None:
     seen: list[int | None] = []
     original = decode.decode
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decode, "decode", lambda data, *, short_side=None: seen.append(short_side) or original(data))
+        patch.setattr(
+            decode,
+            "decode",
+            lambda data, *, short_side=None: seen.append(short_side) or original(data),
+        )
         augment.augmented(data, PRE, "strong", np.random.default_rng(0))
 
     assert [72] == seen  # 36 / sqrt(0.25)
@@ -177,7 +218,9 @@ def test_an_unknown_strength_is_named() -> None:
 def test_batches_do_not_depend_on_order_or_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """A view of an image is the same in any batch, at any place, with one thread or many."""
     images = image_set(6)
-    (together,) = augment.batches(images, [[(i, 1) for i in range(6)]], PRE, "medium", flip=True, seed=7)
+    (together,) = augment.batches(
+        images, [[(i, 1) for i in range(6)]], PRE, "medium", flip=True, seed=7
+    )
     monkeypatch.setattr(augment.machine, "cores", lambda: 1)
     plan = [[(5, 1), (3, 1)], [(1, 1)], [(0, 1), (2, 1), (4, 1)]]
     apart = list(augment.batches(images, plan, PRE, "medium", flip=True, seed=7))
@@ -199,10 +242,13 @@ def test_batches_differ_by_view_and_seed_and_view_0_is_clean() -> None:
 
 
 def test_equal_files_get_views_of_their_own() -> None:
-    """Two images with the same bytes are cropped differently: the position in the set is part of the seed."""
+    """Two images with the same bytes are cropped differently: the position in the set is part of
+    the seed."""
     images = image_set(1)
     twice = images.subset([0, 0])
-    first, second = next(augment.batches(twice, [[(0, 1), (1, 1)]], PRE, "light", flip=True, seed=0))
+    first, second = next(
+        augment.batches(twice, [[(0, 1), (1, 1)]], PRE, "light", flip=True, seed=0)
+    )
 
     assert not np.array_equal(first, second)
 
@@ -212,19 +258,24 @@ def test_a_bad_image_is_named() -> None:
     images = image_set(3, bad=1)
 
     with pytest.raises(UserError, match=r"pictures/1\.png.*truncated"):
-        list(augment.batches(images, [[(0, 1)], [(1, 1)], [(2, 1)]], PRE, "light", flip=True, seed=0))
+        list(
+            augment.batches(images, [[(0, 1)], [(1, 1)], [(2, 1)]], PRE, "light", flip=True, seed=0)
+        )
 
 
 def test_batches_can_be_left_early() -> None:
     """Closing the generator ends its threads without decoding the rest."""
     images = image_set(4)
-    running = augment.batches(images, ([(i % 4, 1)] for i in range(10_000)), PRE, "light", flip=True, seed=0)
+    running = augment.batches(
+        images, ([(i % 4, 1)] for i in range(10_000)), PRE, "light", flip=True, seed=0
+    )
     next(running)
     running.close()
 
 
 def test_mixup_blends_inputs_and_targets_alike() -> None:
-    """With one-hot inputs the blend of the inputs is the blend of the targets, and every row keeps its sum."""
+    """With one-hot inputs the blend of the inputs is the blend of the targets, and every row keeps
+    its sum."""
     eye = torch.eye(6)
     x, targets = augment.mixup(eye, eye, 0.4, np.random.default_rng(0))
 

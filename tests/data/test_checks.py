@@ -12,7 +12,8 @@ from finetune.data.images import Fault
 
 
 def make(root: Path, *names: str) -> Path:
-    """Files that all differ, with the names given; a name with = has the bytes of what follows it."""
+    """Files that all differ, with the names given; a name with = has the bytes of what follows
+    it."""
     for entry in names:
         name, _, same = entry.partition("=")
         path = root / name
@@ -22,7 +23,8 @@ def make(root: Path, *names: str) -> Path:
 
 
 def test_folder_of_faults(tmp_path: Path) -> None:
-    """One of each fault: the bad files are named with their kinds, the odd ones are images, nothing raises."""
+    """One of each fault: the bad files are named with their kinds, the odd ones are images, nothing
+    raises."""
     found = images.load(make_fault_folder(tmp_path))
     report = checks.check(found)
     kinds = {fault.path: fault.kind for fault in report.faults}
@@ -51,7 +53,10 @@ def test_check_names_what_the_splits_get_wrong(tmp_path: Path) -> None:
         (tmp_path / f"{name}.png").write_bytes(encode(draw("cat", seed=1), "PNG"))
     (tmp_path / "c.png").write_bytes(encode(draw("dog", seed=2), "PNG"))
     table = tmp_path / "t.csv"
-    table.write_text("path,label,split,group\na.png,cat,train,\nb.png,dog,train,g\nc.png,dog,test,g\n", encoding="utf-8")
+    table.write_text(
+        "path,label,split,group\na.png,cat,train,\nb.png,dog,train,g\nc.png,dog,test,g\n",
+        encoding="utf-8",
+    )
     found = images.load(table)
     assert [
         Fault("a.png", "two labels", "a.png (cat) = b.png (dog)"),
@@ -65,7 +70,8 @@ def test_check_names_what_the_splits_get_wrong(tmp_path: Path) -> None:
 
 
 def test_check_of_data_says_how_it_would_be_divided(tmp_path: Path) -> None:
-    """`check_data` counts the parts that a job would make, in spite of bad files, or says why none can be made."""
+    """`check_data` counts the parts that a job would make, in spite of bad files, or says why none
+    can be made."""
     for i in range(20):
         path = tmp_path / "photos" / ("cat" if i % 2 else "dog") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +80,9 @@ def test_check_of_data_says_how_it_would_be_divided(tmp_path: Path) -> None:
     assert ["empty"] == [fault.kind for fault in report.faults]
     assert {"train": {"cat": 8, "dog": 8}, "test": {"cat": 2, "dog": 2}} == report.parts
     one_class = checks.check_data(make(tmp_path / "one", "cat/1.txt", "cat/2.jpg"))
-    assert "one class alone (cat)" in next(fault.detail for fault in one_class.faults if fault.kind == "cannot be split")
+    assert "one class alone (cat)" in next(
+        fault.detail for fault in one_class.faults if fault.kind == "cannot be split"
+    )
 
 
 def test_check_goes_on_past_a_missing_file(tmp_path: Path) -> None:

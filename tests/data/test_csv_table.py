@@ -36,7 +36,10 @@ def refused(folder: Path, text: str | bytes) -> str:
 def test_all_columns(folder: Path) -> None:
     """Paths, labels, splits and groups are read, with the line they stand on."""
     found = csv_table.read(
-        write(folder, "path,label,split,group\na.jpg,cat,train,g1\nsub/d.jpg,dog,validation,\n\nb.jpg,cat,TEST,g2\n")
+        write(
+            folder,
+            "path,label,split,group\na.jpg,cat,train,g1\nsub/d.jpg,dog,validation,\n\nb.jpg,cat,TEST,g2\n",
+        )
     )
     assert (folder, ()) == (found.root, found.notes)
     assert (
@@ -53,21 +56,32 @@ def test_columns_in_any_order_and_others_beside_them(folder: Path) -> None:
 
 
 def test_byte_order_mark_quotes_and_unicode(folder: Path) -> None:
-    """A BOM, quoted commas, doubled quotes, Windows line ends and any script are text like other text."""
-    rows = csv_table.read(write(folder, '\ufeffpath,label\r\n"Grüße, 猫.jpg","cat, ""tabby"""\r\na.jpg,犬\r\n'.encode())).rows
-    assert [("Grüße, 猫.jpg", 'cat, "tabby"'), ("a.jpg", "犬")] == [(row.path, row.label) for row in rows]
+    """A BOM, quoted commas, doubled quotes, Windows line ends and any script are text like other
+    text."""
+    rows = csv_table.read(
+        write(
+            folder, '\ufeffpath,label\r\n"Grüße, 猫.jpg","cat, ""tabby"""\r\na.jpg,犬\r\n'.encode()
+        )
+    ).rows
+    assert [("Grüße, 猫.jpg", 'cat, "tabby"'), ("a.jpg", "犬")] == [
+        (row.path, row.label) for row in rows
+    ]
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])
 def test_other_separators(folder: Path, separator: str) -> None:
     """Tables with semicolons or tabs are understood."""
-    rows = csv_table.read(write(folder, "path,label\na.jpg,cat\nb.jpg,dog\n".replace(",", separator))).rows
+    rows = csv_table.read(
+        write(folder, "path,label\na.jpg,cat\nb.jpg,dog\n".replace(",", separator))
+    ).rows
     assert ["cat", "dog"] == [row.label for row in rows]
 
 
 def test_paths_are_spelled_in_one_way(folder: Path) -> None:
     """Absolute paths, ./ and Windows separators become paths relative to the table."""
-    rows = csv_table.read(write(folder, f"path,label\n./a.jpg,x\nsub\\d.jpg,x\n{folder}/b.jpg,y\nsub/../c.jpg,y\n")).rows
+    rows = csv_table.read(
+        write(folder, f"path,label\n./a.jpg,x\nsub\\d.jpg,x\n{folder}/b.jpg,y\nsub/../c.jpg,y\n")
+    ).rows
     assert ["a.jpg", "sub/d.jpg", "b.jpg", "c.jpg"] == [row.path for row in rows]
 
 
@@ -87,7 +101,10 @@ def test_labels_in_two_unicode_forms_are_one_class(folder: Path) -> None:
         ("path,label,split\na.jpg,cat,train\nb.jpg,cat,\n", "line 3: split ''"),
         ("path,label,split\na.jpg,cat,dev\n", "line 2: split 'dev'"),
         ("path,label\na.jpg,cat\n./a.jpg,cat\n", "lines 2 and 3: a.jpg is listed twice"),
-        ("picture,what\na.jpg,cat\n", "no column 'path' and no column 'label'; it has 'picture', 'what'"),
+        (
+            "picture,what\na.jpg,cat\n",
+            "no column 'path' and no column 'label'; it has 'picture', 'what'",
+        ),
         ("path\na.jpg\n", "no column 'label'"),
         ("path,path,label\na.jpg,a.jpg,cat\n", "column 'path' appears twice"),
         ("path,label\n", "holds no images"),
@@ -126,14 +143,22 @@ def test_multi_label_tables_are_refused_by_name(folder: Path, text: str, says: s
 
 def test_comma_in_a_class_name_is_no_list(folder: Path) -> None:
     """A label with a comma is one class unless its parts are classes themselves."""
-    rows = csv_table.read(write(folder, 'path,label\na.jpg,"tench, Tinca tinca"\nb.jpg,goldfish\n')).rows
+    rows = csv_table.read(
+        write(folder, 'path,label\na.jpg,"tench, Tinca tinca"\nb.jpg,goldfish\n')
+    ).rows
     assert "tench, Tinca tinca" == rows[0].label
 
 
 def test_missing_files_are_counted_and_the_first_named(folder: Path) -> None:
-    """Files that are not there, and folders in their place, are counted; three are named with their lines."""
-    message = refused(folder, "path,label\na.jpg,x\n" + "".join(f"no{i}.jpg,x\n" for i in range(4)) + "sub,y\n")
-    assert "5 of 6 files are missing: no0.jpg (line 3); no1.jpg (line 4); no2.jpg (line 5) …" in message
+    """Files that are not there, and folders in their place, are counted; three are named with their
+    lines."""
+    message = refused(
+        folder, "path,label\na.jpg,x\n" + "".join(f"no{i}.jpg,x\n" for i in range(4)) + "sub,y\n"
+    )
+    assert (
+        "5 of 6 files are missing: no0.jpg (line 3); no1.jpg (line 4); no2.jpg (line 5) …"
+        in message
+    )
     assert f"relative to {folder}" in message
 
 
@@ -143,18 +168,22 @@ def test_table_that_is_not_there(tmp_path: Path) -> None:
         csv_table.read(tmp_path / "no.csv")
 
 
-# ----------------------------------------------------------------------------------------------- tables of other tools
+# ---------------------------------------------------------------------------- tables of other tools
 
 
 def test_a_flag_of_validation_divides_the_rows(folder: Path) -> None:
-    """True is validation, False training, as fastai writes them; other words are refused with the way to leave the column out."""
-    found = csv_table.read(write(folder, ",fname,label,is_valid\n0,a.jpg,cat,False\n1,b.jpg,cat,True\n"))
+    """True is validation, False training, as fastai writes them; other words are refused with the
+    way to leave the column out."""
+    found = csv_table.read(
+        write(folder, ",fname,label,is_valid\n0,a.jpg,cat,False\n1,b.jpg,cat,True\n")
+    )
     assert ["train", "val"] == [row.split for row in found.rows]
     assert "--split-column none" in refused(folder, "path,label,split\na.jpg,cat,dev\n")
 
 
 def test_utf_16_is_read(folder: Path) -> None:
-    """What Excel saves as Unicode text is read like other text; for Latin-1 the error says how to convert it."""
+    """What Excel saves as Unicode text is read like other text; for Latin-1 the error says how to
+    convert it."""
     rows = csv_table.read(write(folder, "path\tlabel\nGrüße, 猫.jpg\t猫\n".encode("utf-16"))).rows
     assert [("Grüße, 猫.jpg", "猫")] == [(row.path, row.label) for row in rows]
     assert "iconv -f LATIN1 -t UTF-8 table.csv" in refused(folder, b"path,label\na.jpg,caf\xe9\n")
@@ -172,15 +201,22 @@ def test_paths_without_an_extension_get_that_of_their_files(folder: Path) -> Non
     """Ids in place of file names find their files; where two files fit, the path is missing."""
     found = csv_table.read(write(folder, "id_code,diagnosis\na,1\nsub/d,2\n"))
     assert ["a.jpg", "sub/d.jpg"] == [row.path for row in found.rows]
-    assert "2 paths without an image's extension got that of the file, as in a.jpg" in found.notes[1]
+    assert (
+        "2 paths without an image's extension got that of the file, as in a.jpg" in found.notes[1]
+    )
     (folder / "a.png").write_bytes(b"x")
-    assert "1 of 2 files are missing: a (line 2)" in refused(folder, "id_code,diagnosis\na,1\nsub/d,2\n")
+    assert "1 of 2 files are missing: a (line 2)" in refused(
+        folder, "id_code,diagnosis\na,1\nsub/d,2\n"
+    )
 
 
 def test_images_elsewhere_are_found_by_their_root(folder: Path) -> None:
-    """Where all images lie in a folder below or above the table, the error names it, and the option then reads them."""
+    """Where all images lie in a folder below or above the table, the error names it, and the option
+    then reads them."""
     text = "path,label\nd.jpg,x\n"
-    assert f"they lie below {folder / 'sub'}: --image-root {folder / 'sub'}" in refused(folder, text)
+    assert f"they lie below {folder / 'sub'}: --image-root {folder / 'sub'}" in refused(
+        folder, text
+    )
     found = csv_table.read(write(folder, text), Layout(root=str(folder / "sub")))
     assert (folder / "sub", "d.jpg") == (found.root, found.rows[0].path)
     (folder / "deep" / "er").mkdir(parents=True)
@@ -192,7 +228,8 @@ def test_images_elsewhere_are_found_by_their_root(folder: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["/elsewhere/data/", "C:\\data\\", "old/"])
 def test_paths_of_another_machine_are_read_below_the_root(folder: Path, prefix: str) -> None:
-    """With --image-root, paths that begin with folders of another machine are read without them, which is told."""
+    """With --image-root, paths that begin with folders of another machine are read without them,
+    which is told."""
     text = f"path,label\n{prefix}a.jpg,x\n{prefix}sub/d.jpg,y\n"
     assert "--image-root" in refused(folder, text)
     found = csv_table.read(write(folder, text), Layout(root=str(folder)))
@@ -201,12 +238,16 @@ def test_paths_of_another_machine_are_read_below_the_root(folder: Path, prefix: 
 
 
 def test_rows_that_cannot_be_used_are_left_out_where_that_was_asked_for(folder: Path) -> None:
-    """With skip, rows without file, path or label, and rows that are there already, are left out and counted, not else."""
+    """With skip, rows without file, path or label, and rows that are there already, are left out
+    and counted, not else."""
     text = "path,label\na.jpg,x\nb.jpg,\n,y\nno.jpg,y\na.jpg,x\nc.jpg,y\n"
     assert "--on-bad-image skip" in refused(folder, text)
     found = csv_table.read(write(folder, text), Layout(on_bad="skip"))
     assert ["a.jpg", "c.jpg"] == [row.path for row in found.rows]
-    assert ("4 rows of the table left out: 2 without a path or a label, 1 listed before, 1 without a file",) == found.notes
+    assert (
+        "4 rows of the table left out: 2 without a path or a label, "
+        "1 listed before, 1 without a file",
+    ) == found.notes
     with pytest.raises(UserError, match="1 of 1 files are missing"):
         csv_table.read(write(folder, "path,label\nno.jpg,y\n"), Layout(on_bad="skip"))
 
@@ -216,6 +257,10 @@ def test_paths_may_be_written_as_they_are_shown(folder: Path) -> None:
     odd.need(folder / "try")
     for name in odd.NAMES:
         (folder / name).write_bytes(b"x")
-    text = "path,label\n" + "".join(f'"{shown(name)}",cat\n'.replace('quo"', 'quo""') for name in odd.NAMES)
+    text = "path,label\n" + "".join(
+        f'"{shown(name)}",cat\n'.replace('quo"', 'quo""') for name in odd.NAMES
+    )
     assert list(odd.NAMES) == [row.path for row in csv_table.read(write(folder, text)).rows]
-    assert [r"lit\xe9.png"] == [row.path for row in csv_table.read(write(folder, "path,label\nlit\\xe9.png,cat\n")).rows]
+    assert [r"lit\xe9.png"] == [
+        row.path for row in csv_table.read(write(folder, "path,label\nlit\\xe9.png,cat\n")).rows
+    ]

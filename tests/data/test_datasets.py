@@ -1,4 +1,5 @@
-"""Named sets: scikit-learn's digits, and torchvision's data sets through a stand-in and through FakeData."""
+"""Named sets: scikit-learn's digits, and torchvision's data sets through a stand-in and through
+FakeData."""
 
 from __future__ import annotations
 
@@ -39,7 +40,11 @@ def picture(value: int) -> Image.Image:
 def test_digits() -> None:
     """1,797 digits of 8 × 8 pixels, as PNG bytes, with values from 0 to 255."""
     found = datasets.load("sklearn:digits")
-    assert (1797, 1797, tuple("0123456789")) == (len(found.paths), len(set(found.paths)), found.classes)
+    assert (1797, 1797, tuple("0123456789")) == (
+        len(found.paths),
+        len(set(found.paths)),
+        found.classes,
+    )
     assert found.split is None
     image = opened(found.source(found.paths[0]))
     assert ((8, 8), 0, 239) == (image.shape, image.min(), image[1, 3])
@@ -55,7 +60,9 @@ def test_digits_match_their_source() -> None:
     data, found = load_digits(), datasets.load("sklearn:digits")
     assert np.array_equal(data.target, found.labels)
     for i in (0, 700, 1796):
-        assert np.array_equal(np.round(data.images[i] * 255 / 16), opened(found.source(found.paths[i])))
+        assert np.array_equal(
+            np.round(data.images[i] * 255 / 16), opened(found.source(found.paths[i]))
+        )
 
 
 def test_bytes_are_the_same_at_every_reading() -> None:
@@ -65,7 +72,8 @@ def test_bytes_are_the_same_at_every_reading() -> None:
 
 
 def test_fake_data_works_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision's FakeData has no parts, labels of its own and images that are made when they are read."""
+    """torchvision's FakeData has no parts, labels of its own and images that are made when they are
+    read."""
     monkeypatch.setattr(socket, "socket", lambda *a, **k: pytest.fail("the network was tried"))
     kind = torchvision.datasets.FakeData
     monkeypatch.setattr(kind.__init__, "__defaults__", (20, (3, 16, 16), 4, None, None, 0))
@@ -83,7 +91,11 @@ def test_train_and_test(monkeypatch: pytest.MonkeyPatch) -> None:
     def init(self: Any, root: str, train: bool = True, download: bool = False) -> None:
         assert download
         assert Path(root).is_dir()
-        self.targets, self.classes, self.base = ([0, 1, 0] if train else [1]), ["cat", "dog"], 10 if train else 90
+        self.targets, self.classes, self.base = (
+            ([0, 1, 0] if train else [1]),
+            ["cat", "dog"],
+            10 if train else 90,
+        )
 
     stand_in(
         monkeypatch,
@@ -102,7 +114,8 @@ def test_train_and_test(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_split_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sets with split= are asked for every part under the names that torchvision uses; those they lack are left out."""
+    """Sets with split= are asked for every part under the names that torchvision uses; those they
+    lack are left out."""
 
     def init(self: Any, root: str, split: str = "trainval", download: bool = False) -> None:
         if split not in ("trainval", "test"):
@@ -122,7 +135,8 @@ def test_split_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_labels_are_checked_against_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A list that does not hold the labels (here it starts from 1) is not believed: the images are asked."""
+    """A list that does not hold the labels (here it starts from 1) is not believed: the images are
+    asked."""
     stand_in(
         monkeypatch,
         __init__=lambda self: setattr(self, "labels", [1, 2]),
@@ -133,9 +147,16 @@ def test_labels_are_checked_against_the_images(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("target", [np.array([0, 1, 1]), {"boxes": []}, "a caption", 0.5])
-def test_other_targets_than_one_class_are_refused(monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
+def test_other_targets_than_one_class_are_refused(
+    monkeypatch: pytest.MonkeyPatch, target: Any
+) -> None:
     """Attributes, boxes, captions and numbers are no class."""
-    stand_in(monkeypatch, __init__=lambda self: None, __len__=lambda self: 3, __getitem__=lambda self, i: (picture(i), target))
+    stand_in(
+        monkeypatch,
+        __init__=lambda self: None,
+        __len__=lambda self: 3,
+        __getitem__=lambda self, i: (picture(i), target),
+    )
     with pytest.raises(UserError, match="does not have one class an image"):
         datasets.load("torchvision:StandIn")
 
@@ -147,7 +168,9 @@ def test_failed_download_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise URLError("Name or service not known")
 
     stand_in(monkeypatch, __init__=init)
-    with pytest.raises(UserError, match=r"could not be fetched.*Name or service not known(.|\n)*check the network"):
+    with pytest.raises(
+        UserError, match=r"could not be fetched.*Name or service not known(.|\n)*check the network"
+    ):
         datasets.load("torchvision:StandIn")
 
 
@@ -159,7 +182,12 @@ def test_split_that_fails_to_download_is_named(monkeypatch: pytest.MonkeyPatch) 
             raise RuntimeError("Error downloading test.tgz")
         self._labels = [0, 1]
 
-    stand_in(monkeypatch, __init__=init, __len__=lambda self: 2, __getitem__=lambda self, i: (picture(i), i))
+    stand_in(
+        monkeypatch,
+        __init__=init,
+        __len__=lambda self: 2,
+        __getitem__=lambda self, i: (picture(i), i),
+    )
     with pytest.raises(UserError, match=r"Error downloading test\.tgz"):
         datasets.load("torchvision:StandIn")
 
@@ -188,6 +216,7 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_unknown_names_list_what_there_is(text: str, says: str) -> None:
-    """A set that does not exist, or that needs more than its name, is refused with a few that do."""
+    """A set that does not exist, or that needs more than its name, is refused with a few that
+    do."""
     with pytest.raises(UserError, match=says):
         datasets.load(text)

@@ -1,4 +1,5 @@
-"""Decoding: every format upright and in RGB, every fault named, and the network's input as timm makes it."""
+"""Decoding: every format upright and in RGB, every fault named, and the network's input as timm
+makes it."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def by_timm(data: bytes, pre: Preprocess) -> np.ndarray:
     return np.asarray(transform(Image.open(BytesIO(data)).convert("RGB"))).transpose(1, 2, 0)
 
 
-# ------------------------------------------------------------------------------------------- against timm's transform
+# ------------------------------------------------------------------------- against timm's transform
 
 SIZES = [
     (500, 375),
@@ -113,12 +114,15 @@ def test_jpeg_of_usual_size_is_decoded_at_full_scale() -> None:
 
 @pytest.mark.parametrize("size", [(100, 60), (60, 100), (61, 35), (30, 30)])
 def test_missing_borders_are_black_as_in_torchvision(size: tuple[int, int]) -> None:
-    """Where the crop is larger than the resized image, the rest is black and the image where torchvision puts it."""
+    """Where the crop is larger than the resized image, the rest is black and the image where
+    torchvision puts it."""
     from torchvision.transforms import CenterCrop, Resize
 
     pre = Preprocess(64, 35, "bilinear", (0, 0, 0), (1, 1, 1))
     image = photograph(size=size)
-    assert np.array_equal(np.asarray(CenterCrop(64)(Resize(35)(image))), decode.to_array(image, pre))
+    assert np.array_equal(
+        np.asarray(CenterCrop(64)(Resize(35)(image))), decode.to_array(image, pre)
+    )
 
 
 def test_input_shape_and_type() -> None:
@@ -132,7 +136,9 @@ def test_input_shape_and_type() -> None:
 def test_one_pixel_becomes_an_input() -> None:
     """A single pixel fills the whole input."""
     data = encode(Image.new("RGB", (1, 1), (10, 20, 30)), "PNG")
-    assert [[10, 20, 30]] == np.unique(decode.to_input(data, BICUBIC).reshape(-1, 3), axis=0).tolist()
+    assert [[10, 20, 30]] == np.unique(
+        decode.to_input(data, BICUBIC).reshape(-1, 3), axis=0
+    ).tolist()
 
 
 def test_unknown_interpolation_is_named() -> None:
@@ -141,7 +147,7 @@ def test_unknown_interpolation_is_named() -> None:
         decode.to_array(photograph(), Preprocess(224, 256, "cubic", (0, 0, 0), (1, 1, 1)))
 
 
-# ------------------------------------------------------------------------------------------------ JPEGs at reduced scale
+# --------------------------------------------------------------------------- JPEGs at reduced scale
 
 
 @pytest.mark.parametrize("size", [(1601, 1203), (1203, 1601), (3000, 777)])
@@ -152,8 +158,11 @@ def test_large_jpeg_keeps_the_short_side_that_is_asked_for(size: tuple[int, int]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_reduced_jpeg_lies_where_the_full_one_lies(orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Odd sides are rounded up by the reduced scale; the input is not shifted by that, whichever way it is turned."""
+def test_reduced_jpeg_lies_where_the_full_one_lies(
+    orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Odd sides are rounded up by the reduced scale; the input is not shifted by that, whichever
+    way it is turned."""
     image = photograph(size=(1433, 1075)).resize((1433, 1077))
     data = encode(image, "JPEG", quality=95, exif=exif(orientation))
     full = decode.to_array(decode.decode(data), BICUBIC).astype(int)
@@ -169,9 +178,11 @@ def test_small_jpeg_is_not_reduced() -> None:
     assert (500, 375) == decode.decode(encode(photograph(), "JPEG"), short_side=188).size
 
 
-# ------------------------------------------------------------------------------------------------------------- upright
+# ------------------------------------------------------------------------------------------ upright
 
-TURN: dict[int, Callable[[Image.Image], Image.Image]] = {  # how a camera stores an upright picture under an orientation
+TURN: dict[
+    int, Callable[[Image.Image], Image.Image]
+] = {  # how a camera stores an upright picture under an orientation
     1: lambda im: im,
     2: lambda im: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
     3: lambda im: im.transpose(Image.Transpose.ROTATE_180),
@@ -185,7 +196,13 @@ TURN: dict[int, Callable[[Image.Image], Image.Image]] = {  # how a camera stores
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize(
-    ("kind", "options"), [("PNG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("WEBP", {"lossless": True})]
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("WEBP", {"lossless": True}),
+    ],
 )
 def test_orientation_is_applied(kind: str, options: dict[str, object], orientation: int) -> None:
     """An image is turned as its metadata say, once, in every format that has them."""
@@ -202,17 +219,22 @@ def test_orientation_of_jpeg_is_applied(orientation: int) -> None:
     assert np.abs(pixels(upright) - pixels(decode.decode(data))).mean() < 3
     reduced = decode.decode(data, short_side=200)
     assert (320, 200) == reduced.size
-    assert np.abs(pixels(upright.resize((320, 200), Image.Resampling.BOX)) - pixels(reduced)).mean() < 3
+    assert (
+        np.abs(pixels(upright.resize((320, 200), Image.Resampling.BOX)) - pixels(reduced)).mean()
+        < 3
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_metadata_do_not_spoil_the_pixels() -> None:
     """An image with unreadable EXIF is decoded as it is stored."""
-    data = encode(photograph(size=(60, 40)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff\x07\x00garbage")
+    data = encode(
+        photograph(size=(60, 40)), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff\x07\x00garbage"
+    )
     assert (60, 40) == decode.decode(data).size
 
 
-# -------------------------------------------------------------------------------------------------- colours and depths
+# ------------------------------------------------------------------------------- colours and depths
 
 
 def ramp() -> np.ndarray:
@@ -224,7 +246,11 @@ def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     """16-bit grey keeps its gradation in 8 bits, as PNG, TIFF and PGM."""
     expected = np.arange(256).reshape(16, 16)
     pgm = b"P5 16 16 65535\n" + ramp().astype(">u2").tobytes()
-    for data in (encode(Image.fromarray(ramp()), "PNG"), encode(Image.fromarray(ramp()), "TIFF"), pgm):
+    for data in (
+        encode(Image.fromarray(ramp()), "PNG"),
+        encode(Image.fromarray(ramp()), "TIFF"),
+        pgm,
+    ):
         assert np.array_equal(np.stack([expected] * 3, axis=2), pixels(decode.decode(data)))
 
 
@@ -251,16 +277,21 @@ def test_not_a_number_is_black() -> None:
     values = np.array([[0.0, 1.0], [np.nan, np.inf]], dtype=np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [[0, 255], [0, 0]] == pixels(decode.decode(encode(Image.fromarray(values), "TIFF")))[:, :, 0].tolist()
+        assert [[0, 255], [0, 0]] == pixels(decode.decode(encode(Image.fromarray(values), "TIFF")))[
+            :, :, 0
+        ].tolist()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_alpha_lies_on_white(kind: str) -> None:
-    """Transparent pixels are white whatever colour they hide; half transparent ones are mixed with white."""
+    """Transparent pixels are white whatever colour they hide; half transparent ones are mixed with
+    white."""
     rgba = np.zeros((8, 8, 4), dtype=np.uint8)
     rgba[:4, :, :3], rgba[:4, :, 3] = (0, 0, 200), 255
     rgba[6:, :, 3] = 128
-    data = encode(Image.fromarray(rgba), kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    data = encode(
+        Image.fromarray(rgba), kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {})
+    )
     found = pixels(decode.decode(data))
     assert [0, 0, 200] == found[0, 0].tolist()
     assert [255, 255, 255] == found[5, 5].tolist()
@@ -276,27 +307,37 @@ def test_grey_with_alpha_lies_on_white() -> None:
 def test_transparent_colour_without_alpha_channel() -> None:
     """A PNG may declare one colour, grey or palette entry transparent: it becomes white."""
     rgb = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
-    assert [[[255] * 3, [4, 5, 6]]] == pixels(decode.decode(encode(rgb, "PNG", transparency=(1, 2, 3)))).tolist()
+    assert [[[255] * 3, [4, 5, 6]]] == pixels(
+        decode.decode(encode(rgb, "PNG", transparency=(1, 2, 3)))
+    ).tolist()
     grey = Image.fromarray(np.array([[1, 2]], dtype=np.uint8))
-    assert [[[255] * 3, [2] * 3]] == pixels(decode.decode(encode(grey, "PNG", transparency=1))).tolist()
+    assert [[[255] * 3, [2] * 3]] == pixels(
+        decode.decode(encode(grey, "PNG", transparency=1))
+    ).tolist()
     palette = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
     palette.putpalette([9, 8, 7, 6, 5, 4])
     for kind in ("PNG", "GIF"):
-        assert [[[255] * 3, [6, 5, 4]]] == pixels(decode.decode(encode(palette, kind, transparency=0))).tolist()
+        assert [[[255] * 3, [6, 5, 4]]] == pixels(
+            decode.decode(encode(palette, kind, transparency=0))
+        ).tolist()
 
 
 def test_palette_becomes_its_colours() -> None:
     """Palette images without transparency get the colours of the palette."""
     image = photograph(size=(40, 30)).quantize(16)
     for kind in ("PNG", "GIF", "BMP", "TIFF"):
-        assert np.array_equal(pixels(image.convert("RGB")), pixels(decode.decode(encode(image, kind))))
+        assert np.array_equal(
+            pixels(image.convert("RGB")), pixels(decode.decode(encode(image, kind)))
+        )
 
 
 def test_one_bit_and_grey() -> None:
     """1-bit and 8-bit grey images get three equal channels."""
     grey = photograph(size=(40, 30)).convert("L")
     for image in (grey, grey.convert("1")):
-        assert np.array_equal(pixels(image.convert("RGB")), pixels(decode.decode(encode(image, "PNG"))))
+        assert np.array_equal(
+            pixels(image.convert("RGB")), pixels(decode.decode(encode(image, "PNG")))
+        )
 
 
 def test_cmyk_jpeg_has_its_colours() -> None:
@@ -314,7 +355,7 @@ def test_lab_has_its_colours() -> None:
     assert found[1:].max() < 60
 
 
-# ------------------------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------ formats
 
 
 @pytest.mark.parametrize(
@@ -345,13 +386,25 @@ def test_lossy_formats_come_close(kind: str) -> None:
 def test_first_frame_is_taken(kind: str) -> None:
     """Of an animation, or a TIFF with several pages, the first picture is decoded."""
     first, second = Image.new("RGB", (20, 10), (255, 0, 0)), Image.new("RGB", (20, 10), (0, 0, 255))
-    data = encode(first, kind, save_all=True, append_images=[second], **({"lossless": True} if kind == "WEBP" else {}))
+    data = encode(
+        first,
+        kind,
+        save_all=True,
+        append_images=[second],
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
     assert [[255, 0, 0]] == np.unique(pixels(decode.decode(data)).reshape(-1, 3), axis=0).tolist()
 
 
 def test_several_pictures_in_one_jpeg() -> None:
-    """Of an MPO (a JPEG with more pictures behind the first) the first is decoded, reduced where asked."""
-    data = encode(photograph(size=(640, 400)), "MPO", save_all=True, append_images=[Image.new("RGB", (640, 400))])
+    """Of an MPO (a JPEG with more pictures behind the first) the first is decoded, reduced where
+    asked."""
+    data = encode(
+        photograph(size=(640, 400)),
+        "MPO",
+        save_all=True,
+        append_images=[Image.new("RGB", (640, 400))],
+    )
     image = decode.decode(data, short_side=200)
     assert (320, 200) == image.size
     assert pixels(image).mean() > 50
@@ -362,9 +415,12 @@ def test_names_do_not_matter() -> None:
     assert (60, 40) == decode.decode(encode(photograph(size=(60, 40)), "GIF")).size
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"]
+)
 def test_a_picture_in_memory_has_the_pixels_of_its_lossless_file(mode: str) -> None:
-    """Grey, palette, transparent, 16 and 32 bits: `encode` gives what `decode` makes of the picture as PNG or TIFF."""
+    """Grey, palette, transparent, 16 and 32 bits: `encode` gives what `decode` makes of the picture
+    as PNG or TIFF."""
     values = np.random.default_rng(0).integers(0, 256, (7, 9, 4), dtype=np.uint8)
     picture = Image.fromarray(values, "RGBA")
     if mode in ("I;16", "I"):
@@ -377,7 +433,9 @@ def test_a_picture_in_memory_has_the_pixels_of_its_lossless_file(mode: str) -> N
     elif mode != "RGBA":
         picture = picture.convert("RGB" if mode in ("CMYK", "YCbCr") else "RGBA").convert(mode)
     file = BytesIO()
-    picture.convert("RGBA" if mode == "PA" else mode).save(file, "TIFF" if mode in ("CMYK", "YCbCr", "I", "F") else "PNG")
+    picture.convert("RGBA" if mode == "PA" else mode).save(
+        file, "TIFF" if mode in ("CMYK", "YCbCr", "I", "F") else "PNG"
+    )
 
     assert mode == picture.mode
     expected = decode.decode(file.getvalue())
@@ -401,9 +459,13 @@ def test_a_picture_in_memory_is_turned_upright(orientation: int) -> None:
 def test_a_picture_in_memory_that_cannot_be_read_is_a_fault() -> None:
     """Pillow opens a file that is cut short without a word; the pixels are asked for later."""
     file = BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        file, "PNG"
+    )
 
-    with pytest.raises(decode.DecodeError, match="damaged: a picture of 64 × 64 pixels in mode RGB"):
+    with pytest.raises(
+        decode.DecodeError, match="damaged: a picture of 64 × 64 pixels in mode RGB"
+    ):
         decode.encode(Image.open(BytesIO(file.getvalue()[:1000])))
 
 
@@ -415,7 +477,7 @@ def test_size_comes_from_the_header() -> None:
         decode.size(b"")
 
 
-# --------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 @pytest.mark.parametrize(
@@ -471,14 +533,17 @@ def test_wrong_checksum_is_damage() -> None:
 
 def test_bomb_is_refused_before_its_pixels_are_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     """600 megapixels are refused from the header: the decoder is never started."""
-    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("pixels were allocated"))
+    monkeypatch.setattr(
+        PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("pixels were allocated")
+    )
     found = fault(png_header(30_000, 20_000))
     assert "too large" == found.kind
     assert "30,000 × 20,000" in found.detail
 
 
 def test_bomb_does_not_depend_on_settings_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is our own: neither Pillow's limit nor the warning filter lets a bomb through or stops an image."""
+    """The limit is our own: neither Pillow's limit nor the warning filter lets a bomb through or
+    stops an image."""
     files = [encode(photograph(size=(60, 40)), kind) for kind in ("PNG", "JPEG", "GIF", "BMP")]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert "too large" == fault(png_header(30_000, 20_000)).kind
@@ -489,12 +554,16 @@ def test_bomb_does_not_depend_on_settings_of_pillow(monkeypatch: pytest.MonkeyPa
 
 
 def test_large_jpeg_is_allowed_where_it_is_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A baseline JPEG over the limit is decoded at a reduced scale under it; a progressive one needs the memory of all."""
+    """A baseline JPEG over the limit is decoded at a reduced scale under it; a progressive one
+    needs the memory of all."""
     monkeypatch.setattr(decode, "MAX_PIXELS", 100_000)
     data = encode(photograph(size=(800, 600)), "JPEG")
     assert (200, 150) == decode.decode(data, short_side=150).size
     assert "too large" == fault(data).kind
-    assert "too large" == fault(encode(photograph(size=(800, 600)), "JPEG", progressive=True), short_side=150).kind
+    assert (
+        "too large"
+        == fault(encode(photograph(size=(800, 600)), "JPEG", progressive=True), short_side=150).kind
+    )
     monkeypatch.setattr(decode, "MAX_JPEG_PIXELS", 400_000)
     assert "too large" == fault(data, short_side=150).kind
 
@@ -512,7 +581,17 @@ def test_lack_of_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     st.binary(max_size=200),
-    st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"BM\0\0\0\0\0\0\0\0", b"P6 "]),
+    st.sampled_from(
+        [
+            b"",
+            b"\xff\xd8\xff",
+            b"\x89PNG\r\n\x1a\n",
+            b"GIF89a",
+            b"II*\0",
+            b"BM\0\0\0\0\0\0\0\0",
+            b"P6 ",
+        ]
+    ),
 )
 def test_arbitrary_bytes_raise_nothing_else(tail: bytes, head: bytes) -> None:
     """Whatever the bytes are, the answer is an image or a `DecodeError`."""
@@ -520,7 +599,11 @@ def test_arbitrary_bytes_raise_nothing_else(tail: bytes, head: bytes) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"]), st.integers(0, 10**6), st.binary(min_size=1, max_size=8))
+@given(
+    st.sampled_from(["JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"]),
+    st.integers(0, 10**6),
+    st.binary(min_size=1, max_size=8),
+)
 def test_damaged_files_raise_nothing_else(kind: str, at: int, junk: bytes) -> None:
     """An image with some bytes overwritten is decoded or is a `DecodeError`."""
     data = bytearray(encode(photograph(size=(60, 40)), kind))
@@ -539,7 +622,10 @@ def test_threads_agree() -> None:
     ]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda data: decode.to_input(data, BICUBIC), files))
-    assert all(np.array_equal(decode.to_input(data, BICUBIC), found) for data, found in zip(files, together, strict=True))
+    assert all(
+        np.array_equal(decode.to_input(data, BICUBIC), found)
+        for data, found in zip(files, together, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -553,19 +639,28 @@ def test_threads_agree() -> None:
         ("ICO", "RGBA", {"sizes": [(24, 24)], "bitmap_format": "bmp"}),
     ],
 )
-def test_further_formats_are_known_by_their_first_bytes(kind: str, mode: str, options: dict[str, Any]) -> None:
+def test_further_formats_are_known_by_their_first_bytes(
+    kind: str, mode: str, options: dict[str, Any]
+) -> None:
     """TGA, PCX, SGI and icons decode to the pixels that were saved, whatever the file's name."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).convert(mode)
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     assert kind == decode.format_of(buffer.getvalue()[:64])
-    assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(decode.decode(buffer.getvalue())))
+    assert np.array_equal(
+        np.asarray(image.convert("RGB")), np.asarray(decode.decode(buffer.getvalue()))
+    )
 
 
 def test_icon_that_hides_a_huge_picture_is_refused() -> None:
     """The size is that of the picture inside, not the one in the icon's list."""
     inside = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (30_000).to_bytes(4, "big") * 2 + b"\x08\2\0\0\0"
-    icon = b"\0\0\1\0\1\0" + bytes([16, 16, 0, 0, 1, 0, 32, 0]) + len(inside).to_bytes(4, "little") + (22).to_bytes(4, "little")
+    icon = (
+        b"\0\0\1\0\1\0"
+        + bytes([16, 16, 0, 0, 1, 0, 32, 0])
+        + len(inside).to_bytes(4, "little")
+        + (22).to_bytes(4, "little")
+    )
     with pytest.raises(decode.DecodeError, match="too large"):
         decode.size(icon + inside)

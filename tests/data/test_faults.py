@@ -9,7 +9,10 @@ from finetune.data.faults import Fault, Report, list_faults
 REPORT = Report(
     name="photos/",
     images=1203,
-    faults=(Fault("cat/1.jpg", "empty", "0 bytes"), Fault("dog/2.jpg", "truncated", "JPEG of 10 bytes")),
+    faults=(
+        Fault("cat/1.jpg", "empty", "0 bytes"),
+        Fault("dog/2.jpg", "truncated", "JPEG of 10 bytes"),
+    ),
     classes={"cat": 1200, "lynx": 3},
     parts={"train": {"cat": 1000, "lynx": 3}, "test": {"cat": 200, "lynx": 0}},
     duplicates=(("a.jpg", "b.jpg"), ("train/c.jpg", "test/c.jpg")),
@@ -23,13 +26,15 @@ def test_faults_in_one_line() -> None:
     """The list of faults counts them all and names three."""
     faults = [Fault(f"{i}.jpg", "empty", "0 bytes") for i in range(5)]
     assert "1 bad image: 0.jpg (empty: 0 bytes)" == list_faults(faults[:1])
-    assert "5 bad images: 0.jpg (empty: 0 bytes); 1.jpg (empty: 0 bytes); 2.jpg (empty: 0 bytes); and 2 more" == list_faults(
-        faults
+    assert (
+        "5 bad images: 0.jpg (empty: 0 bytes); 1.jpg (empty: 0 bytes); 2.jpg (empty: 0 "
+        "bytes); and 2 more" == list_faults(faults)
     )
 
 
 def test_report_in_words() -> None:
-    """Every fault, class and group of duplicates has its line; those across splits are not listed twice."""
+    """Every fault, class and group of duplicates has its line; those across splits are not listed
+    twice."""
     assert [
         "photos/: 1,203 images in 2 classes",
         "  train: 1,003 images",
@@ -50,7 +55,9 @@ def test_report_in_words() -> None:
 
 def test_report_without_classes_and_faults() -> None:
     """Where nothing is wrong the report says so; images without labels have no classes to count."""
-    report = dataclasses.replace(REPORT, images=2, faults=(), classes={}, parts={}, duplicates=(), across_splits=(), few={})
+    report = dataclasses.replace(
+        REPORT, images=2, faults=(), classes={}, parts={}, duplicates=(), across_splits=(), few={}
+    )
     assert [
         "photos/: 2 images",
         "faults: none",

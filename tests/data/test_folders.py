@@ -1,4 +1,5 @@
-"""Folders: the walk sees each image once and hangs on nothing; layouts are recognised, or refused by name."""
+"""Folders: the walk sees each image once and hangs on nothing; layouts are recognised, or refused
+by name."""
 
 from __future__ import annotations
 
@@ -41,7 +42,16 @@ def test_walk_is_sorted_and_tells_images_from_others(tmp_path: Path) -> None:
 
 def test_hidden_files_are_not_seen(tmp_path: Path) -> None:
     """Dotfiles, and what macOS and Windows leave behind, are neither images nor others."""
-    make(tmp_path, "a/1.jpg", "a/._1.jpg", "a/.cache/2.jpg", "__MACOSX/a/1.jpg", "a/Thumbs.db", ".git/x.png", "a/.DS_Store")
+    make(
+        tmp_path,
+        "a/1.jpg",
+        "a/._1.jpg",
+        "a/.cache/2.jpg",
+        "__MACOSX/a/1.jpg",
+        "a/Thumbs.db",
+        ".git/x.png",
+        "a/.DS_Store",
+    )
     found = folders.walk(tmp_path)
     assert (("a/1.jpg",), (), ("a",)) == (found.images, found.others, found.folders)
 
@@ -66,7 +76,8 @@ def test_links_to_elsewhere_are_followed(tmp_path: Path) -> None:
 
 
 def test_dangling_link_is_not_lost(tmp_path: Path) -> None:
-    """A link to an image that is gone is listed, so that reading it names it; a pipe is never opened."""
+    """A link to an image that is gone is listed, so that reading it names it; a pipe is never
+    opened."""
     make(tmp_path, "a/1.jpg")
     (tmp_path / "a/2.jpg").symlink_to(tmp_path / "gone.jpg")
     os.mkfifo(tmp_path / "a/3.jpg")
@@ -74,7 +85,9 @@ def test_dangling_link_is_not_lost(tmp_path: Path) -> None:
     assert (("a/1.jpg", "a/2.jpg"), ("a/3.jpg",)) == (found.images, found.others)
 
 
-def test_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A folder without permission is an error, not an empty folder."""
     make(tmp_path, "a/1.jpg", "locked/2.jpg")
     real = os.scandir
@@ -90,7 +103,8 @@ def test_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 def test_names_are_bytes(tmp_path: Path) -> None:
-    """A name may hold anything that the file system takes; names that look alike are different files."""
+    """A name may hold anything that the file system takes; names that look alike are different
+    files."""
     odd.need(tmp_path / "try")
     make(tmp_path, *(f"a.jpg/{name}" for name in odd.NAMES))
     found = folders.walk(tmp_path)
@@ -100,7 +114,8 @@ def test_names_are_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="needs pipes and links")
 def test_what_would_not_end_is_no_image(tmp_path: Path) -> None:
-    """A pipe or a device is never read, whatever its name and also behind a link; a link to nothing is an image to be named."""
+    """A pipe or a device is never read, whatever its name and also behind a link; a link to nothing
+    is an image to be named."""
     make(tmp_path, "1.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "to-pipe.jpg").symlink_to("pipe.jpg")
@@ -113,7 +128,9 @@ def test_what_would_not_end_is_no_image(tmp_path: Path) -> None:
 
 def test_class_is_the_first_folder(tmp_path: Path) -> None:
     """Folders within a class belong to it; equal names deeper down do not merge classes."""
-    make(tmp_path, "cat/indoor/1.jpg", "dog/indoor/1.jpg", "dog/2.jpg", "README.txt", "cat/list.csv")
+    make(
+        tmp_path, "cat/indoor/1.jpg", "dog/indoor/1.jpg", "dog/2.jpg", "README.txt", "cat/list.csv"
+    )
     found = folders.scan(tmp_path)
     assert ("cat", "dog", "dog") == found.classes
     assert found.split is None
@@ -121,7 +138,8 @@ def test_class_is_the_first_folder(tmp_path: Path) -> None:
 
 
 def test_class_names_have_one_unicode_form(tmp_path: Path) -> None:
-    """A class whose name is written with a combining accent is the class that val writes with one letter."""
+    """A class whose name is written with a combining accent is the class that val writes with one
+    letter."""
     make(tmp_path, "train/caf\u0065\u0301/1.jpg", "train/b/1.jpg", "val/caf\u00e9/2.jpg")
     assert {"b", "caf\u00e9"} == set(folders.scan(tmp_path).classes)
 
@@ -132,7 +150,10 @@ def test_empty_class_folder_is_known(tmp_path: Path) -> None:
     assert ("cat", "dog", "fox") == folders.scan(tmp_path).known
 
 
-@pytest.mark.parametrize("names", [("train", "val", "test"), ("Train", "Valid", "TEST"), ("training", "validation", "testing")])
+@pytest.mark.parametrize(
+    "names",
+    [("train", "val", "test"), ("Train", "Valid", "TEST"), ("training", "validation", "testing")],
+)
 def test_folders_of_splits(tmp_path: Path, names: tuple[str, str, str]) -> None:
     """train, val and test hold the class folders, under their usual names."""
     make(tmp_path, *(f"{name}/{label}/1.jpg" for name in names for label in "ab"))
@@ -144,12 +165,16 @@ def test_folders_of_splits(tmp_path: Path, names: tuple[str, str, str]) -> None:
 
 def test_training_folder_alone(tmp_path: Path) -> None:
     """A folder with nothing but train/ of class folders is a training part."""
-    assert ("train", "train") == folders.scan(make(tmp_path, "train/a/1.jpg", "train/b/1.jpg")).split
+    assert ("train", "train") == folders.scan(
+        make(tmp_path, "train/a/1.jpg", "train/b/1.jpg")
+    ).split
 
 
 def test_train_may_be_a_class(tmp_path: Path) -> None:
     """Beside other vehicles, or with images of its own, a folder called train is a class."""
-    assert ("bus", "train") == folders.scan(make(tmp_path / "one", "bus/1.jpg", "train/1.jpg")).classes
+    assert ("bus", "train") == folders.scan(
+        make(tmp_path / "one", "bus/1.jpg", "train/1.jpg")
+    ).classes
     assert ("train",) == folders.scan(make(tmp_path / "two", "train/1.jpg")).classes
 
 
@@ -166,9 +191,15 @@ def test_link_between_splits_is_followed(tmp_path: Path) -> None:
         (("a/1.jpg", "b/1.jpg", "stray.png"), "1 image outside of the class folders: stray.png"),
         (("train/a/1.jpg", "val/a/1.jpg", "val/stray.png"), "stray.png"),
         (("train/a/1.jpg", "val/a/1.jpg", "stray.png"), "stray.png"),
-        (("1.jpg", "2.jpg", "3.jpg", "4.jpg"), "4 images without class folders: 1.jpg, 2.jpg, 3.jpg …"),
+        (
+            ("1.jpg", "2.jpg", "3.jpg", "4.jpg"),
+            "4 images without class folders: 1.jpg, 2.jpg, 3.jpg …",
+        ),
         (("train/a/1.jpg", "val/a/1.jpg", "more/a/1.jpg"), "more does not"),
-        (("train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"), "several folders for one split: val, valid"),
+        (
+            ("train/a/1.jpg", "val/a/1.jpg", "valid/a/1.jpg"),
+            "several folders for one split: val, valid",
+        ),
         (("a/notes.txt",), "holds no images"),
         (("a/",), "holds no images"),
     ],
@@ -179,9 +210,12 @@ def test_layouts_that_are_refused(tmp_path: Path, names: tuple[str, ...], says: 
 
 
 def test_gather_files_and_folders(tmp_path: Path) -> None:
-    """Files keep their order, folders are sorted, each file comes once; the root is what they have in common."""
+    """Files keep their order, folders are sorted, each file comes once; the root is what they have
+    in common."""
     make(tmp_path, "x/2.jpg", "x/1.jpg", "x/notes.txt", "y/z/3.png")
-    root, images, others = folders.gather([tmp_path / "y/z/3.png", tmp_path / "x", tmp_path / "x/1.jpg"])
+    root, images, others = folders.gather(
+        [tmp_path / "y/z/3.png", tmp_path / "x", tmp_path / "x/1.jpg"]
+    )
     assert tmp_path == root
     assert ("y/z/3.png", "x/1.jpg", "x/2.jpg") == images
     assert ("x/notes.txt",) == others
@@ -214,32 +248,50 @@ RUN = ("run.json", "recipe.yaml", "metrics.json")
     ],
 )
 def test_results_are_no_data(tmp_path: Path, names: tuple[str, ...], left: str) -> None:
-    """A folder with nothing but runs, or a gallery, is neither a class nor files; it is named as left out."""
+    """A folder with nothing but runs, or a gallery, is neither a class nor files; it is named as
+    left out."""
     found = folders.scan(make(tmp_path, "cat/1.jpg", "dog/2.jpg", *names))
     assert (("cat", "dog"), (left,)) == (found.known, found.ignored)
 
 
 def test_cache_is_no_data(tmp_path: Path) -> None:
-    """The small pictures in a cache folder are no images of the user; a README of somebody else marks nothing."""
-    make(tmp_path, "cat/1.jpg", "dog/2.jpg", "cache/thumbs/3.jpg", "mine/thumbs/4.jpg", "mine/README.txt")
+    """The small pictures in a cache folder are no images of the user; a README of somebody else
+    marks nothing."""
+    make(
+        tmp_path,
+        "cat/1.jpg",
+        "dog/2.jpg",
+        "cache/thumbs/3.jpg",
+        "mine/thumbs/4.jpg",
+        "mine/README.txt",
+    )
     (tmp_path / "cache/README.txt").write_text(files.CACHE_README, encoding="utf-8")
     assert ("cat", "dog", "mine") == folders.scan(tmp_path).known
 
 
 def test_results_inside_a_class(tmp_path: Path) -> None:
-    """A run inside a folder with images is left out alone; runs beside train/ and test/ do not make these classes."""
-    found = folders.scan(make(tmp_path / "one", "cat/1.jpg", "dog/2.jpg", *(f"cat/runs/a/{name}" for name in RUN)))
+    """A run inside a folder with images is left out alone; runs beside train/ and test/ do not make
+    these classes."""
+    found = folders.scan(
+        make(tmp_path / "one", "cat/1.jpg", "dog/2.jpg", *(f"cat/runs/a/{name}" for name in RUN))
+    )
     assert (("cat", "dog"), ("cat/runs/a/",)) == (found.known, found.ignored)
-    parts = folders.scan(make(tmp_path / "two", "train/a/1.jpg", "test/a/2.jpg", *(f"runs/a/{name}" for name in RUN)))
+    parts = folders.scan(
+        make(tmp_path / "two", "train/a/1.jpg", "test/a/2.jpg", *(f"runs/a/{name}" for name in RUN))
+    )
     assert (("train", "test"), ("runs/",)) == (parts.split, parts.ignored)
 
 
 def test_what_is_no_image_is_told_by_kind(tmp_path: Path) -> None:
-    """Files are counted by their extensions, images with wrong ones are named, and so are folders of results."""
+    """Files are counted by their extensions, images with wrong ones are named, and so are folders
+    of results."""
     make(tmp_path, "a/1.psd", "a/2.PSD", "a/3.txt", "a/4")
     (tmp_path / "a/4").write_bytes(b"\x89PNG\r\n\x1a\n")
     lines = folders.told(tmp_path, ["a/1.psd", "a/2.PSD", "a/3.txt", "a/4", "runs/"])
-    assert "4 files are left out, as no image extension announces them: 2 .psd, 1 .txt, 1 without an extension" == lines[0]
+    assert (
+        "4 files are left out, as no image extension announces them: 2 .psd, 1 .txt, 1 "
+        "without an extension" == lines[0]
+    )
     assert "1 of them is an image by the first bytes: a/4 (PNG)" in lines[1]
     assert lines[2].endswith("runs/")
     assert () == folders.told(tmp_path, [])
@@ -253,9 +305,14 @@ def test_deeper_classes_are_found() -> None:
 
 
 def test_same_folders_in_each_class_are_pointed_out() -> None:
-    """Parts inside classes and classes inside parts are told; one folder of images a class is usual."""
-    assert "look like parts" in folders.alike_inside(["a/train/1.jpg", "a/test/2.jpg", "b/train/3.jpg"], ["a", "a", "b"])
-    same = folders.alike_inside([f"{n}/{c}/1.jpg" for n in ("10", "20") for c in ("red", "blue")], ["10", "10", "20", "20"])
+    """Parts inside classes and classes inside parts are told; one folder of images a class is
+    usual."""
+    assert "look like parts" in folders.alike_inside(
+        ["a/train/1.jpg", "a/test/2.jpg", "b/train/3.jpg"], ["a", "a", "b"]
+    )
+    same = folders.alike_inside(
+        [f"{n}/{c}/1.jpg" for n in ("10", "20") for c in ("red", "blue")], ["10", "10", "20", "20"]
+    )
     assert "(blue; red)" in same
     assert "(10)" in same
     assert "" == folders.alike_inside(["a/images/1.jpg", "b/images/2.jpg"], ["a", "b"])

@@ -1,4 +1,5 @@
-"""Image sets: where images come from, what they are called, who trains, and what the check finds."""
+"""Image sets: where images come from, what they are called, who trains, and what the check
+finds."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from finetune.errors import UserError
 
 
 def make(root: Path, *names: str) -> Path:
-    """Files that all differ, with the names given; a name with = has the bytes of what follows it."""
+    """Files that all differ, with the names given; a name with = has the bytes of what follows
+    it."""
     for entry in names:
         name, _, same = entry.partition("=")
         path = root / name
@@ -47,18 +49,24 @@ def refusal(call: object, *args: object, **how: object) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- the set
+# ------------------------------------------------------------------------------------------ the set
 
 
 def test_folder_per_class(tmp_path: Path) -> None:
-    """Classes are numbered by name, paths are relative to the folder, and bytes are those of the files."""
+    """Classes are numbered by name, paths are relative to the folder, and bytes are those of the
+    files."""
     found = images.load(make(tmp_path, "dog/1.jpg", "cat/2.jpg", "cat/1.jpg"))
     assert (("cat", "dog"), ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg"), [0, 0, 1]) == (
         found.classes,
         found.paths,
         found.labels.tolist(),
     )
-    assert (np.int64, None, None, False) == (found.labels.dtype, found.split, found.groups, found.in_memory)
+    assert (np.int64, None, None, False) == (
+        found.labels.dtype,
+        found.split,
+        found.groups,
+        found.in_memory,
+    )
     assert b"cat/2.jpg" == found.read(1)
     assert (str(tmp_path), 3) == (found.name, len(found))
 
@@ -66,7 +74,15 @@ def test_folder_per_class(tmp_path: Path) -> None:
 def test_folders_of_splits_share_one_class_map(tmp_path: Path) -> None:
     """A class that val lacks keeps its number: b is 1 in every split."""
     found = images.load(
-        make(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "train/c/3.jpg", "val/b/4.jpg", "val/c/5.jpg", "test/a/6.jpg")
+        make(
+            tmp_path,
+            "train/a/1.jpg",
+            "train/b/2.jpg",
+            "train/c/3.jpg",
+            "val/b/4.jpg",
+            "val/c/5.jpg",
+            "test/a/6.jpg",
+        )
     )
     assert ("a", "b", "c") == found.classes
     assert [0, 1, 2, 1, 2, 0] == found.labels.tolist()
@@ -75,7 +91,10 @@ def test_folders_of_splits_share_one_class_map(tmp_path: Path) -> None:
 
 def test_class_that_is_not_in_train_fails_by_name(tmp_path: Path) -> None:
     """A class of val or test without training images is named with its count."""
-    message = refusal(images.load, make(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/lynx/3.jpg", "val/lynx/4.jpg"))
+    message = refusal(
+        images.load,
+        make(tmp_path, "train/a/1.jpg", "train/b/2.jpg", "val/lynx/3.jpg", "val/lynx/4.jpg"),
+    )
     assert "'lynx' (2 images)" in message
     assert "'a', 'b'" in message
 
@@ -84,9 +103,16 @@ def test_table(tmp_path: Path) -> None:
     """A CSV gives paths, labels, splits and groups; the class map comes from its training rows."""
     make(tmp_path, "a.jpg", "b.jpg", "c.jpg")
     table = tmp_path / "t.csv"
-    table.write_text("path,label,split,group\nb.jpg,dog,train,g\na.jpg,cat,train,\nc.jpg,dog,test,g\n", encoding="utf-8")
+    table.write_text(
+        "path,label,split,group\nb.jpg,dog,train,g\na.jpg,cat,train,\nc.jpg,dog,test,g\n",
+        encoding="utf-8",
+    )
     found = images.load(table)
-    assert (("cat", "dog"), [1, 0, 1], ("g", "", "g")) == (found.classes, found.labels.tolist(), found.groups)
+    assert (("cat", "dog"), [1, 0, 1], ("g", "", "g")) == (
+        found.classes,
+        found.labels.tolist(),
+        found.groups,
+    )
     assert {"b.jpg": "train", "a.jpg": "train", "c.jpg": "test"} == split_of(found)
     assert b"c.jpg" == found.read(2)
     table.write_text("path,label,split\nb.jpg,dog,train\na.jpg,cat,val\n", encoding="utf-8")
@@ -102,7 +128,9 @@ def test_named_set() -> None:
 
 
 @pytest.mark.parametrize("text", ["no/such/folder", "", "photo.jpg", "hf:beans"])
-def test_what_is_no_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_what_is_no_data_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     """What is neither folder, CSV nor named set is refused with what can be given."""
     monkeypatch.chdir(make(tmp_path, "photo.jpg"))
     message = refusal(images.load, text) if text else refusal(images.load, tmp_path / "none.csv")
@@ -110,9 +138,16 @@ def test_what_is_no_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_subset(tmp_path: Path) -> None:
-    """A subset by positions keeps their order, by a mask the set's; labels, groups and splits follow."""
+    """A subset by positions keeps their order, by a mask the set's; labels, groups and splits
+    follow."""
     whole = ImageSet(
-        "s", tmp_path, ("a", "b", "c"), np.array([0, 1, 0]), ("x", "y"), ("g", "", "h"), np.array(["train", "val", "test"])
+        "s",
+        tmp_path,
+        ("a", "b", "c"),
+        np.array([0, 1, 0]),
+        ("x", "y"),
+        ("g", "", "h"),
+        np.array(["train", "val", "test"]),
     )
     some = whole.subset([2, 0])
     assert (("c", "a"), [0, 0], ("h", "g"), ["test", "train"]) == (
@@ -158,7 +193,8 @@ def test_unlabelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_links_in_a_circle_end(tmp_path: Path) -> None:
-    """A link from within a class to the folder above does not hang, and adds neither image nor class."""
+    """A link from within a class to the folder above does not hang, and adds neither image nor
+    class."""
     make(tmp_path, "a/1.jpg", "b/2.jpg")
     (tmp_path / "a/loop").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
@@ -167,7 +203,8 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
 
 
 def test_many_files_are_found_quickly(tmp_path: Path) -> None:
-    """The walk asks the file system about folders, not about every file: 5,000 files take a fraction of a second."""
+    """The walk asks the file system about folders, not about every file: 5,000 files take a
+    fraction of a second."""
     for label in range(5):
         folder = tmp_path / f"class {label}"
         folder.mkdir()
@@ -178,12 +215,20 @@ def test_many_files_are_found_quickly(tmp_path: Path) -> None:
     assert time.process_time() - start < 1.0
 
 
-# ---------------------------------------------------------------------------------------------------- a test of its own
+# -------------------------------------------------------------------------------- a test of its own
 
 
 def test_test_folder_becomes_the_test_part(tmp_path: Path) -> None:
-    """--test joins a second folder: its images are the test part, its classes those of the training part."""
-    make(tmp_path, "photos/a/1.jpg", "photos/b/2.jpg", "photos/c/3.jpg", "held out/b/9.jpg", "held out/b/list.txt")
+    """--test joins a second folder: its images are the test part, its classes those of the training
+    part."""
+    make(
+        tmp_path,
+        "photos/a/1.jpg",
+        "photos/b/2.jpg",
+        "photos/c/3.jpg",
+        "held out/b/9.jpg",
+        "held out/b/list.txt",
+    )
     found = images.load(tmp_path / "photos", test=tmp_path / "held out")
     assert ("a/1.jpg", "b/2.jpg", "c/3.jpg", "../held out/b/9.jpg") == found.paths
     assert [0, 1, 2, 1] == found.labels.tolist()
@@ -193,16 +238,27 @@ def test_test_folder_becomes_the_test_part(tmp_path: Path) -> None:
 
 
 def test_test_folder_is_refused_where_it_cannot_be_right(tmp_path: Path) -> None:
-    """A second test part, an unknown class, splits within, and the training folder itself are refused."""
-    make(tmp_path, "p/a/1.jpg", "p/b/2.jpg", "lynx/lynx/1.jpg", "s/train/a/1.jpg", "s/test/a/2.jpg", "q/b/1.jpg")
+    """A second test part, an unknown class, splits within, and the training folder itself are
+    refused."""
+    make(
+        tmp_path,
+        "p/a/1.jpg",
+        "p/b/2.jpg",
+        "lynx/lynx/1.jpg",
+        "s/train/a/1.jpg",
+        "s/test/a/2.jpg",
+        "q/b/1.jpg",
+    )
     assert "'lynx'" in refusal(images.load, tmp_path / "p", test=tmp_path / "lynx")
     assert "test part already" in refusal(images.load, tmp_path / "s", test=tmp_path / "q")
     assert "without a split" in refusal(images.load, tmp_path / "p", test=tmp_path / "s")
-    assert "every image is a test image" in refusal(images.load, tmp_path / "p", test=tmp_path / "p")
+    assert "every image is a test image" in refusal(
+        images.load, tmp_path / "p", test=tmp_path / "p"
+    )
     assert "--test takes a folder" in refusal(images.load, tmp_path / "p", test="sklearn:digits")
 
 
-# ------------------------------------------------------------------------------------------------- splits and content
+# ------------------------------------------------------------------------------- splits and content
 
 
 def test_digests(tmp_path: Path) -> None:
@@ -221,7 +277,10 @@ def test_digests_name_all_files_that_fail(tmp_path: Path) -> None:
     for name in numbered("a", 4):
         (tmp_path / name).unlink()
     message = refusal(images.digests, found)
-    assert "4 of 10 images fail; a/000.jpg: cannot be read (No such file or directory); a/001.jpg" in message
+    assert (
+        "4 of 10 images fail; a/000.jpg: cannot be read (No such file or directory); a/001.jpg"
+        in message
+    )
     assert "and 1 more" in message
 
 
@@ -244,10 +303,19 @@ def test_splits_are_made_by_class_and_seed(tmp_path: Path) -> None:
     st.lists(st.integers(0, 12), min_size=30, max_size=30),
     st.integers(0, 3),
 )
-def test_same_bytes_and_groups_are_not_separated(contents: list[int], groups: list[int], seed: int) -> None:
+def test_same_bytes_and_groups_are_not_separated(
+    contents: list[int], groups: list[int], seed: int
+) -> None:
     """Whatever images share bytes or a group, over however many steps, is on one side."""
     labels = np.array([content % 2 for content in contents])
-    found = ImageSet("s", Path(), tuple(map(str, range(30))), labels, ("x", "y"), tuple(f"g{g}" if g < 6 else "" for g in groups))
+    found = ImageSet(
+        "s",
+        Path(),
+        tuple(map(str, range(30))),
+        labels,
+        ("x", "y"),
+        tuple(f"g{g}" if g < 6 else "" for g in groups),
+    )
     ids = [f"d{content}" for content in contents]
     numbers = images.group_ids(found, ids)
     assume(len(np.unique(numbers)) > 6 and len(np.unique(labels)) > 1)
@@ -263,23 +331,29 @@ def test_same_bytes_and_groups_are_not_separated(contents: list[int], groups: li
 
 def test_one_content_under_two_labels_is_refused(tmp_path: Path) -> None:
     """A file in two classes is named with both paths and labels, and with what to do."""
-    found = images.load(make(tmp_path, *numbered("cat", 9), *numbered("dog", 9), "cat/x.jpg=same", "dog/y.jpg=same"))
+    found = images.load(
+        make(tmp_path, *numbered("cat", 9), *numbered("dog", 9), "cat/x.jpg=same", "dog/y.jpg=same")
+    )
     message = refusal(images.make_splits, found, images.digests(found), seed=0)
     assert "1 file under two labels: cat/x.jpg (cat) = dog/y.jpg (dog)" in message
     assert "remove the wrong one" in message
 
 
 def test_given_test_part_is_never_touched(tmp_path: Path) -> None:
-    """Splits of folders stay; a validation part is made of training images where it is large enough."""
+    """Splits of folders stay; a validation part is made of training images where it is large
+    enough."""
     names = [f"train/{name}" for name in (*numbered("a", 350), *numbered("b", 350))]
     found = images.load(make(tmp_path, *names, "test/a/x.jpg", "test/b/y.jpg"))
     made = split_of(images.make_splits(found, images.digests(found), seed=0))
-    assert {"test/a/x.jpg", "test/b/y.jpg"} == {path for path, split in made.items() if split == "test"}
+    assert {"test/a/x.jpg", "test/b/y.jpg"} == {
+        path for path, split in made.items() if split == "test"
+    }
     assert 105 == sum(split == "val" for split in made.values())
 
 
 def test_sets_that_cannot_be_split_are_refused(tmp_path: Path) -> None:
-    """One class, an empty class, too few images, one group of all and images without labels are each said."""
+    """One class, an empty class, too few images, one group of all and images without labels are
+    each said."""
 
     def why(*names: str) -> str:
         root = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -299,18 +373,28 @@ def test_sets_that_cannot_be_split_are_refused(tmp_path: Path) -> None:
 
 def test_shots(tmp_path: Path) -> None:
     """K images a class train, the test part stays, validation images are dropped."""
-    names = [f"{part}/{name}" for part in ("train", "val", "test") for label in ("a", "b") for name in numbered(label, 6)]
+    names = [
+        f"{part}/{name}"
+        for part in ("train", "val", "test")
+        for label in ("a", "b")
+        for name in numbered(label, 6)
+    ]
     found = images.load(make(tmp_path, *names), shots=2)
-    assert {"train": 4, "test": 12} == {name: list(split_of(found).values()).count(name) for name in ("train", "test")}
+    assert {"train": 4, "test": 12} == {
+        name: list(split_of(found).values()).count(name) for name in ("train", "test")
+    }
     assert len(found) == 16
     assert "0 images a class" in refusal(images.take_shots, found, 0, 0)
 
 
 def test_shots_of_a_folder_per_class(tmp_path: Path) -> None:
-    """Where no test part is given it is made first, of the whole set: one image a class trains, a fifth is test."""
+    """Where no test part is given it is made first, of the whole set: one image a class trains, a
+    fifth is test."""
     make(tmp_path, *numbered("a", 50), *numbered("b", 25))
     found = images.load(tmp_path, shots=1, seed=3)
-    assert {"train": 2, "test": 15} == {name: list(split_of(found).values()).count(name) for name in ("train", "test")}
+    assert {"train": 2, "test": 15} == {
+        name: list(split_of(found).values()).count(name) for name in ("train", "test")
+    }
     whole = images.load(tmp_path)
     made = images.make_splits(whole, images.digests(whole), seed=3)
     assert split_of(found) == split_of(images.take_shots(made, 1, 3))
@@ -334,28 +418,37 @@ def test_importing_loads_nothing_heavy() -> None:
     assert "[]" == found.stdout.strip()
 
 
-# ------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 def test_classes_of_any_name(tmp_path: Path) -> None:
-    """Folders whose names cannot be printed are classes under the names that are shown, different ones under different names."""
+    """Folders whose names cannot be printed are classes under the names that are shown, different
+    ones under different names."""
     odd.need(tmp_path / "try")
     folders = [os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8"), "two\nlines", "a\\b", r"caf\xe9"]
     make(tmp_path / "data", *(f"{folder}/{name}" for folder in folders for name in odd.NAMES))
 
     found = images.load(tmp_path / "data")
 
-    assert sorted([r"caf\xe9", r"caf\xe8", r"two\x0alines", "a\\b", r"caf\\xe9"]) == list(found.classes)
+    assert sorted([r"caf\xe9", r"caf\xe8", r"two\x0alines", "a\\b", r"caf\\xe9"]) == list(
+        found.classes
+    )
     assert len(folders) * len(odd.NAMES) == len({found.read(i) for i in range(len(found))})
     assert [folders[0]] == sorted(
-        {path.partition("/")[0] for path in found.subset(found.labels == found.classes.index(r"caf\xe9")).paths}
+        {
+            path.partition("/")[0]
+            for path in found.subset(found.labels == found.classes.index(r"caf\xe9")).paths
+        }
     )
 
 
 def test_a_check_prints_no_name_raw(tmp_path: Path) -> None:
-    """The text of a check is printable line by line, and its JSON is UTF-8, whatever the files are called."""
+    """The text of a check is printable line by line, and its JSON is UTF-8, whatever the files are
+    called."""
     odd.need(tmp_path / "try")
-    make(tmp_path, *(f"{folder}/{name}=same" for folder in ("a", "b\x1b[31m") for name in odd.NAMES))
+    make(
+        tmp_path, *(f"{folder}/{name}=same" for folder in ("a", "b\x1b[31m") for name in odd.NAMES)
+    )
     (tmp_path / "a" / "link\n.png").symlink_to("nowhere")
 
     report = checks.check(images.load(tmp_path))
@@ -366,7 +459,8 @@ def test_a_check_prints_no_name_raw(tmp_path: Path) -> None:
 
 
 def test_classes_of_an_older_run_are_known_again(tmp_path: Path) -> None:
-    """A run of version 0.1.0 may have a class with a tab in its name: its folder is still that class."""
+    """A run of version 0.1.0 may have a class with a tab in its name: its folder is still that
+    class."""
     make(tmp_path, "b/1.png", "t\tb/2.png")
     assert [1, 0] == images.with_classes(images.load(tmp_path), ("t\tb", "b")).labels.tolist()
 

@@ -1,4 +1,5 @@
-"""Pictures handed over: one image an input, called as it is given, whatever the other inputs are."""
+"""Pictures handed over: one image an input, called as it is given, whatever the other inputs
+are."""
 
 from __future__ import annotations
 
@@ -31,10 +32,19 @@ def refusal(given: Any, **how: Any) -> str:
 
 
 def test_order_and_repetition_are_those_of_the_inputs(here: Path) -> None:
-    """A folder stands at its place, sorted; what is given twice is there twice; other files are told, once."""
+    """A folder stands at its place, sorted; what is given twice is there twice; other files are
+    told, once."""
     found = loose.load(["b.png", "in", "a.png", "in/", "b.png"])
 
-    assert ("b.png", "in/2.png", "in/sub/1.png", "a.png", "in/2.png", "in/sub/1.png", "b.png") == found.paths
+    assert (
+        "b.png",
+        "in/2.png",
+        "in/sub/1.png",
+        "a.png",
+        "in/2.png",
+        "in/sub/1.png",
+        "b.png",
+    ) == found.paths
     assert ("in/notes.txt",) == found.ignored
     assert b"in/sub/1.png" == found.read(2)
 
@@ -50,7 +60,8 @@ def test_the_name_of_a_file_is_the_text_that_was_given(here: Path, text: str) ->
 
 
 def test_folders_of_results_are_no_images_and_are_told(here: Path) -> None:
-    """A run in a folder is left out as it is everywhere, and an image with a wrong name is known by its first bytes."""
+    """A run in a folder is left out as it is everywhere, and an image with a wrong name is known by
+    its first bytes."""
     (here / "in" / "run").mkdir()
     for name in ("run.json", "metrics.json", "p.png"):
         (here / "in" / "run" / name).touch()
@@ -63,7 +74,9 @@ def test_folders_of_results_are_no_images_and_are_told(here: Path) -> None:
     assert f"1 of them is an image by the first bytes: {here}/in/photo.dat (PNG)" in lines
 
 
-def test_a_later_change_of_folder_changes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_change_of_folder_changes_nothing(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Names stay as typed; files are found from where they were typed."""
     found = loose.load(["a.png", b"memory", "b.png"])
     monkeypatch.chdir("/")
@@ -72,7 +85,8 @@ def test_a_later_change_of_folder_changes_nothing(here: Path, monkeypatch: pytes
 
 
 def test_a_picture_in_memory_is_called_by_its_position(here: Path) -> None:
-    """A file whose name looks like that is called in another way, so that they are never mixed up."""
+    """A file whose name looks like that is called in another way, so that they are never mixed
+    up."""
     (here / "[1]").write_bytes(b"file")
     found = loose.load(["[1]", b"memory", memoryview(b"view")])
 
@@ -93,7 +107,9 @@ def test_a_picture_in_memory_is_called_by_its_position(here: Path) -> None:
         (np.zeros(4, np.uint8), "shape (4,)"),
     ],
 )
-def test_what_is_no_picture_is_named_by_position_and_type(here: Path, item: Any, words: str) -> None:
+def test_what_is_no_picture_is_named_by_position_and_type(
+    here: Path, item: Any, words: str
+) -> None:
     """The message says what would be one."""
     message = refusal(["a.png", item])
 
@@ -129,7 +145,8 @@ def test_a_folder_without_images_is_refused_and_no_inputs_are_none(here: Path) -
 
 
 def test_arrays_are_pictures(here: Path) -> None:
-    """Grey, RGB and RGBA; a stack is as many pictures; a view that is not contiguous counts as what it shows."""
+    """Grey, RGB and RGBA; a stack is as many pictures; a view that is not contiguous counts as what
+    it shows."""
     from finetune.data import decode
 
     values = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)

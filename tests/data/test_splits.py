@@ -65,7 +65,9 @@ def test_alike_lists_contents_that_come_again() -> None:
 
 def test_torn_groups_are_found() -> None:
     """A group on both sides of a given split is named with its sides."""
-    assert {"g": (1, "test, train")} == splits.torn(["", "g", "g", "h", ""], np.array(["test", "train", "test", "val", "train"]))
+    assert {"g": (1, "test, train")} == splits.torn(
+        ["", "g", "g", "h", ""], np.array(["test", "train", "test", "val", "train"])
+    )
 
 
 def test_fractions_are_met_in_each_class() -> None:
@@ -79,13 +81,16 @@ def test_fractions_are_met_in_each_class() -> None:
 def test_small_validation_part_is_not_made() -> None:
     """Where 15 % are fewer than 100 images there is no validation part, and all of them train."""
     few = splits.assign(many([400, 420]), alone(820), None, seed=0, test=0.2, val=0.15)
-    assert {"train": 656, "test": 164} == {name: int((few == name).sum()) for name in np.unique(few)}
+    assert {"train": 656, "test": 164} == {
+        name: int((few == name).sum()) for name in np.unique(few)
+    }
     more = splits.assign(many([400, 440]), alone(840), None, seed=0, test=0.2, val=0.15)
     assert 101 == (more == "val").sum()
 
 
 def test_seed_decides() -> None:
-    """The same seed gives the same split, another one another; the test part does not depend on the validation part."""
+    """The same seed gives the same split, another one another; the test part does not depend on the
+    validation part."""
     labels = many([600, 600])
     one, same, other, no_val = (
         splits.assign(labels, alone(1200), None, seed=seed, test=0.2, val=val)
@@ -100,7 +105,9 @@ def test_given_parts_stay() -> None:
     """What came as test or val stays, and nothing is added to it."""
     given = np.array(["train"] * 1000 + ["val"] * 50 + ["test"] * 10)
     labels = np.arange(1060) % 2
-    assert np.array_equal(given, splits.assign(labels, alone(1060), given, seed=0, test=0.2, val=0.15))
+    assert np.array_equal(
+        given, splits.assign(labels, alone(1060), given, seed=0, test=0.2, val=0.15)
+    )
 
 
 def test_validation_is_carved_from_training_alone() -> None:
@@ -143,32 +150,54 @@ def test_large_group_does_not_swallow_the_training_part() -> None:
 
 
 def test_thirds_are_tested_rather_than_nothing() -> None:
-    """Where every group is too large for the fraction, one is taken as long as it brings the size nearer."""
-    split = splits.assign(np.zeros(99, dtype=int), np.arange(99) // 33, None, seed=0, test=0.2, val=0.0)
+    """Where every group is too large for the fraction, one is taken as long as it brings the size
+    nearer."""
+    split = splits.assign(
+        np.zeros(99, dtype=int), np.arange(99) // 33, None, seed=0, test=0.2, val=0.0
+    )
     assert 33 == (split == "test").sum()
 
 
 def test_class_in_one_group_trains() -> None:
-    """A class whose images are all one group stays in the training part, however much the fraction wants."""
+    """A class whose images are all one group stays in the training part, however much the fraction
+    wants."""
     labels, groups = many([3, 40]), np.concatenate([np.zeros(3, dtype=int), np.arange(1, 41)])
     for seed in range(5):
-        assert ["train"] * 3 == splits.assign(labels, groups, None, seed=seed, test=0.6, val=0.0)[:3].tolist()
+        assert ["train"] * 3 == splits.assign(labels, groups, None, seed=seed, test=0.6, val=0.0)[
+            :3
+        ].tolist()
 
 
 def test_size_is_met_where_small_groups_can_meet_it() -> None:
     """A group that overshoots is left where smaller ones make up the fraction."""
     groups = np.concatenate([np.zeros(9, dtype=int), np.arange(1, 17)])
     for seed in range(20):
-        assert 5 == (splits.assign(np.zeros(25, dtype=int), groups, None, seed=seed, test=0.2, val=0.0) == "test").sum()
+        assert (
+            5
+            == (
+                splits.assign(np.zeros(25, dtype=int), groups, None, seed=seed, test=0.2, val=0.0)
+                == "test"
+            ).sum()
+        )
 
 
 def test_groups_are_drawn_whatever_their_size() -> None:
-    """Large groups are not preferred: over seeds, the mean size of the groups in the test part is that of all groups."""
+    """Large groups are not preferred: over seeds, the mean size of the groups in the test part is
+    that of all groups."""
     sizes = np.array([1, 9] * 50)
     groups = np.repeat(np.arange(100), sizes)
     picked = [
         np.mean(
-            sizes[np.unique(groups[splits.assign(np.zeros(500, dtype=int), groups, None, seed=s, test=0.2, val=0.0) == "test"])]
+            sizes[
+                np.unique(
+                    groups[
+                        splits.assign(
+                            np.zeros(500, dtype=int), groups, None, seed=s, test=0.2, val=0.0
+                        )
+                        == "test"
+                    ]
+                )
+            ]
         )
         for s in range(20)
     ]
@@ -181,8 +210,11 @@ def test_groups_are_drawn_whatever_their_size() -> None:
     st.integers(0, 5),
     st.sampled_from([0.1, 0.2, 0.5]),
 )
-def test_groups_stay_whole_and_classes_keep_training_images(items: list[tuple[int, int]], seed: int, fraction: float) -> None:
-    """Whatever the labels and groups: no group is torn, every class keeps a training image, the test part is not too large."""
+def test_groups_stay_whole_and_classes_keep_training_images(
+    items: list[tuple[int, int]], seed: int, fraction: float
+) -> None:
+    """Whatever the labels and groups: no group is torn, every class keeps a training image, the
+    test part is not too large."""
     labels, groups = (np.array(column) for column in zip(*items, strict=True))
     split = splits.assign(labels, groups, None, seed=seed, test=fraction, val=0.15)
     assert all(len(np.unique(split[groups == g])) == 1 for g in np.unique(groups))
@@ -192,11 +224,14 @@ def test_groups_stay_whole_and_classes_keep_training_images(items: list[tuple[in
 
 
 def test_shots_are_nested_and_keep_the_test_part() -> None:
-    """K images a class of the training part, those of a smaller K among them; all test images; no validation image."""
+    """K images a class of the training part, those of a smaller K among them; all test images; no
+    validation image."""
     labels = many([30, 30, 2])
     split = np.array((["train"] * 20 + ["val"] * 5 + ["test"] * 5) * 2 + ["train"] * 2)
     five, ten = (splits.shots(labels, split, k, seed=0) for k in (5, 10))
-    assert {"train": 12, "test": 10} == {name: int((split[five] == name).sum()) for name in np.unique(split[five])}
+    assert {"train": 12, "test": 10} == {
+        name: int((split[five] == name).sum()) for name in np.unique(split[five])
+    }
     assert set(five) <= set(ten)
     assert [5, 5, 2] == np.bincount(labels[five][split[five] == "train"]).tolist()
     assert not np.array_equal(five, splits.shots(labels, split, 5, seed=1))

@@ -1,4 +1,5 @@
-"""`finetune evaluate`: judged on what the run has not seen, and every image that does not count is told."""
+"""`finetune evaluate`: judged on what the run has not seen, and every image that does not count is
+told."""
 
 from __future__ import annotations
 
@@ -15,13 +16,20 @@ from finetune.data import images
 from finetune.errors import UserError
 from finetune.evaluation import evaluate
 
-TINY: dict[str, Any] = {"backbone": ["test_efficientnet"], "weights": "random", "engine": "torch", "precision": "float32"}
+TINY: dict[str, Any] = {
+    "backbone": ["test_efficientnet"],
+    "weights": "random",
+    "engine": "torch",
+    "precision": "float32",
+}
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
     """A run fitted on all of `shapes`: 48 of its 60 images train, 12 are its test."""
-    return job.fit(shapes, out=tmp_path_factory.mktemp("judge") / "run", strategy="svm", **TINY).path
+    return job.fit(
+        shapes, out=tmp_path_factory.mktemp("judge") / "run", strategy="svm", **TINY
+    ).path
 
 
 def told(*args: Any, **how: Any) -> tuple[dict[str, Any], str]:
@@ -30,8 +38,11 @@ def told(*args: Any, **how: Any) -> tuple[dict[str, Any], str]:
     return evaluate.evaluate(*args, **how, say=said.append), "\n".join(said)
 
 
-def test_what_trained_is_left_out_and_the_rest_is_the_runs_own_test(fitted: Path, shapes: Path) -> None:
-    """On the images of the run, the 12 that it was not trained on remain: the accuracy is that of metrics.json."""
+def test_what_trained_is_left_out_and_the_rest_is_the_runs_own_test(
+    fitted: Path, shapes: Path
+) -> None:
+    """On the images of the run, the 12 that it was not trained on remain: the accuracy is that of
+    metrics.json."""
     result, said = told(fitted, shapes)
 
     assert (12, 48) == (result["n"], result["trained_on"])
@@ -41,8 +52,11 @@ def test_what_trained_is_left_out_and_the_rest_is_the_runs_own_test(fitted: Path
     assert "12 images, 48 others trained on" in evaluate.metrics_text(result)
 
 
-def test_nothing_left_is_refused_with_the_way_on(fitted: Path, shapes: Path, tmp_path: Path) -> None:
-    """Renamed copies are known by their bytes, from a table, too; --seen keep judges on them, and warns."""
+def test_nothing_left_is_refused_with_the_way_on(
+    fitted: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """Renamed copies are known by their bytes, from a table, too; --seen keep judges on them, and
+    warns."""
     trained = set(evaluate.trained_on(fitted) or ())
     source = images.load(shapes)
     seen = [i for i, digest in enumerate(images.contents(source)) if digest in trained]
@@ -61,14 +75,21 @@ def test_nothing_left_is_refused_with_the_way_on(fitted: Path, shapes: Path, tmp
 
 
 def test_new_images_are_judged_without_a_word(fitted: Path, shapes: Path, tmp_path: Path) -> None:
-    """An image with other bytes is new; files that are no images by their names are counted, unreadable ones named."""
+    """An image with other bytes is new; files that are no images by their names are counted,
+    unreadable ones named."""
     from PIL import Image
 
     for file in sorted(shapes.glob("*/0[0-3].png")):
         (tmp_path / file.parent.name).mkdir(exist_ok=True)
         Image.open(file).rotate(90).save(tmp_path / file.parent.name / file.name)
     result, said = told(fitted, tmp_path)
-    assert (12, 0, 0, 0, "") == (result["n"], result["trained_on"], result["left_out"], result["ignored"], said)
+    assert (12, 0, 0, 0, "") == (
+        result["n"],
+        result["trained_on"],
+        result["left_out"],
+        result["ignored"],
+        said,
+    )
 
     (tmp_path / "circle" / "bad.png").write_bytes(b"")
     (tmp_path / "circle" / "movie.xyz").touch()
@@ -78,7 +99,9 @@ def test_new_images_are_judged_without_a_word(fitted: Path, shapes: Path, tmp_pa
     assert "1 file is left out, as no image extension announces them: 1 .xyz" in said
 
 
-def test_a_run_without_the_record_says_that_it_cannot_be_known(fitted: Path, shapes: Path, tmp_path: Path) -> None:
+def test_a_run_without_the_record_says_that_it_cannot_be_known(
+    fitted: Path, shapes: Path, tmp_path: Path
+) -> None:
     """Runs of version 0.1.0 are judged as before, with a line of caution."""
     old = shutil.copytree(fitted, tmp_path / "old")
     (old / evaluate.TRAINED).unlink()
@@ -98,7 +121,9 @@ def test_the_record_is_small_and_says_nothing_else(fitted: Path, shapes: Path) -
     assert ids is not None
     assert sorted(ids) == list(ids)
     assert (fitted / evaluate.TRAINED).stat().st_size < 48 * 32 + 200
-    assert evaluate.TRAINED in json.loads((fitted / "run.json").read_text(encoding="utf-8"))["files"]
+    assert (
+        evaluate.TRAINED in json.loads((fitted / "run.json").read_text(encoding="utf-8"))["files"]
+    )
     (fitted.parent / evaluate.TRAINED).write_bytes(b"x")
     with pytest.raises(UserError, match="not a table of digests"):
         evaluate.trained_on(fitted.parent)
@@ -106,7 +131,9 @@ def test_the_record_is_small_and_says_nothing_else(fitted: Path, shapes: Path) -
 
 def test_the_command_has_the_counts_as_json(fitted: Path, shapes: Path) -> None:
     """One JSON value on stdout, what was left out on stderr."""
-    done = CliRunner().invoke(cli.cli, ["evaluate", str(fitted), str(shapes), "--seen", "keep", "--json"])
+    done = CliRunner().invoke(
+        cli.cli, ["evaluate", str(fitted), str(shapes), "--seen", "keep", "--json"]
+    )
     found = json.loads(done.stdout)
 
     assert (60, 48, "keep") == (found["n"], found["trained_on"], found["seen"])

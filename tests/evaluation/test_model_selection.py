@@ -1,4 +1,5 @@
-"""Which model ships: the fine-tuned one where it is clearly better than the SVM, and its training did something."""
+"""Which model ships: the fine-tuned one where it is clearly better than the SVM, and its training
+did something."""
 
 from __future__ import annotations
 
@@ -17,23 +18,31 @@ LABELS = np.arange(TRAIN + VALIDATION) % CLASSES
 
 
 def answers(right: float, count: int, seed: int = 0) -> NDArray[np.float64]:
-    """Scores of the last `count` images: so large a share is right, and the others are off by one class."""
+    """Scores of the last `count` images: so large a share is right, and the others are off by one
+    class."""
     wrong = np.random.default_rng(seed).permutation(count) >= right * count
     return np.eye(CLASSES)[(LABELS[-count:] + wrong) % CLASSES]
 
 
 def situation(svm: float, strategy: str = "auto", trains: bool = True) -> tuple[Any, Any]:
-    """A look at images with a validation part of 200, and an SVM that is right on this share of them."""
+    """A look at images with a validation part of 200, and an SVM that is right on this share of
+    them."""
     tap = Tap("pooled")
     scores = np.concatenate([np.zeros((TRAIN, CLASSES)), answers(svm, VALIDATION)])
     seen = SimpleNamespace(
         images=SimpleNamespace(labels=LABELS, groups=None),
         groups=np.arange(len(LABELS)),
         features=SimpleNamespace(blocks={tap: scores}),
-        recipe=SimpleNamespace(data=SimpleNamespace(seed=0), policy=SimpleNamespace(strategy=strategy)),
-        plan=SimpleNamespace(training={} if trains else None, strategy="last stage", because=("the images are few",)),
+        recipe=SimpleNamespace(
+            data=SimpleNamespace(seed=0), policy=SimpleNamespace(strategy=strategy)
+        ),
+        plan=SimpleNamespace(
+            training={} if trains else None, strategy="last stage", because=("the images are few",)
+        ),
         named=SimpleNamespace(network=SimpleNamespace(pretraining="ImageNet-1k")),
-        part=lambda name: np.arange(TRAIN, TRAIN + VALIDATION) if name == "val" else np.arange(TRAIN),
+        part=lambda name: (
+            np.arange(TRAIN, TRAIN + VALIDATION) if name == "val" else np.arange(TRAIN)
+        ),
     )
     head = SimpleNamespace(taps=(tap,), scores=lambda blocks: blocks[0])
     return seen, SimpleNamespace(head=head, oof_scores=np.zeros((TRAIN, CLASSES)))
@@ -49,10 +58,13 @@ def judged() -> dict[str, Any]:
     ids=["clearly better", "equal", "hardly better", "never better than its start"],
 )
 def test_what_is_said_is_what_ships(tuned: float, best_epoch: int, ships: bool) -> None:
-    """The line of the choice and the verdict name the model that ships, and say why it is that one."""
+    """The line of the choice and the verdict name the model that ships, and say why it is that
+    one."""
     seen, svm = situation(0.8)
     said: list[str] = []
-    pair = model_selection.compare(seen, svm, answers(tuned, VALIDATION, 1), best_epoch, said.append)
+    pair = model_selection.compare(
+        seen, svm, answers(tuned, VALIDATION, 1), best_epoch, said.append
+    )
     first, second = model_selection.verdict(seen, judged(), svm, pair, ships)
 
     assert ships == model_selection.ships(pair, best_epoch)
@@ -62,11 +74,16 @@ def test_what_is_said_is_what_ships(tuned: float, best_epoch: int, ships: bool) 
     assert better == (", more than one paired standard error" in second)
     assert better == (", not more than one paired standard error" not in second)
     untrained = better and not best_epoch
-    assert untrained == (model_selection.NOT_TRAINED in said[0]) == (model_selection.NOT_TRAINED in second)
+    assert (
+        untrained
+        == (model_selection.NOT_TRAINED in said[0])
+        == (model_selection.NOT_TRAINED in second)
+    )
 
 
 def test_training_is_left_out_where_nothing_could_ship() -> None:
-    """An SVM without a hundredth of errors cannot be beaten clearly; one with a fifth can, and whoever asks gets it tried."""
+    """An SVM without a hundredth of errors cannot be beaten clearly; one with a fifth can, and
+    whoever asks gets it tried."""
     assert "not even a model without errors" in model_selection.decided(*situation(1.0))
     assert "" == model_selection.decided(*situation(0.8))
     assert "" == model_selection.decided(*situation(1.0, strategy="full"))
@@ -79,7 +96,10 @@ def test_without_training_the_verdict_says_why() -> None:
     first, second = model_selection.verdict(seen, judged(), svm, None, False)
 
     assert "Ship the SVM on pooled: accuracy 90.0% (85.0%–94.0%) on 100 test images." == first
-    assert "Always saying the largest class gives 25.0%. Nothing was fine-tuned: the images are few." == second
+    assert (
+        "Always saying the largest class gives 25.0%. Nothing was fine-tuned: the images are few."
+        == second
+    )
 
 
 def test_random_weights_are_said_loudly() -> None:

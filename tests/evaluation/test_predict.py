@@ -1,4 +1,5 @@
-"""`finetune predict` as it is typed: a row an input, one kind of table, both of two options obeyed."""
+"""`finetune predict` as it is typed: a row an input, one kind of table, both of two options
+obeyed."""
 
 from __future__ import annotations
 
@@ -15,18 +16,29 @@ from click.testing import CliRunner, Result
 from finetune import cli, job
 from finetune.evaluation import predict, predictions
 
-TINY: dict[str, Any] = {"backbone": ["test_efficientnet"], "weights": "random", "engine": "torch", "precision": "float32"}
+TINY: dict[str, Any] = {
+    "backbone": ["test_efficientnet"],
+    "weights": "random",
+    "engine": "torch",
+    "precision": "float32",
+}
 
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
-    return job.fit(shapes, out=tmp_path_factory.mktemp("predict") / "run", strategy="svm", **TINY).path
+    return job.fit(
+        shapes, out=tmp_path_factory.mktemp("predict") / "run", strategy="svm", **TINY
+    ).path
 
 
 @pytest.fixture
 def here(tmp_path: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: two images, a folder with one and a note, an empty file."""
-    for name, source in {"a.png": "circle/00.png", "b.png": "square/00.png", "in/c.png": "circle/01.png"}.items():
+    for name, source in {
+        "a.png": "circle/00.png",
+        "b.png": "square/00.png",
+        "in/c.png": "circle/01.png",
+    }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((shapes / source).read_bytes())
     (tmp_path / "in" / "notes.txt").touch()
@@ -43,17 +55,21 @@ def run(fitted: Path, *words: str) -> Result:
 
 
 def test_a_row_an_input_under_the_name_that_was_typed(fitted: Path, here: Path) -> None:
-    """Given twice, there are two rows; a folder stands at its place; other arguments change no name."""
+    """Given twice, there are two rows; a folder stands at its place; other arguments change no
+    name."""
     done = run(fitted, "a.png", "./a.png", "in/", "a.png", "--json")
 
-    assert ["a.png", "./a.png", "in/c.png", "a.png"] == [row["path"] for row in json.loads(done.stdout)]
+    assert ["a.png", "./a.png", "in/c.png", "a.png"] == [
+        row["path"] for row in json.loads(done.stdout)
+    ]
     assert "1 file is left out, as no image extension announces them: 1 .txt" in done.stderr
     text = [line.split()[0] for line in run(fitted, "in", "a.png", "b.png").stdout.splitlines()]
     assert ["in/c.png", "a.png", "b.png"] == text
 
 
 def test_json_and_a_table_are_both_written(fitted: Path, here: Path) -> None:
-    """stdout is one JSON value, the file a table of the same numbers; --unsure marks the same rows in both."""
+    """stdout is one JSON value, the file a table of the same numbers; --unsure marks the same rows
+    in both."""
     done = run(fitted, "a.png", "b.png", "--json", "-o", "out.csv", "--unsure", "0.4")
     rows = json.loads(done.stdout)
     with (here / "out.csv").open(encoding="utf-8", newline="") as file:
@@ -68,7 +84,8 @@ def test_json_and_a_table_are_both_written(fitted: Path, here: Path) -> None:
 
 
 def test_the_table_is_that_of_a_run(fitted: Path, here: Path, shapes: Path) -> None:
-    """Its columns in their order, those of predict before the probabilities; equal to predictions.csv, bit for bit."""
+    """Its columns in their order, those of predict before the probabilities; equal to
+    predictions.csv, bit for bit."""
     own = predictions.read_predictions(fitted / "predictions.csv")
     run(fitted, *(str(shapes / path) for path in own.paths), "-o", "out.csv")
     again = predictions.read_predictions(here / "out.csv")
@@ -81,7 +98,8 @@ def test_the_table_is_that_of_a_run(fitted: Path, here: Path, shapes: Path) -> N
 
 @pytest.mark.skipif(os.name == "nt", reason="names there are text")
 def test_any_name_of_a_file_is_one_row(fitted: Path, here: Path) -> None:
-    """A line break, a comma, bytes that are no text: the table is whole, JSON is text, and the names lead back."""
+    """A line break, a comma, bytes that are no text: the table is whole, JSON is text, and the
+    names lead back."""
     names = [os.fsdecode(name) for name in (b"one\rtwo.png", b"a,b\n.png", b"caf\xe9.png")]
     for name in names:
         (here / name).write_bytes((here / "a.png").read_bytes())
@@ -96,8 +114,11 @@ def test_any_name_of_a_file_is_one_row(fitted: Path, here: Path) -> None:
 
 
 def test_rows_and_what_is_left_out_make_the_inputs(fitted: Path, here: Path) -> None:
-    """With skip each bad or missing input is named on stderr, once for each time that it was given."""
-    done = run(fitted, "bad.png", "a.png", "gone.png", "bad.png", "--on-bad-image", "skip", "-o", "out.csv")
+    """With skip each bad or missing input is named on stderr, once for each time that it was
+    given."""
+    done = run(
+        fitted, "bad.png", "a.png", "gone.png", "bad.png", "--on-bad-image", "skip", "-o", "out.csv"
+    )
     left_out = [line for line in done.stderr.splitlines() if line.startswith("left out: ")]
 
     assert ["bad.png", "gone.png", "bad.png"] == [line.split(": ")[1] for line in left_out]
@@ -107,7 +128,9 @@ def test_rows_and_what_is_left_out_make_the_inputs(fitted: Path, here: Path) -> 
 def test_the_same_from_python(fitted: Path, here: Path) -> None:
     """What is left out is told, and the rows are those of the pictures in memory, too."""
     said: list[str] = []
-    found = predict.predict(fitted, ["a.png", (here / "a.png").read_bytes(), "bad.png"], on_bad="skip", say=said.append)
+    found = predict.predict(
+        fitted, ["a.png", (here / "a.png").read_bytes(), "bad.png"], on_bad="skip", say=said.append
+    )
 
     assert ["a.png", "[1]"] == [row["path"] for row in predict.rows(found)]
     assert ["left out: bad.png: empty (0 bytes)"] == said

@@ -1,4 +1,5 @@
-"""Damage in the feature store: every changed, missing or mixed-up row is noticed, and made again from its image."""
+"""Damage in the feature store: every changed, missing or mixed-up row is noticed, and made again
+from its image."""
 
 from __future__ import annotations
 
@@ -51,20 +52,25 @@ def file_of(store: Store) -> Path:
 
 
 def missing(store: Store, space: Space, *numbers: int) -> list[int]:
-    return [number for number, row in zip(numbers, store.find(space, ids(*numbers)), strict=True) if row < 0]
+    return [
+        number
+        for number, row in zip(numbers, store.find(space, ids(*numbers)), strict=True)
+        if row < 0
+    ]
 
 
 def sums(store: Store, space: Space) -> NDArray[np.uint32]:
     return checksums.read(store.db, space.number, 10)
 
 
-# ---------------------------------------------------------------------------------------------------------- rows changed
+# ------------------------------------------------------------------------------------- rows changed
 
 
 @pytest.mark.parametrize("row", [0, 4, 9])
 @pytest.mark.parametrize("byte", [0, 4 * WIDTH - 1])
 def test_one_changed_bit_is_noticed(store: Store, row: int, byte: int) -> None:
-    """Wherever it is: this row counts as missing, the others are as they were, and what was met is told once."""
+    """Wherever it is: this row counts as missing, the others are as they were, and what was met is
+    told once."""
     flip(file_of(store), row, byte)
     opened, space = again(store)
 
@@ -104,7 +110,8 @@ def test_a_row_that_is_made_again_replaces_the_damaged_one(store: Store) -> None
 
 
 def test_the_row_of_another_image_is_noticed(store: Store) -> None:
-    """A damaged index that names the wrong row, or one that does not exist: the right rows of others stay."""
+    """A damaged index that names the wrong row, or one that does not exist: the right rows of
+    others stay."""
     store.db.execute("update rows set row = 7 where row = 2")
     store.db.execute("update rows set row = 1000000 where row = 5")
     opened, space = again(store)
@@ -129,7 +136,8 @@ def test_rows_that_hold_no_number_are_no_damage(tmp_path: Path) -> None:
 
 
 def test_rows_in_many_records_are_each_compared(tmp_path: Path) -> None:
-    """More rows than a record of checksums holds, in two commits that share a record; damage at the borders."""
+    """More rows than a record of checksums holds, in two commits that share a record; damage at the
+    borders."""
     store = Store(tmp_path)
     space = store.space(ABOUT, WIDTH)
     for part in (MANY[:1000], MANY[1000:]):
@@ -145,7 +153,9 @@ def test_rows_in_many_records_are_each_compared(tmp_path: Path) -> None:
     store.close()
 
 
-def test_each_row_is_read_once_a_process_and_no_other(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_is_read_once_a_process_and_no_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is not asked for is not verified, and what was verified is not read again."""
     opened, space = again(store)
     read: list[int] = []
@@ -163,7 +173,9 @@ def test_each_row_is_read_once_a_process_and_no_other(store: Store, monkeypatch:
     opened.close()
 
 
-def test_a_disk_that_cannot_be_read_is_damage(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_cannot_be_read_is_damage(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rows count as missing; the process goes on."""
     opened, space = again(store)
 
@@ -175,12 +187,15 @@ def test_a_disk_that_cannot_be_read_is_damage(store: Store, monkeypatch: pytest.
     opened.close()
 
 
-# ------------------------------------------------------------------------------------------------------------ files changed
+# ------------------------------------------------------------------------------------ files changed
 
 
-@pytest.mark.parametrize(("size", "left"), [(None, 0), (0, 0), (4 * WIDTH * 6 + 3, 6), (4 * WIDTH * 10 + 3, 10)])
+@pytest.mark.parametrize(
+    ("size", "left"), [(None, 0), (0, 0), (4 * WIDTH * 6 + 3, 6), (4 * WIDTH * 10 + 3, 10)]
+)
 def test_rows_that_a_file_has_lost_are_missing(store: Store, size: int | None, left: int) -> None:
-    """Cut short or removed: the whole rows stay, the others are made again; a file that is too long lost nothing."""
+    """Cut short or removed: the whole rows stay, the others are made again; a file that is too long
+    lost nothing."""
     if size is None:
         file_of(store).unlink()
     else:
@@ -199,7 +214,8 @@ def test_rows_that_a_file_has_lost_are_missing(store: Store, size: int | None, l
 
 
 def test_a_file_that_is_cut_short_under_an_open_store_gives_no_zeros(store: Store) -> None:
-    """It is noticed at the next question; writing on is refused, and the same command again mends it."""
+    """It is noticed at the next question; writing on is refused, and the same command again mends
+    it."""
     space = store.space(ABOUT, WIDTH)
     assert [] == missing(store, space, *range(10))
     os.truncate(file_of(store), 4 * WIDTH * 4)
@@ -211,7 +227,8 @@ def test_a_file_that_is_cut_short_under_an_open_store_gives_no_zeros(store: Stor
 
 
 def test_rows_of_a_cut_file_get_no_checksum_of_what_takes_their_place(store: Store) -> None:
-    """Rows without a checksum that were cut off are forgotten: new ones in their place are not mistaken for them."""
+    """Rows without a checksum that were cut off are forgotten: new ones in their place are not
+    mistaken for them."""
     store.db.execute("delete from checksums")
     os.truncate(file_of(store), 4 * WIDTH * 4)
     opened, space = again(store)
@@ -222,7 +239,7 @@ def test_rows_of_a_cut_file_get_no_checksum_of_what_takes_their_place(store: Sto
     opened.close()
 
 
-# --------------------------------------------------------------------------------------------- with what earlier versions wrote
+# ----------------------------------------------------------------- with what earlier versions wrote
 
 
 def test_rows_without_a_checksum_are_used_and_get_one(store: Store) -> None:
@@ -237,12 +254,14 @@ def test_rows_without_a_checksum_are_used_and_get_one(store: Store) -> None:
     for row in (2, 5):
         flip(file_of(store), row)
     second, space = again(store)
-    assert [2] == missing(second, space, *range(10))  # the damage of row 5 is older than its checksum
+    # the damage of row 5 is older than its checksum
+    assert [2] == missing(second, space, *range(10))
     second.close()
 
 
 def test_rows_that_an_earlier_version_adds_are_used(store: Store) -> None:
-    """It knows no checksums: its rows stand behind those of this version, and get theirs when they are read."""
+    """It knows no checksums: its rows stand behind those of this version, and get theirs when they
+    are read."""
     space = store.space(ABOUT, WIDTH)
     with file_of(store).open("ab") as file:
         file.write(rows(10, 11).tobytes())
@@ -337,7 +356,8 @@ def test_a_damaged_record_of_checksums_is_no_bug(store: Store, record: object) -
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_damaged_index_gives_right_rows_or_a_message(tmp_path: Path, seed: int) -> None:
-    """Bytes of the database changed at random: never a wrong row, never a traceback; the message names the command."""
+    """Bytes of the database changed at random: never a wrong row, never a traceback; the message
+    names the command."""
     store = Store(tmp_path / "features")
     store.append([store.space(ABOUT, WIDTH)], ids(*range(200)), [rows(*range(200))])
     store.db.execute("pragma wal_checkpoint(truncate)")
@@ -361,9 +381,14 @@ def test_a_damaged_index_gives_right_rows_or_a_message(tmp_path: Path, seed: int
 
 
 def test_the_checksum_of_a_row_is_that_of_its_bytes_and_its_content() -> None:
-    """The same row for another content, and another row for the same content, have other checksums; none is 0."""
+    """The same row for another content, and another row for the same content, have other checksums;
+    none is 0."""
     one, other = checksums.marks(files.Digests.of(ids(1, 2))).reshape(2, 1)
-    values = {int(checksums.of_block(block, mark)[0]) for block in (rows(1), rows(2)) for mark in (one, other)}
+    values = {
+        int(checksums.of_block(block, mark)[0])
+        for block in (rows(1), rows(2))
+        for mark in (one, other)
+    }
 
     assert 4 == len(values)
     assert 0 not in values

@@ -1,4 +1,5 @@
-"""The engines: what timm gives in float32, close to it in bfloat16, the same bits however images are batched."""
+"""The engines: what timm gives in float32, close to it in bfloat16, the same bits however images
+are batched."""
 
 from __future__ import annotations
 
@@ -46,9 +47,11 @@ from finetune import backbone, engine
 from finetune.network import Tap
 found = backbone.load("test_efficientnet", sys.argv[1])
 size = found.network.preprocess.size
-runner = engine.open_runner(found.network, [Tap("pooled")], lambda: found, engine="openvino", precision="float32")
+how = {"engine": "openvino", "precision": "float32"}
+runner = engine.open_runner(found.network, [Tap("pooled")], lambda: found, **how)
 (block,) = runner(np.full((1, size, size, 3), 99, np.uint8))
-Path(sys.argv[2]).write_text(json.dumps({"network": found.network.to_json(), "pooled": block[0].tolist()}))
+told = {"network": found.network.to_json(), "pooled": block[0].tolist()}
+Path(sys.argv[2]).write_text(json.dumps(told))
 """
 OPEN = """
 import json, sys
@@ -75,7 +78,12 @@ def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64
 
 
 def inputs(folder: Path, network: Network) -> NDArray[np.uint8]:
-    return np.stack([decode.to_input(path.read_bytes(), network.preprocess) for path in sorted(folder.iterdir())])
+    return np.stack(
+        [
+            decode.to_input(path.read_bytes(), network.preprocess)
+            for path in sorted(folder.iterdir())
+        ]
+    )
 
 
 def noise(network: Network, count: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -83,17 +91,24 @@ def noise(network: Network, count: int, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def run(found: Backbone, taps: list[Tap], images: NDArray[np.uint8], name: str, precision: str) -> list[NDArray[np.float32]]:
-    return engine.open_runner(found.network, taps, lambda: found, engine=name, precision=precision)(images)
+def run(
+    found: Backbone, taps: list[Tap], images: NDArray[np.uint8], name: str, precision: str
+) -> list[NDArray[np.float32]]:
+    return engine.open_runner(found.network, taps, lambda: found, engine=name, precision=precision)(
+        images
+    )
 
 
 def timm_features(found: Backbone, folder: Path) -> NDArray[np.float32]:
-    """Pooled features by timm alone: its evaluation transform of the files, its model in float32."""
+    """Pooled features by timm alone: its evaluation transform of the files, its model in
+    float32."""
     config: Any = timm.data.resolve_model_data_config(found.module)
     transform: Any = timm.data.create_transform(**config, is_training=False)
     with torch.inference_mode():
         files = sorted(folder.iterdir())
-        return np.concatenate([found.module(transform(Image.open(path))[None]).numpy() for path in files])
+        return np.concatenate(
+            [found.module(transform(Image.open(path))[None]).numpy() for path in files]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +117,21 @@ def by_timm(lite0: Backbone, photographs: Path) -> NDArray[np.float32]:
     return timm_features(lite0, photographs)
 
 
-# ------------------------------------------------------------------------------------------------- against the reference
+# ---------------------------------------------------------------------------- against the reference
 
 
 @pytest.mark.parametrize("name", ["openvino", "torch"])
 def test_float32_gives_the_features_that_timm_gives(
     lite0: Backbone, photographs: Path, by_timm: NDArray[np.float32], name: str
 ) -> None:
-    """Our decoding, resizing, normalisation and engine against timm's transform and model, on photographs."""
+    """Our decoding, resizing, normalisation and engine against timm's transform and model, on
+    photographs."""
     (block,) = run(lite0, [POOLED], inputs(photographs, lite0.network), name, "float32")
 
     assert cosine(by_timm, block).min() >= 0.99999
-    np.testing.assert_allclose(np.linalg.norm(block, axis=1), np.linalg.norm(by_timm, axis=1), rtol=1e-3)
+    np.testing.assert_allclose(
+        np.linalg.norm(block, axis=1), np.linalg.norm(by_timm, axis=1), rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["openvino", "torch"])
@@ -132,10 +150,18 @@ def test_every_tap_is_close_in_bfloat16(lite0: Backbone, photographs: Path) -> N
     """Early stages and grids, too: they are what classifiers of unusual images read."""
     taps = [tap for tap in engine.standard(lite0.network) if tap != Tap("stage1")]
     images = inputs(photographs, lite0.network)
-    pairs = zip(run(lite0, taps, images, "openvino", "float32"), run(lite0, taps, images, "openvino", "bf16"), strict=True)
+    pairs = zip(
+        run(lite0, taps, images, "openvino", "float32"),
+        run(lite0, taps, images, "openvino", "bf16"),
+        strict=True,
+    )
     found = {str(tap): cosine(*pair) for tap, pair in zip(taps, pairs, strict=True)}
 
-    assert {} == {tap: values for tap, values in found.items() if np.median(values) < 0.999 or values.min() < 0.995}
+    assert {} == {
+        tap: values
+        for tap, values in found.items()
+        if np.median(values) < 0.999 or values.min() < 0.995
+    }
 
 
 def test_a_large_jpeg_decoded_at_reduced_scale_stays_close(lite0: Backbone, tmp_path: Path) -> None:
@@ -143,7 +169,9 @@ def test_a_large_jpeg_decoded_at_reduced_scale_stays_close(lite0: Backbone, tmp_
     from sklearn.datasets import load_sample_images
 
     for i, image in enumerate(load_sample_images().images):
-        Image.fromarray(image).resize((4000, 3000), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.jpg", quality=90)
+        Image.fromarray(image).resize((4000, 3000), Image.Resampling.BICUBIC).save(
+            tmp_path / f"{i}.jpg", quality=90
+        )
     (block,) = run(lite0, [POOLED], inputs(tmp_path, lite0.network), "openvino", "float32")
 
     assert cosine(timm_features(lite0, tmp_path), block).min() >= 0.99
@@ -155,7 +183,10 @@ def test_every_tap_of_one_engine_is_that_of_the_other(tiny: Backbone) -> None:
     images = noise(tiny.network, 3)
 
     for tap, a, b in zip(
-        taps, run(tiny, taps, images, "openvino", "float32"), run(tiny, taps, images, "torch", "float32"), strict=True
+        taps,
+        run(tiny, taps, images, "openvino", "float32"),
+        run(tiny, taps, images, "torch", "float32"),
+        strict=True,
     ):
         assert (3, tiny.network.width(tap)) == a.shape
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max(), err_msg=str(tap))
@@ -169,7 +200,11 @@ def test_other_families_convert(name: str) -> None:
     taps = [POOLED, Tap("stage2", grid=3), Tap("stage3", pool="gem"), Tap("stage3", pool="rmac")]
     images = noise(found.network, 2)
 
-    for a, b in zip(run(found, taps, images, "openvino", "float32"), run(found, taps, images, "torch", "float32"), strict=True):
+    for a, b in zip(
+        run(found, taps, images, "openvino", "float32"),
+        run(found, taps, images, "torch", "float32"),
+        strict=True,
+    ):
         assert cosine(a, b).min() >= 0.99999
 
 
@@ -179,21 +214,32 @@ def test_taps_that_are_the_same_tensor_come_out_twice() -> None:
     found = create.load("alexnet", "random", 64)
     images = noise(found.network, 1)
 
-    pooled, fc7, before = run(found, [POOLED, Tap("fc7"), Tap("fc7-pre")], images, "openvino", "float32")
+    pooled, fc7, before = run(
+        found, [POOLED, Tap("fc7"), Tap("fc7-pre")], images, "openvino", "float32"
+    )
     assert np.array_equal(pooled, fc7)
     assert np.array_equal(np.maximum(before, 0), fc7)
     (alone,) = run(found, [Tap("fc7")], images, "openvino", "float32")
     assert np.array_equal(fc7, alone)
 
 
-# ------------------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("name", ["openvino", "torch"])
-def test_the_order_of_images_does_not_change_a_bit(tiny: Backbone, name: str, precision: str) -> None:
-    """A permuted set gives the permuted rows, and an image alone the row that it has among others."""
-    runner = engine.open_runner(tiny.network, [POOLED, Tap("stage2", grid=3)], lambda: tiny, engine=name, precision=precision)
+def test_the_order_of_images_does_not_change_a_bit(
+    tiny: Backbone, name: str, precision: str
+) -> None:
+    """A permuted set gives the permuted rows, and an image alone the row that it has among
+    others."""
+    runner = engine.open_runner(
+        tiny.network,
+        [POOLED, Tap("stage2", grid=3)],
+        lambda: tiny,
+        engine=name,
+        precision=precision,
+    )
     images = noise(tiny.network, runner.batch + 5)
     order = np.random.default_rng(1).permutation(len(images))
     whole, permuted, alone = runner(images), runner(images[order]), runner(images[7:8])
@@ -204,7 +250,11 @@ def test_the_order_of_images_does_not_change_a_bit(tiny: Backbone, name: str, pr
 
 
 # (network, precision, threads of torch, the largest difference as a share of the largest feature)
-SEAMS = [("test_efficientnet", precision, threads, 0.0) for precision in ("float32", "bf16") for threads in (1, 2, 4)] + [
+SEAMS = [
+    ("test_efficientnet", precision, threads, 0.0)
+    for precision in ("float32", "bf16")
+    for threads in (1, 2, 4)
+] + [
     ("test_efficientnet", "float32", 3, 2e-6),
     ("test_efficientnet_gn", "float32", 5, 2e-6),
     ("test_efficientnet_gn", "bf16", 5, 2e-2),
@@ -212,16 +262,23 @@ SEAMS = [("test_efficientnet", precision, threads, 0.0) for precision in ("float
 
 
 @pytest.mark.parametrize(("network", "precision", "threads", "most"), SEAMS)
-def test_one_image_alone_is_what_it_is_in_a_batch(network: str, precision: str, threads: int, most: float) -> None:
-    """To the bit in 1, 2 and 4 threads of torch; in a number that does not divide the batch, within the bound that is told."""
+def test_one_image_alone_is_what_it_is_in_a_batch(
+    network: str, precision: str, threads: int, most: float
+) -> None:
+    """To the bit in 1, 2 and 4 threads of torch; in a number that does not divide the batch, within
+    the bound that is told."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         torch.manual_seed(0)
         own = create.load(network, "random")
         size = own.network.preprocess.size
-        pixels = np.random.default_rng(0).integers(0, 256, (engine.TORCH_BATCH, size, size, 3), dtype=np.uint8)
-        runner = engine.open_runner(own.network, [POOLED], lambda: own, engine="torch", precision=precision)
+        pixels = np.random.default_rng(0).integers(
+            0, 256, (engine.TORCH_BATCH, size, size, 3), dtype=np.uint8
+        )
+        runner = engine.open_runner(
+            own.network, [POOLED], lambda: own, engine="torch", precision=precision
+        )
         (whole,), (turned,) = runner(pixels), runner(pixels[::-1])
         alone = np.concatenate([runner(pixels[i : i + 1])[0] for i in (0, 2, 5, 7)])
     finally:
@@ -236,7 +293,9 @@ def test_one_image_alone_is_what_it_is_in_a_batch(network: str, precision: str, 
 def test_batches_come_out_in_the_order_in_which_they_went_in(tiny: Backbone, name: str) -> None:
     """However many requests are under way, and whatever the size of a batch."""
     images = noise(tiny.network, 7)
-    runner = engine.open_runner(tiny.network, [POOLED], lambda: tiny, engine=name, precision="float32")
+    runner = engine.open_runner(
+        tiny.network, [POOLED], lambda: tiny, engine=name, precision="float32"
+    )
     (whole,) = runner(images)
     parts = [block for (block,) in runner.stream(images[i : i + 1] for i in (3, 1, 6, 0, 2, 5, 4))]
 
@@ -260,7 +319,9 @@ def test_the_network_is_fed_as_results_are_taken(tiny: Backbone) -> None:
             taken.append(i)
             yield noise(tiny.network, 1, i)
 
-    stream = engine.open_runner(tiny.network, [POOLED], lambda: tiny, engine="openvino", precision="float32").stream(source())
+    stream = engine.open_runner(
+        tiny.network, [POOLED], lambda: tiny, engine="openvino", precision="float32"
+    ).stream(source())
     next(stream)
 
     assert len(taken) < 20
@@ -270,25 +331,30 @@ def test_a_network_in_train_mode_is_refused(tiny: Backbone) -> None:
     """Its features would depend on what else is in the batch."""
     torch.manual_seed(0)
     found = create.load("test_resnet", "random")
-    runner = engine.open_runner(found.network, [POOLED], lambda: found, engine="torch", precision="float32")
+    runner = engine.open_runner(
+        found.network, [POOLED], lambda: found, engine="torch", precision="float32"
+    )
     found.module.train()
 
     with pytest.raises(RuntimeError, match="train mode"):
         runner(noise(found.network, 1))
 
 
-# ----------------------------------------------------------------------------------------------------------- rounding
+# ----------------------------------------------------------------------------------------- rounding
 
 FLOATS = st.floats(-4, 4, width=32)
 
 
 @given(
     arrays.arrays(
-        np.float32, st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)), elements=FLOATS
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
+        elements=FLOATS,
     )
 )
 def test_rounded_kernels_are_bfloat16_and_keep_their_sums(weight: NDArray[np.float32]) -> None:
-    """Every value has the lower half of its bits empty; no kernel's sum is off by more than one rounding."""
+    """Every value has the lower half of its bits empty; no kernel's sum is off by more than one
+    rounding."""
     rounded = engine.round_kernels(weight)
     largest = np.abs(weight).max(axis=(-2, -1))
 
@@ -306,8 +372,11 @@ def test_a_kernel_is_rounded_by_hand() -> None:
     assert [1, 1, 1 + 2**-7, 1] == engine.round_kernels(weight).reshape(-1).tolist()
 
 
-def test_kept_sums_are_what_makes_bfloat16_good_enough(lite0: Backbone, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On smooth images the error of pooled features is less than half of what plain rounding gives."""
+def test_kept_sums_are_what_makes_bfloat16_good_enough(
+    lite0: Backbone, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On smooth images the error of pooled features is less than half of what plain rounding
+    gives."""
     if not device._fast_bf16("openvino"):
         pytest.skip("no bfloat16 in this hardware")
     images = inputs(shapes / "circle", lite0.network)
@@ -320,7 +389,7 @@ def test_kept_sums_are_what_makes_bfloat16_good_enough(lite0: Backbone, shapes: 
     assert kept.max() < plain.max() / 2
 
 
-# ------------------------------------------------------------------------------------------------------- what is chosen
+# ----------------------------------------------------------------------------------- what is chosen
 
 
 def test_openvino_is_taken_where_it_is_installed() -> None:
@@ -338,15 +407,22 @@ def test_what_is_asked_for_is_what_is_used() -> None:
 
 
 def test_moments_are_read_by_torch(tiny: Backbone) -> None:
-    """What enters BatchNorm does not exist any more in a converted network; the store is told so, too."""
-    runner = engine.open_runner(tiny.network, [Tap("moments")], lambda: tiny, engine="openvino", precision="float32")
+    """What enters BatchNorm does not exist any more in a converted network; the store is told so,
+    too."""
+    runner = engine.open_runner(
+        tiny.network, [Tap("moments")], lambda: tiny, engine="openvino", precision="float32"
+    )
 
     assert ("torch", "float32") == device.resolve("openvino", "float32", [Tap("moments")])
     assert "torch" == runner.engine
 
 
-@pytest.mark.parametrize(("words", "where"), [(("onnx", "auto"), "--engine"), (("auto", "int8"), "--precision")])
-def test_unknown_words_are_refused_with_those_that_exist(words: tuple[str, str], where: str) -> None:
+@pytest.mark.parametrize(
+    ("words", "where"), [(("onnx", "auto"), "--engine"), (("auto", "int8"), "--precision")]
+)
+def test_unknown_words_are_refused_with_those_that_exist(
+    words: tuple[str, str], where: str
+) -> None:
     """The option is named, and its values are listed."""
     with pytest.raises(UserError, match="is called") as caught:
         device.resolve(*words)
@@ -367,7 +443,11 @@ def test_a_tap_that_the_network_lacks_is_refused_before_anything_is_loaded(tiny:
 def test_everything_works_without_openvino(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is not installed, torch is taken; who asks for it by name reads how to get it."""
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "openvino" else find_spec(name, *rest))
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "openvino" else find_spec(name, *rest),
+    )
     monkeypatch.setitem(sys.modules, "openvino", None)  # importing it fails, too
 
     assert "torch" == device.resolve()[0]
@@ -379,7 +459,7 @@ def test_everything_works_without_openvino(tiny: Backbone, monkeypatch: pytest.M
     assert "--engine torch" in caught.value.fix
 
 
-# ----------------------------------------------------------------------------------------------------------- the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 @pytest.fixture(scope="module")
@@ -392,7 +472,8 @@ def pristine(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Conversions take no time in this test: they are read from a file. The list says where they were kept."""
+    """Conversions take no time in this test: they are read from a file. The list says where they
+    were kept."""
     asked: list[Path] = []
     keep = engine._keep
 
@@ -400,7 +481,9 @@ def copied(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         asked.append(path)
         return keep(model, path)
 
-    monkeypatch.setattr(engine, "_convert", lambda _found, _taps: device._core().read_model(str(pristine)))
+    monkeypatch.setattr(
+        engine, "_convert", lambda _found, _taps: device._core().read_model(str(pristine))
+    )
     monkeypatch.setattr(engine, "_keep", kept)
     return asked
 
@@ -426,23 +509,34 @@ def test_a_network_is_converted_once_with_all_its_taps(tiny: Backbone, own_cache
     """The second opening, for another tap, does not ask for the torch backbone."""
     load, calls = counted(tiny)
     engine.open_runner(tiny.network, [POOLED], load, engine="openvino")
-    engine.open_runner(tiny.network, [Tap("stage3", grid=3), Tap("stage1")], load, engine="openvino")
+    engine.open_runner(
+        tiny.network, [Tap("stage3", grid=3), Tap("stage1")], load, engine="openvino"
+    )
 
     assert [1] == calls
-    assert [".bin", ".json", ".xml"] == sorted(path.suffix for path in own_cache.iterdir() if path.is_file())
+    assert [".bin", ".json", ".xml"] == sorted(
+        path.suffix for path in own_cache.iterdir() if path.is_file()
+    )
 
 
 @pytest.mark.parametrize("change", ["digest", "mean", "version"])
 def test_another_network_is_another_conversion(
-    tiny: Backbone, own_cache: Path, copied: list[Path], monkeypatch: pytest.MonkeyPatch, change: str
+    tiny: Backbone,
+    own_cache: Path,
+    copied: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
 ) -> None:
-    """New weights, another normalisation or another OpenVINO: what was converted before is not used."""
+    """New weights, another normalisation or another OpenVINO: what was converted before is not
+    used."""
     engine.open_runner(tiny.network, [POOLED], lambda: tiny, engine="openvino")
     network = tiny.network
     if change == "digest":
         network = dataclasses.replace(network, digest="0" * 64)
     elif change == "mean":
-        network = dataclasses.replace(network, preprocess=dataclasses.replace(network.preprocess, mean=(0.1, 0.2, 0.3)))
+        network = dataclasses.replace(
+            network, preprocess=dataclasses.replace(network.preprocess, mean=(0.1, 0.2, 0.3))
+        )
     else:
         monkeypatch.setattr("openvino.__version__", "another")
     engine.open_runner(network, [POOLED], lambda: tiny, engine="openvino")
@@ -451,15 +545,21 @@ def test_another_network_is_another_conversion(
 
 
 def changed(path: Path, part: float = 0.7) -> None:
-    """One byte in a hundred changed, from there to the end: as large as before, and still readable."""
+    """One byte in a hundred changed, from there to the end: as large as before, and still
+    readable."""
     data = bytearray(path.read_bytes())
     for i in range(int(part * len(data)), len(data), 100):
         data[i] ^= 0x7F
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", ["cut weights", "changed weights", "no weights", "cut graph", "empty graph", "changed seal"])
-def test_a_damaged_conversion_is_made_again(tiny: Backbone, own_cache: Path, copied: list[Path], damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    ["cut weights", "changed weights", "no weights", "cut graph", "empty graph", "changed seal"],
+)
+def test_a_damaged_conversion_is_made_again(
+    tiny: Backbone, own_cache: Path, copied: list[Path], damage: str
+) -> None:
     """The cache can always be made again: no message, the same features."""
     images = noise(tiny.network, 1)
     (expected,) = run(tiny, [POOLED], images, "openvino", "float32")
@@ -477,7 +577,9 @@ def test_a_damaged_conversion_is_made_again(tiny: Backbone, own_cache: Path, cop
     assert 2 == len(copied)
 
 
-def test_a_conversion_without_a_seal_is_used_and_sealed(tiny: Backbone, own_cache: Path, copied: list[Path]) -> None:
+def test_a_conversion_without_a_seal_is_used_and_sealed(
+    tiny: Backbone, own_cache: Path, copied: list[Path]
+) -> None:
     """An earlier version wrote it: nothing is converted again, and from now on damage is seen."""
     engine.open_runner(tiny.network, [POOLED], lambda: tiny, engine="openvino")
     (seal,) = own_cache.glob("*.json")
@@ -490,9 +592,14 @@ def test_a_conversion_without_a_seal_is_used_and_sealed(tiny: Backbone, own_cach
     assert 2 == len(copied)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "no model", "changed", "no seal", "changed seal", "a folder"])
-def test_a_damaged_compiled_model_is_compiled_again(tiny: Backbone, own_cache: Path, copied: list[Path], damage: str) -> None:
-    """OpenVINO would run its own copy with changed weights: it is dropped, and the features are right."""
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "no model", "changed", "no seal", "changed seal", "a folder"]
+)
+def test_a_damaged_compiled_model_is_compiled_again(
+    tiny: Backbone, own_cache: Path, copied: list[Path], damage: str
+) -> None:
+    """OpenVINO would run its own copy with changed weights: it is dropped, and the features are
+    right."""
     images = noise(tiny.network, 1)
     (expected,) = run(tiny, [POOLED], images, "openvino", "float32")
     (blob,), (seal,) = own_cache.glob("blobs/*/*.blob"), own_cache.glob("blobs/*/seal.json")
@@ -506,7 +613,9 @@ def test_a_damaged_compiled_model_is_compiled_again(tiny: Backbone, own_cache: P
         seal.unlink()
         seal.mkdir()
     else:
-        blob.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "no model": b"x" * 1000}[damage])
+        blob.write_bytes(
+            {"cut": whole[: len(whole) // 2], "empty": b"", "no model": b"x" * 1000}[damage]
+        )
 
     assert np.array_equal(expected, run(tiny, [POOLED], images, "openvino", "float32")[0])
     assert np.array_equal(expected, run(tiny, [POOLED], images, "openvino", "float32")[0])
@@ -515,9 +624,13 @@ def test_a_damaged_compiled_model_is_compiled_again(tiny: Backbone, own_cache: P
 
 
 def test_a_conversion_that_cannot_be_written_is_used_and_leaves_nothing(
-    tiny: Backbone, own_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Backbone,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A full disk while converting costs time alone: the features are right, a line says why, and there is no half file."""
+    """A full disk while converting costs time alone: the features are right, a line says why, and
+    there is no half file."""
     images = noise(tiny.network, 1)
     (expected,) = run(tiny, [POOLED], images, "openvino", "float32")
     monkeypatch.setenv("REGRAFT_CACHE", str(own_cache.parent / "full"))
@@ -529,12 +642,20 @@ def test_a_conversion_that_cannot_be_written_is_used_and_leaves_nothing(
     monkeypatch.setattr("openvino.save_model", full)
 
     assert np.array_equal(expected, run(tiny, [POOLED], images, "openvino", "float32")[0])
-    assert "the converted network cannot be written (can not write) → set $REGRAFT_CACHE" in caplog.text
-    assert [] == [path.name for path in (own_cache.parent / "full" / "compiled").iterdir() if path.is_file()]
+    assert (
+        "the converted network cannot be written (can not write) → set $REGRAFT_CACHE"
+        in caplog.text
+    )
+    assert [] == [
+        path.name for path in (own_cache.parent / "full" / "compiled").iterdir() if path.is_file()
+    ]
 
 
 def test_without_a_cache_a_network_is_converted_in_memory(
-    tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tiny: Backbone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The same features to the bit; one line says so, however often a network is opened."""
     images = noise(tiny.network, 1)
@@ -550,25 +671,34 @@ def test_without_a_cache_a_network_is_converted_in_memory(
 
 @pytest.fixture(scope="module")
 def elsewhere(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A fresh process that may not use sockets converts and runs a network, with a home folder of its own."""
+    """A fresh process that may not use sockets converts and runs a network, with a home folder of
+    its own."""
     base = tmp_path_factory.mktemp("elsewhere")
     places = {name: base / name for name in ("home", "cache", "said.json", "weights.safetensors")}
     places["home"].mkdir()
     create.save(tiny, places["weights.safetensors"])
     env = {**os.environ, "HOME": str(places["home"]), "REGRAFT_CACHE": str(places["cache"])}
-    command = [sys.executable, "-c", CONVERT, str(places["weights.safetensors"]), str(places["said.json"])]
+    command = [
+        sys.executable,
+        "-c",
+        CONVERT,
+        str(places["weights.safetensors"]),
+        str(places["said.json"]),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert 0 == done.returncode, done.stderr
     return places
 
 
 def test_converting_neither_calls_home_nor_writes_there(elsewhere: dict[str, Path]) -> None:
-    """No socket was opened (the process would have ended), and the home folder is as empty as before."""
+    """No socket was opened (the process would have ended), and the home folder is as empty as
+    before."""
     assert [] == [str(path) for path in elsewhere["home"].rglob("*")]
 
 
 def test_a_converted_network_is_opened_without_torch(elsewhere: dict[str, Path]) -> None:
-    """Another process gives the same features to the bit, and imports neither torch nor any other heavy library."""
+    """Another process gives the same features to the bit, and imports neither torch nor any other
+    heavy library."""
     env = {**os.environ, "REGRAFT_CACHE": str(elsewhere["cache"])}
     command = [sys.executable, "-c", OPEN, str(elsewhere["said.json"])]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

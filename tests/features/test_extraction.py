@@ -1,4 +1,5 @@
-"""From images to features: every content once, faults named, files that change noticed, exact neighbours."""
+"""From images to features: every content once, faults named, files that change noticed, exact
+neighbours."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 
 POOLED, STAGE = Tap("pooled"), Tap("stage1")
 PREPROCESS = Preprocess(8, 8, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-NETWORK = Network("made-up", "0" * 64, "made for tests", "random", PREPROCESS, {"pooled": 8 * 8 * 3, "stage1": 3})
+NETWORK = Network(
+    "made-up", "0" * 64, "made for tests", "random", PREPROCESS, {"pooled": 8 * 8 * 3, "stage1": 3}
+)
 
 
 def no_torch() -> Any:
@@ -40,14 +43,17 @@ def no_torch() -> Any:
 
 
 class Counting:
-    """In the place of the engine: a network whose features are the pixels themselves; it counts the images that it saw."""
+    """In the place of the engine: a network whose features are the pixels themselves; it counts the
+    images that it saw."""
 
     def __init__(self) -> None:
         self.opened = self.seen = 0
         self.after: Callable[[], None] = lambda: None  # called as each batch comes in
         self.nan_from = -1
 
-    def open(self, _network: Network, taps: Iterable[Tap], _load: object, **_how: object) -> engine.Runner:
+    def open(
+        self, _network: Network, taps: Iterable[Tap], _load: object, **_how: object
+    ) -> engine.Runner:
         self.opened += 1
         wanted = tuple(taps)
 
@@ -58,7 +64,10 @@ class Counting:
                     flat[self.nan_from - self.seen] = np.nan
                 self.seen += len(pixels)
                 self.after()
-                yield [flat if tap == POOLED else pixels.mean((1, 2), dtype=np.float32) for tap in wanted]
+                yield [
+                    flat if tap == POOLED else pixels.mean((1, 2), dtype=np.float32)
+                    for tap in wanted
+                ]
 
         return engine.Runner(wanted, "torch", "float32", 16, stream)
 
@@ -94,11 +103,12 @@ def refusal(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------- content, once
+# ------------------------------------------------------------------------------------ content, once
 
 
 def test_rows_follow_the_images(folder: Path, network: Counting) -> None:
-    """Row i of every block belongs to path i, whatever order the images are asked in, and past what is stored already."""
+    """Row i of every block belongs to path i, whatever order the images are asked in, and past what
+    is stored already."""
     source = load(folder)
     mixed = source.subset(np.random.default_rng(0).permutation(len(source)))
     read(source.subset(range(7, 31)))
@@ -134,7 +144,9 @@ def test_the_same_bytes_under_two_names_are_one_row(folder: Path, network: Count
     assert 60 == network.seen
     assert [60] == [space["rows"] for space in store.summary()]
     copy = found.images.paths.index("square/copy.png")
-    np.testing.assert_array_equal(found.blocks[POOLED][found.images.paths.index("circle/00.png")], found.blocks[POOLED][copy])
+    np.testing.assert_array_equal(
+        found.blocks[POOLED][found.images.paths.index("circle/00.png")], found.blocks[POOLED][copy]
+    )
     store.close()
 
 
@@ -151,12 +163,20 @@ def test_only_new_images_are_run(folder: Path, network: Counting) -> None:
 
 
 @pytest.mark.parametrize("damage", ["changed", "cut", "gone"])
-def test_damaged_features_are_made_again(folder: Path, network: Counting, caplog: pytest.LogCaptureFixture, damage: str) -> None:
-    """From their images and no others, with one line that says how many; the next call finds all of them whole."""
+def test_damaged_features_are_made_again(
+    folder: Path, network: Counting, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    """From their images and no others, with one line that says how many; the next call finds all of
+    them whole."""
     first = read(load(folder), (POOLED, STAGE))
     (path,) = (Store().folder).glob(f"{first.spaces[POOLED][:32]}.f32")
     size = first.blocks[POOLED].shape[1] * 4
-    first = Features(**{**first.__dict__, "blocks": {tap: np.array(block) for tap, block in first.blocks.items()}})
+    first = Features(
+        **{
+            **first.__dict__,
+            "blocks": {tap: np.array(block) for tap, block in first.blocks.items()},
+        }
+    )
     if damage == "changed":
         data = bytearray(path.read_bytes())
         data[5 * size + 7] ^= 1
@@ -190,7 +210,9 @@ def test_a_tap_that_is_missing_runs_the_images_again(folder: Path, network: Coun
 
 
 @pytest.mark.parametrize("change", ["view", "precision", "weights", "frame"])
-def test_what_decides_a_feature_names_its_space(folder: Path, network: Counting, change: str) -> None:
+def test_what_decides_a_feature_names_its_space(
+    folder: Path, network: Counting, change: str
+) -> None:
     """Another view, precision, weights digest or frame never meets features of the first kind."""
     import dataclasses
 
@@ -202,7 +224,9 @@ def test_what_decides_a_feature_names_its_space(folder: Path, network: Counting,
     if change == "weights":
         other = dataclasses.replace(NETWORK, digest="1" * 64)
     if change == "frame":
-        other = dataclasses.replace(NETWORK, preprocess=dataclasses.replace(PREPROCESS, squash=True))
+        other = dataclasses.replace(
+            NETWORK, preprocess=dataclasses.replace(PREPROCESS, squash=True)
+        )
     second = extract(source, other, (POOLED,), no_torch, **how)
 
     assert first.spaces[POOLED] != second.spaces[POOLED]
@@ -212,7 +236,9 @@ def test_what_decides_a_feature_names_its_space(folder: Path, network: Counting,
 def test_the_mirrored_view_is_mirrored(folder: Path, network: Counting) -> None:
     """`flip` turns left and right around before the network sees the image."""
     source = load(folder).subset(range(3))
-    plain, flipped = (read(source, view=view).blocks[POOLED].reshape(3, 8, 8, 3) for view in ("", "flip"))
+    plain, flipped = (
+        read(source, view=view).blocks[POOLED].reshape(3, 8, 8, 3) for view in ("", "flip")
+    )
 
     np.testing.assert_array_equal(plain[:, :, ::-1], flipped)
     assert "diagonal" in refusal(lambda: read(source, view="diagonal"))
@@ -220,20 +246,31 @@ def test_the_mirrored_view_is_mirrored(folder: Path, network: Counting) -> None:
 
 @pytest.mark.parametrize("how", ["torch", "auto"])
 def test_features_do_not_depend_on_their_company(shapes: Path, tiny: Backbone, how: str) -> None:
-    """One image alone, or among others in another order, gets the same bits: the engine's batches are static."""
+    """One image alone, or among others in another order, gets the same bits: the engine's batches
+    are static."""
     source = load(shapes).subset(range(0, 60, 3))
     taps = (POOLED, Tap("stage2"))
 
     def blocks(part: ImageSet, name: str) -> list[NDArray[np.float32]]:
         store = Store(Path(os.environ["REGRAFT_CACHE"]) / "features" / name)
-        found = extract(part, tiny.network, taps, lambda: tiny, store=store, engine_name=how, precision="float32")
+        found = extract(
+            part,
+            tiny.network,
+            taps,
+            lambda: tiny,
+            store=store,
+            engine_name=how,
+            precision="float32",
+        )
         made = [np.array(found.blocks[tap]) for tap in taps]
         store.close()
         return made
 
     together = blocks(source, "all")
     order = np.random.default_rng(1).permutation(20)
-    for tap, mixed, whole in zip(taps, blocks(source.subset(order), "mixed"), together, strict=True):
+    for tap, mixed, whole in zip(
+        taps, blocks(source.subset(order), "mixed"), together, strict=True
+    ):
         np.testing.assert_array_equal(whole[order], mixed, err_msg=str(tap))
     for whole, alone in zip(together, blocks(source.subset([13]), "alone"), strict=True):
         np.testing.assert_array_equal(whole[13:14], alone)
@@ -241,7 +278,9 @@ def test_features_do_not_depend_on_their_company(shapes: Path, tiny: Backbone, h
 
 def test_names_may_be_any_text(tmp_path: Path, shapes: Path, network: Counting) -> None:
     """Letters of every script, blanks and quotes in folders and files."""
-    for i, name in enumerate(["Grüße/猫 один.png", "Grüße/it's 50%.png", 'ελ "λ"/😀.png', 'ελ "λ"/a.png']):
+    for i, name in enumerate(
+        ["Grüße/猫 один.png", "Grüße/it's 50%.png", 'ελ "λ"/😀.png', 'ελ "λ"/a.png']
+    ):
         (tmp_path / "données" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(shapes / "circle" / f"{i:02d}.png", tmp_path / "données" / name)
     found = read(load(tmp_path / "données"))
@@ -251,13 +290,18 @@ def test_names_may_be_any_text(tmp_path: Path, shapes: Path, network: Counting) 
 
 
 def test_progress_reaches_the_end(folder: Path, network: Counting) -> None:
-    """It never falls, counts images that have to be run, and ends at their number, also where the last ones are bad."""
+    """It never falls, counts images that have to be run, and ends at their number, also where the
+    last ones are bad."""
     calls: list[tuple[int, int]] = []
     for name in ("y.png", "z.png"):
         (folder / "triangle" / name).write_bytes(b"no image" + name.encode())
     source = load(folder)
     read(source.subset(range(10)))
-    read(source.subset(range(10, 62)), on_bad="skip", progress=lambda done, total: calls.append((done, total)))
+    read(
+        source.subset(range(10, 62)),
+        on_bad="skip",
+        progress=lambda done, total: calls.append((done, total)),
+    )
 
     assert (52, 52) == calls[-1]
     assert {52} == {total for _, total in calls}
@@ -269,7 +313,11 @@ def test_progress_reaches_the_end_where_all_are_bad(tmp_path: Path, network: Cou
     calls: list[tuple[int, int]] = []
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(name.encode())
-    found = read(load_unlabelled(tmp_path), on_bad="skip", progress=lambda done, total: calls.append((done, total)))
+    found = read(
+        load_unlabelled(tmp_path),
+        on_bad="skip",
+        progress=lambda done, total: calls.append((done, total)),
+    )
 
     assert (2, 2) == calls[-1]
     assert (0, 2) == (len(found), len(found.faults))
@@ -277,7 +325,8 @@ def test_progress_reaches_the_end_where_all_are_bad(tmp_path: Path, network: Cou
 
 
 def test_progress_counts_each_pass_for_itself(folder: Path, network: Counting) -> None:
-    """A second view of the images that could be read does not begin with the faults of the first."""
+    """A second view of the images that could be read does not begin with the faults of the
+    first."""
     (folder / "circle" / "05.png").write_bytes(b"")
     source, faults = load(folder), dict[int, Any]()
     runner = network.open(NETWORK, [POOLED], None)
@@ -285,13 +334,22 @@ def test_progress_counts_each_pass_for_itself(folder: Path, network: Counting) -
     for _view in range(2):
         todo = [i for i in range(len(source)) if i not in faults]
         calls.clear()
-        list(extraction.stream(source, todo, NETWORK, lambda: runner, faults, progress=lambda *done: calls.append(done)))
+        list(
+            extraction.stream(
+                source,
+                todo,
+                NETWORK,
+                lambda: runner,
+                faults,
+                progress=lambda *done: calls.append(done),
+            )
+        )
 
     assert (59, 59) == calls[-1]
     assert max(calls) == calls[-1]
 
 
-# -------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 @pytest.fixture
@@ -303,11 +361,19 @@ def spoiled(folder: Path) -> ImageSet:
     return load(folder)
 
 
-def test_stop_names_all_bad_images_after_the_good_ones_are_safe(spoiled: ImageSet, network: Counting) -> None:
+def test_stop_names_all_bad_images_after_the_good_ones_are_safe(
+    spoiled: ImageSet, network: Counting
+) -> None:
     """One message for all three; once they are mended, the others are not run again."""
     message = refusal(lambda: read(spoiled))
 
-    for words in ("3 bad images", "circle/05.png (empty", "circle/06.png", "square/07.png", "--on-bad-image skip"):
+    for words in (
+        "3 bad images",
+        "circle/05.png (empty",
+        "circle/06.png",
+        "square/07.png",
+        "--on-bad-image skip",
+    ):
         assert words in message
     assert 57 == network.seen
     read(spoiled, on_bad="skip")
@@ -318,12 +384,16 @@ def test_skip_leaves_bad_images_out_of_everything(spoiled: ImageSet, network: Co
     """Rows, paths, labels and digests stay together without them; the faults name them."""
     found = read(spoiled, on_bad="skip")
 
-    assert ["circle/05.png", "circle/06.png", "square/07.png"] == [fault.path for fault in found.faults]
+    assert ["circle/05.png", "circle/06.png", "square/07.png"] == [
+        fault.path for fault in found.faults
+    ]
     assert "empty" == found.faults[0].kind
     assert 57 == len(found) == len(found.digests) == len(found.blocks[POOLED])
     assert images.digests(found.images) == list(found.digests)
     np.testing.assert_array_equal(own_rows(found.images), found.blocks[POOLED])
-    assert [path.split("/")[0] for path in found.images.paths] == [found.images.classes[i] for i in found.images.labels]
+    assert [path.split("/")[0] for path in found.images.paths] == [
+        found.images.classes[i] for i in found.images.labels
+    ]
 
 
 def test_a_missing_file_is_named(folder: Path, network: Counting) -> None:
@@ -335,7 +405,9 @@ def test_a_missing_file_is_named(folder: Path, network: Counting) -> None:
     assert 0 == network.seen
 
 
-def test_a_network_that_gives_no_number_is_named_with_the_image(folder: Path, network: Counting) -> None:
+def test_a_network_that_gives_no_number_is_named_with_the_image(
+    folder: Path, network: Counting
+) -> None:
     """NaN never reaches the store; batches before it stay."""
     network.nan_from = 20
     source = load(folder)
@@ -349,7 +421,9 @@ def test_a_network_that_gives_no_number_is_named_with_the_image(folder: Path, ne
     assert 44 == network.seen - seen
 
 
-def test_images_are_decoded_while_the_network_opens(folder: Path, network: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_decoded_while_the_network_opens(
+    folder: Path, network: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Opening waits here for the first picture, and both get on."""
     begun = threading.Event()
     plain = decode.to_input
@@ -368,7 +442,9 @@ def test_images_are_decoded_while_the_network_opens(folder: Path, network: Count
     assert 60 == len(read(load(folder)))
 
 
-def test_a_network_that_cannot_be_opened_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_cannot_be_opened_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its own error comes out, though images are being decoded by then; the next call works."""
 
     def opening(*_given: Any, **_how: Any) -> engine.Runner:
@@ -397,11 +473,12 @@ def test_what_was_done_before_an_interrupt_stays(folder: Path, network: Counting
     assert 12 == network.seen
 
 
-# ------------------------------------------------------------------------------------------------- files that change
+# -------------------------------------------------------------------------------- files that change
 
 
 def test_a_file_that_changes_after_its_digest_is_noticed(folder: Path, network: Counting) -> None:
-    """Features of the new bytes are never stored under the old digest; the message names the file; the next run works."""
+    """Features of the new bytes are never stored under the old digest; the message names the file;
+    the next run works."""
     source = load(folder)
     known = images.digests(source)
     other = (folder / "square" / "19.png").read_bytes()
@@ -413,7 +490,9 @@ def test_a_file_that_changes_after_its_digest_is_noticed(folder: Path, network: 
     found = read(load(folder))
     np.testing.assert_array_equal(own_rows(found.images), found.blocks[POOLED])
     store = Store()
-    assert [-1] == store.find(store.space(extraction.about(NETWORK, POOLED, "torch", "float32", ""), 192), [known[3]]).tolist()
+    assert [-1] == store.find(
+        store.space(extraction.about(NETWORK, POOLED, "torch", "float32", ""), 192), [known[3]]
+    ).tolist()
     store.close()
 
 
@@ -435,8 +514,11 @@ def test_a_file_that_changes_while_others_are_read_is_noticed(
     store.close()
 
 
-def test_a_change_that_keeps_size_and_time_is_noticed_and_forgotten(folder: Path, network: Counting) -> None:
-    """The digest remembered for a path is dropped when the bytes turn out to be others: the same command then goes on."""
+def test_a_change_that_keeps_size_and_time_is_noticed_and_forgotten(
+    folder: Path, network: Counting
+) -> None:
+    """The digest remembered for a path is dropped when the bytes turn out to be others: the same
+    command then goes on."""
     path = folder / "circle" / "03.png"
     long_ago = 1_600_000_000 * 10**9
     first = b"P6 2 2 255 " + bytes(range(12))
@@ -455,8 +537,11 @@ def test_a_change_that_keeps_size_and_time_is_noticed_and_forgotten(folder: Path
     np.testing.assert_array_equal(own_rows(source), found.blocks[POOLED])
 
 
-def test_known_files_are_not_read_for_their_digest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By path, size and time; files written this very moment are, since they may change within the clock's grain."""
+def test_known_files_are_not_read_for_their_digest(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By path, size and time; files written this very moment are, since they may change within the
+    clock's grain."""
     for path in folder.rglob("*.png"):
         os.utime(path, (1_600_000_000, 1_600_000_000))
     os.utime(folder / "circle" / "00.png")
@@ -486,7 +571,7 @@ def test_images_in_memory_are_read_like_files(network: Counting) -> None:
     assert 20 == len(set(found.digests))
 
 
-# ---------------------------------------------------------------------------------------------------------- neighbours
+# --------------------------------------------------------------------------------------- neighbours
 
 
 def by_hand(X: NDArray[np.float32], Q: NDArray[np.float32], k: int, own: bool) -> NDArray[np.int64]:
@@ -503,12 +588,17 @@ def by_hand(X: NDArray[np.float32], Q: NDArray[np.float32], k: int, own: bool) -
 
 @settings(max_examples=60, deadline=None)
 @given(
-    X=arrays.arrays(np.float32, st.tuples(st.integers(2, 12), st.just(3)), elements=st.sampled_from([-2.0, -1.0, 0.0, 1.0])),
+    X=arrays.arrays(
+        np.float32,
+        st.tuples(st.integers(2, 12), st.just(3)),
+        elements=st.sampled_from([-2.0, -1.0, 0.0, 1.0]),
+    ),
     k=st.integers(1, 15),
     block=st.sampled_from([1, 3, 1024]),
 )
 def test_neighbours_are_exact_whatever_the_ties(X: NDArray[np.float32], k: int, block: int) -> None:
-    """Scores are those of a full sort; no row is its own neighbour; none comes twice; equal scores go by position."""
+    """Scores are those of a full sort; no row is its own neighbour; none comes twice; equal scores
+    go by position."""
     scores, positions = knn.neighbours(X, k, block=block)
     n = len(X)
 
@@ -518,7 +608,9 @@ def test_neighbours_are_exact_whatever_the_ties(X: NDArray[np.float32], k: int, 
     norm = np.maximum(np.linalg.norm(X, axis=1, keepdims=True), np.float32(1e-12))
     cosine = (X / norm) @ (X / norm).T
     np.testing.assert_allclose(np.take_along_axis(cosine, positions, 1), scores, atol=1e-6)
-    np.testing.assert_allclose(np.take_along_axis(cosine, by_hand(X, X, k, own=True), 1), scores, atol=1e-6)
+    np.testing.assert_allclose(
+        np.take_along_axis(cosine, by_hand(X, X, k, own=True), 1), scores, atol=1e-6
+    )
     assert (np.diff(scores, axis=1) <= 0).all()
     tied = np.diff(scores, axis=1) == 0
     assert (np.diff(positions, axis=1)[tied] > 0).all()
@@ -546,12 +638,14 @@ def test_a_row_of_zeros_is_near_to_nothing() -> None:
     np.testing.assert_array_equal([0, 0, 0], scores[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------- save
+# --------------------------------------------------------------------------------------------- save
 
 
 @pytest.fixture
 def labelled(tmp_path: Path) -> ImageSet:
-    return ImageSet("made", tmp_path, ("a/1.png", "猫/2.png", "x.png"), np.array([0, 1, -1]), ("a", "猫"))
+    return ImageSet(
+        "made", tmp_path, ("a/1.png", "猫/2.png", "x.png"), np.array([0, 1, -1]), ("a", "猫")
+    )
 
 
 def test_npz_holds_arrays_and_a_manifest_without_pickle(tmp_path: Path, labelled: ImageSet) -> None:
@@ -573,14 +667,19 @@ def test_parquet_without_pyarrow_says_what_to_install(
 ) -> None:
     """A message in place of an ImportError, and no file."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    message = refusal(lambda: extraction.save(tmp_path / "f.parquet", np.zeros((3, 2), np.float32), labelled, {}))
+    message = refusal(
+        lambda: extraction.save(tmp_path / "f.parquet", np.zeros((3, 2), np.float32), labelled, {})
+    )
 
     assert "pip install pyarrow" in message
     assert [] == list(tmp_path.iterdir())
 
 
-def test_parquet_has_a_row_an_image(tmp_path: Path, labelled: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths, labels as words (none where there is none) and features of fixed width are handed to pyarrow."""
+def test_parquet_has_a_row_an_image(
+    tmp_path: Path, labelled: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths, labels as words (none where there is none) and features of fixed width are handed to
+    pyarrow."""
     written: dict[str, Any] = {}
     arrow, parquet = types.ModuleType("pyarrow"), types.ModuleType("pyarrow.parquet")
 
@@ -593,7 +692,9 @@ def test_parquet_has_a_row_an_image(tmp_path: Path, labelled: ImageSet, monkeypa
         path.write_bytes(b"PAR1")
 
     arrow.array = np.asarray  # type: ignore[attr-defined]
-    arrow.FixedSizeListArray = types.SimpleNamespace(from_arrays=lambda flat, width: flat.reshape(-1, width))  # type: ignore[attr-defined]
+    arrow.FixedSizeListArray = types.SimpleNamespace(
+        from_arrays=lambda flat, width: flat.reshape(-1, width)
+    )  # type: ignore[attr-defined]
     arrow.table = Table  # type: ignore[attr-defined]
     parquet.write_table = write_table  # type: ignore[attr-defined]
     arrow.parquet = parquet  # type: ignore[attr-defined]
@@ -609,7 +710,9 @@ def test_parquet_has_a_row_an_image(tmp_path: Path, labelled: ImageSet, monkeypa
     assert ["f.parquet"] == [path.name for path in tmp_path.iterdir()]
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, labelled: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_fails_leaves_the_old_file(
+    tmp_path: Path, labelled: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half a file is never seen: it is written beside the old one, and renamed when it is whole."""
     extraction.save(tmp_path / "f.npz", np.zeros((3, 2), np.float32), labelled, {})
     before = (tmp_path / "f.npz").read_bytes()
@@ -619,6 +722,8 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, labelled: ImageSe
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", half)
-    assert "disk is full" in refusal(lambda: extraction.save(tmp_path / "f.npz", np.ones((3, 2), np.float32), labelled, {}))
+    assert "disk is full" in refusal(
+        lambda: extraction.save(tmp_path / "f.npz", np.ones((3, 2), np.float32), labelled, {})
+    )
     assert before == (tmp_path / "f.npz").read_bytes()
     assert ["f.npz"] == [path.name for path in tmp_path.iterdir()]

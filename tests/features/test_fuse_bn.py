@@ -42,7 +42,8 @@ def norms(module: nn.Module) -> int:
 
 @pytest.mark.parametrize("norm", [None, BatchNormAct2d(3), BatchNormAct2d(3, apply_act=False)])
 def test_a_convolution_takes_its_batchnorm_in(norm: nn.Module | None) -> None:
-    """The same values, the activation of the norm included; the module itself stays as it was, and shares the rest."""
+    """The same values, the activation of the norm included; the module itself stays as it was, and
+    shares the rest."""
     module = Net(lambda self, x: self.other(self.norm(self.conv(x))), norm)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     (expected,) = module(NOISE)
@@ -76,24 +77,38 @@ def test_what_folding_would_change_is_left_alone(way: Callable[[Net, Tensor], Te
 
 def test_a_norm_that_reads_its_batch_is_left_alone() -> None:
     """Without running statistics there is nothing to fold."""
-    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten()).eval()
+    module = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False), nn.Flatten()
+    ).eval()
 
     assert fuse_bn.folded(module, NOISE) is module
 
 
 @pytest.mark.parametrize(
     ("name", "left"),
-    [("test_efficientnet", 0), ("test_resnet", 0), ("mobilenetv3_small_050", 0), ("test_vit", 0), ("densenet121", 62)],
+    [
+        ("test_efficientnet", 0),
+        ("test_resnet", 0),
+        ("mobilenetv3_small_050", 0),
+        ("test_vit", 0),
+        ("densenet121", 62),
+    ],
 )
 def test_features_are_those_of_the_network_as_it_was(name: str, left: int) -> None:
-    """At every tap; no BatchNorm is left but those of DenseNet that read what several layers gave."""
+    """At every tap; no BatchNorm is left but those of DenseNet that read what several layers
+    gave."""
     torch.manual_seed(0)
     found = create.load(name, "random", 64)
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-    taps = [Tap("pooled"), *(tap for tap in engine.standard(found.network) if tap.stage != "pooled")]
+    taps = [
+        Tap("pooled"),
+        *(tap for tap in engine.standard(found.network) if tap.stage != "pooled"),
+    ]
     reader = extractor.Reader(found, taps).eval()
     folded = fuse_bn.folded(reader, pixels)
     assert left == norms(folded)
     with torch.inference_mode():
         for tap, a, b in zip(taps, reader(pixels), folded(pixels), strict=True):
-            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()), msg=str(tap))
+            torch.testing.assert_close(
+                b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()), msg=str(tap)
+            )

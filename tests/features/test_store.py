@@ -1,4 +1,5 @@
-"""The feature store: rows by content, whole or not at all, whoever writes at the same time and whatever is killed."""
+"""The feature store: rows by content, whole or not at all, whoever writes at the same time and
+whatever is killed."""
 
 from __future__ import annotations
 
@@ -40,14 +41,16 @@ def ids(*numbers: int) -> list[str]:
 
 def rows(*numbers: int, width: int = WIDTH) -> NDArray[np.float32]:
     """The row of content `n` is n, n + 1, …: any mix-up shows."""
-    return np.array([[n + j for j in range(width)] for n in numbers], dtype=np.float32).reshape(len(numbers), width)
+    return np.array([[n + j for j in range(width)] for n in numbers], dtype=np.float32).reshape(
+        len(numbers), width
+    )
 
 
 def found(store: Store, space: Space, *numbers: int) -> NDArray[np.float32]:
     return np.array(store.read(space, ids(*numbers)))
 
 
-# ---------------------------------------------------------------------------------------------------------- what is kept
+# ------------------------------------------------------------------------------------- what is kept
 
 
 def test_rows_come_back_by_content_in_the_order_asked_for(store: Store) -> None:
@@ -97,7 +100,10 @@ def test_spaces_do_not_see_each_other(store: Store) -> None:
 
 def test_the_key_of_a_space_follows_its_description() -> None:
     """Any changed or added word is another key; the order of words is not."""
-    keys = {files.digest_json([home.FORMAT, about]) for about in (ABOUT, {**ABOUT, "tap": "x"}, {**ABOUT, "view": "flip"})}
+    keys = {
+        files.digest_json([home.FORMAT, about])
+        for about in (ABOUT, {**ABOUT, "tap": "x"}, {**ABOUT, "view": "flip"})
+    }
 
     assert 3 == len(keys)
 
@@ -142,7 +148,7 @@ def test_no_rows_are_an_empty_table(store: Store) -> None:
     assert (0, WIDTH) == store.read(store.space(ABOUT, WIDTH), []).shape
 
 
-# ----------------------------------------------------------------------------------------------------- faults and kills
+# --------------------------------------------------------------------------------- faults and kills
 
 
 def raising(number: int, after: int) -> Any:
@@ -159,8 +165,11 @@ def raising(number: int, after: int) -> Any:
     return call
 
 
-def test_a_full_disk_is_an_error_and_the_store_is_right_afterwards(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the middle of a row: nothing of it is seen, what was there stays, and the next attempt succeeds."""
+def test_a_full_disk_is_an_error_and_the_store_is_right_afterwards(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a row: nothing of it is seen, what was there stays, and the next attempt
+    succeeds."""
     space = store.space(ABOUT, WIDTH)
     store.append([space], ids(1), [rows(1)])
     with monkeypatch.context() as patch:
@@ -174,7 +183,9 @@ def test_a_full_disk_is_an_error_and_the_store_is_right_afterwards(store: Store,
     assert rows(1, 2, 3).tolist() == found(store, space, 1, 2, 3).tolist()
 
 
-def test_a_write_that_takes_only_a_part_is_continued(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_takes_only_a_part_is_continued(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The system may write less than it was given."""
     write = os.write
     monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:7]))
@@ -184,7 +195,9 @@ def test_a_write_that_takes_only_a_part_is_continued(store: Store, monkeypatch: 
     assert rows(1, 2).tolist() == found(store, space, 1, 2).tolist()
 
 
-def test_several_spaces_are_committed_together_or_not_at_all(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_spaces_are_committed_together_or_not_at_all(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second file fails: the first space has no row either."""
     one, other = store.space(ABOUT, WIDTH), store.space({**ABOUT, "tap": "stage1"}, WIDTH)
     with monkeypatch.context() as patch:
@@ -241,11 +254,14 @@ for i in range(start, start + 40, 2):
 
 
 def start(code: str, *args: object) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", code, str(args[0]), str(Path(__file__).parent), *map(str, args[1:])])
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(args[0]), str(Path(__file__).parent), *map(str, args[1:])]
+    )
 
 
 def test_the_rows_of_a_killed_writer_are_written_over(tmp_path: Path) -> None:
-    """They stand in the file but not in the index: no reader sees them, and the next rows take their place."""
+    """They stand in the file but not in the index: no reader sees them, and the next rows take
+    their place."""
     assert 9 == start(KILLED, tmp_path).wait()
     store = Store(tmp_path)
     space = store.space(ABOUT, WIDTH)
@@ -308,13 +324,17 @@ def test_rows_that_another_command_removed_are_not_mistaken(store: Store) -> Non
 
 @pytest.mark.parametrize("reused", [False, True], ids=["gone", "number used again"])
 def test_a_space_that_another_command_removed_is_not_written_to(store: Store, reused: bool) -> None:
-    """Its number may belong to another space by then: no row gets there, and the message says what to do."""
+    """Its number may belong to another space by then: no row gets there, and the message says what
+    to do."""
     space = store.space(ABOUT, WIDTH)
     store.append([space], ids(1), [rows(1)])
     store.prune(-1)
     other = store.space({**ABOUT, "tap": "stage1"}, WIDTH) if reused else None
 
-    for act in (lambda: store.append([space], ids(2), [rows(2)]), lambda: store.read(space, ids(1))):
+    for act in (
+        lambda: store.append([space], ids(2), [rows(2)]),
+        lambda: store.read(space, ids(1)),
+    ):
         with pytest.raises(UserError, match="another command cleared the cache"):
             act()
     if other is not None:
@@ -350,7 +370,9 @@ def test_what_sqlite_says_becomes_advice(tmp_path: Path, words: str, fix: str) -
     assert fix in caught.value.fix
 
 
-def test_a_writer_that_waits_too_long_says_for_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_that_waits_too_long_says_for_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody holds the lock for longer than we are ready to wait."""
     monkeypatch.setattr(home, "WAIT", 0.05)
     one, other = Store(tmp_path), Store(tmp_path)
@@ -364,7 +386,7 @@ def test_a_writer_that_waits_too_long_says_for_what(tmp_path: Path, monkeypatch:
     other.close()
 
 
-# ------------------------------------------------------------------------------------------------------ files seen before
+# -------------------------------------------------------------------------------- files seen before
 
 
 def test_a_file_is_known_by_path_size_and_time(store: Store) -> None:
@@ -372,7 +394,12 @@ def test_a_file_is_known_by_path_size_and_time(store: Store) -> None:
     (digest,) = ids(1)
     store.remember([("/a.jpg", 10, 1_000, digest)])
 
-    asked = [("/a.jpg", 10, 1_000), ("/b.jpg", 10, 1_000), ("/a.jpg", 11, 1_000), ("/a.jpg", 10, 1_001)]
+    asked = [
+        ("/a.jpg", 10, 1_000),
+        ("/b.jpg", 10, 1_000),
+        ("/a.jpg", 11, 1_000),
+        ("/a.jpg", 10, 1_001),
+    ]
     assert [digest, None, None, None] == store.remembered(asked)
 
 
@@ -385,7 +412,7 @@ def test_a_changed_file_replaces_what_was_remembered(store: Store) -> None:
     assert [None, new] == store.remembered([("/a.jpg", 10, 1_000), ("/a.jpg", 12, 2_000)])
 
 
-# ------------------------------------------------------------------------------------------------------------- upkeep
+# ------------------------------------------------------------------------------------------- upkeep
 
 
 def test_the_summary_lists_spaces_with_their_size(store: Store) -> None:
@@ -437,11 +464,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_store_stands_in_the_cache_folder(cache: Path) -> None:
     """`features` inside the cache, with the index and a file a space."""
-    assert [".f32", ".sqlite"] == sorted({path.suffix for path in (cache / "features").glob("*.[fs]*") if "-" not in path.name})
+    assert [".f32", ".sqlite"] == sorted(
+        {path.suffix for path in (cache / "features").glob("*.[fs]*") if "-" not in path.name}
+    )
 
 
 def test_clearing_the_cache_leaves_an_empty_folder_that_works(cache: Path) -> None:
-    """All can be made again; a part that the user keeps elsewhere, and linked into it, is only unlinked."""
+    """All can be made again; a part that the user keeps elsewhere, and linked into it, is only
+    unlinked."""
     elsewhere = cache.parent / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "mine.txt").write_text("mine")
@@ -453,8 +483,11 @@ def test_clearing_the_cache_leaves_an_empty_folder_that_works(cache: Path) -> No
     Store().close()
 
 
-def test_clearing_the_cache_leaves_what_is_not_its_own(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """$REGRAFT_CACHE may name a folder with other things in it: they are not deleted, and one line says so."""
+def test_clearing_the_cache_leaves_what_is_not_its_own(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """$REGRAFT_CACHE may name a folder with other things in it: they are not deleted, and one line
+    says so."""
     (cache / "photos").mkdir()
     (cache / "photos" / "one.jpg").write_bytes(b"mine")
     home.clear()
@@ -465,7 +498,9 @@ def test_clearing_the_cache_leaves_what_is_not_its_own(cache: Path, caplog: pyte
 
 
 @pytest.mark.parametrize("act", [Store, home.clear, home.overview, lambda: home.prune(1)])
-def test_a_store_without_a_cache_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any) -> None:
+def test_a_store_without_a_cache_names_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: Any
+) -> None:
     """Features need a place: one sentence says which variable gives it."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "file"))
@@ -496,9 +531,12 @@ def test_the_overview_says_where_and_how_much(cache: Path) -> None:
 
 
 def test_any_path_is_remembered(store: Store) -> None:
-    """Files are known again whatever their names hold, and names that differ in a byte are two files."""
+    """Files are known again whatever their names hold, and names that differ in a byte are two
+    files."""
     paths = [f"/photos/{name}" for name in odd.NAMES]
-    store.remember([(path, 1, 2, digest) for path, digest in zip(paths, ids(*range(len(paths))), strict=True)])
+    store.remember(
+        [(path, 1, 2, digest) for path, digest in zip(paths, ids(*range(len(paths))), strict=True)]
+    )
 
     assert ids(*range(len(paths))) == store.remembered([(path, 1, 2) for path in paths])
     store.forget(paths[:1])

@@ -1,4 +1,5 @@
-"""The SVM baseline: what is chosen, inside which rows, and what is said when little can be chosen."""
+"""The SVM baseline: what is chosen, inside which rows, and what is said when little can be
+chosen."""
 
 from __future__ import annotations
 
@@ -19,14 +20,18 @@ GOOD, POOR, WIDE = Tap("stage3"), Tap("pooled"), Tap("stage3", grid=3)
 NAMES = ("ant", "bee", "cat")
 
 
-def make(n: int = 150, seed: int = 0, classes: int = 3, signal: float = 1.2, wide: int = 30) -> tuple[dict[Tap, Any], Any]:
+def make(
+    n: int = 150, seed: int = 0, classes: int = 3, signal: float = 1.2, wide: int = 30
+) -> tuple[dict[Tap, Any], Any]:
     """A tap that tells the classes apart, one that does not, and a wide one that helps a little."""
     rng = np.random.default_rng(seed)
     y = np.arange(n) % classes
     centres = np.random.default_rng(1).standard_normal((classes, 8))
     good = rng.standard_normal((n, 8)) + signal * centres[y]
     poor = rng.standard_normal((n, 8))
-    extra = np.concatenate([0.5 * centres[y], np.zeros((n, wide - 8))], axis=1) + rng.standard_normal((n, wide))
+    extra = np.concatenate(
+        [0.5 * centres[y], np.zeros((n, wide - 8))], axis=1
+    ) + rng.standard_normal((n, wide))
     return {tap: x.astype(np.float32) for tap, x in ((POOR, poor), (GOOD, good), (WIDE, extra))}, y
 
 
@@ -47,9 +52,13 @@ def test_the_tap_that_tells_the_classes_apart_is_chosen() -> None:
 
 
 def test_labels_without_signal_are_guessed() -> None:
-    """Where the features say nothing, the cross-validated accuracy is that of guessing: nothing leaks from held-out rows."""
+    """Where the features say nothing, the cross-validated accuracy is that of guessing: nothing
+    leaks from held-out rows."""
     blocks, y = make(n=300, signal=0.0)
-    blocks = {POOR: blocks[POOR], GOOD: np.random.default_rng(9).standard_normal((300, 400)).astype(np.float32)}
+    blocks = {
+        POOR: blocks[POOR],
+        GOOD: np.random.default_rng(9).standard_normal((300, 400)).astype(np.float32),
+    }
     result = choose(blocks, y)
 
     assert 0.2 < result.cv_accuracy < 0.45
@@ -66,7 +75,8 @@ def test_out_of_fold_scores_are_those_of_machines_that_had_not_seen_the_row() ->
 
 
 def test_groups_are_never_on_both_sides() -> None:
-    """Copies of one image with a random label cannot be learned when they are one group; as single rows they can."""
+    """Copies of one image with a random label cannot be learned when they are one group; as single
+    rows they can."""
     rng = np.random.default_rng(0)
     x = np.repeat(rng.standard_normal((60, 20)), 4, axis=0).astype(np.float32)
     y, groups = np.repeat(rng.integers(0, 3, 60), 4), np.repeat(np.arange(60), 4)
@@ -76,10 +86,12 @@ def test_groups_are_never_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "kind"), [("linear", "svm"), ("logistic", "logistic"), ("rbf", "rbf-svm"), ("lssvm", "rbf-lssvm")]
+    ("kernel", "kind"),
+    [("linear", "svm"), ("logistic", "logistic"), ("rbf", "rbf-svm"), ("lssvm", "rbf-lssvm")],
 )
 def test_each_kernel_alone_gives_its_head(kernel: svm.Kernel, kind: str) -> None:
-    """`kernels=` names the only one that is compared; the linear ones fold into `Head`, the others into `KernelHead`."""
+    """`kernels=` names the only one that is compared; the linear ones fold into `Head`, the others
+    into `KernelHead`."""
     blocks, y = make(n=90)
     result = choose(blocks, y, kernels=(kernel,))
 
@@ -99,7 +111,8 @@ def test_neighbours_are_measured_and_never_shipped() -> None:
 
 
 def test_probabilities_are_calibrated_on_held_out_scores() -> None:
-    """The log loss of the out-of-fold probabilities is that of the best temperature, and beats overconfidence."""
+    """The log loss of the out-of-fold probabilities is that of the best temperature, and beats
+    overconfidence."""
     blocks, y = make(signal=0.5, n=300)
     result = choose(blocks, y)
 
@@ -151,12 +164,16 @@ def test_an_edge_of_the_grid_is_said() -> None:
 
 
 def test_small_classes_are_weighed_up() -> None:
-    """From ten to one, each class weighs the same: the small one is found more often than without weights."""
+    """From ten to one, each class weighs the same: the small one is found more often than without
+    weights."""
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], [300, 25])
     x = (rng.standard_normal((325, 10)) + 0.45 * y[:, None]).astype(np.float32)
     new = (rng.standard_normal((400, 10)) + 0.45).astype(np.float32)
-    with_, without = (choose({POOR: x}, y, classes=("a", "b"), kernels=("linear",), class_weight=w) for w in ("auto", None))
+    with_, without = (
+        choose({POOR: x}, y, classes=("a", "b"), kernels=("linear",), class_weight=w)
+        for w in ("auto", None)
+    )
 
     assert with_.balanced
     assert not without.balanced
@@ -179,7 +196,9 @@ def test_many_rows_are_chosen_on_a_part_and_fitted_on_all(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("kernel", crossval.RBF)
-def test_nystroem_agrees_with_the_exact_machine(kernel: svm.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nystroem_agrees_with_the_exact_machine(
+    kernel: svm.Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With as many landmarks as matter, the approximated RBF machine says the same."""
     blocks, y = make(n=240, signal=0.8)
     exact = choose(blocks, y, kernels=(kernel,)).head
@@ -213,7 +232,10 @@ def test_the_same_rows_give_the_same_head() -> None:
     blocks, y = make(n=120)
     first, second = choose(blocks, y), choose(blocks, y)
 
-    assert all(np.array_equal(a, b) for a, b in zip(first.head.arrays().values(), second.head.arrays().values(), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(first.head.arrays().values(), second.head.arrays().values(), strict=True)
+    )
     assert [dataclasses.replace(c, seconds=0) for c in first.candidates] == [
         dataclasses.replace(c, seconds=0) for c in second.candidates
     ]
@@ -231,7 +253,8 @@ def test_quick_says_which_rows_are_right() -> None:
 
 
 def test_the_closed_form_is_the_ridge_solution() -> None:
-    """Held-out scores of squared errors are those of scikit-learn's kernel ridge, fitted fold by fold."""
+    """Held-out scores of squared errors are those of scikit-learn's kernel ridge, fitted fold by
+    fold."""
     from sklearn.kernel_ridge import KernelRidge
 
     blocks, y = make(n=60)
@@ -244,18 +267,23 @@ def test_the_closed_form_is_the_ridge_solution() -> None:
     for k in range(3):
         own, held = fold != k, fold == k
         other = KernelRidge(alpha=1 / 4, kernel="precomputed").fit(K[np.ix_(own, own)], target[own])
-        np.testing.assert_allclose(trial.scores[held], other.predict(K[np.ix_(held, own)]), atol=1e-3)
+        np.testing.assert_allclose(
+            trial.scores[held], other.predict(K[np.ix_(held, own)]), atol=1e-3
+        )
 
 
 def test_the_fitted_closed_form_is_what_was_compared() -> None:
-    """`fit_head` with squared errors and class weights gives the scores of the kernel ridge solution, in both forms."""
+    """`fit_head` with squared errors and class weights gives the scores of the kernel ridge
+    solution, in both forms."""
     blocks, y = make(n=90)
     weights = crossval.class_weights(np.where(np.arange(90) < 50, 0, y))
     setting = crossval.Setting((GOOD,), "lssvm", 0.5)
     head = svm.fit_head(blocks, y, NAMES, setting, 3.0, weights, 1.0)
     rows = crossval.Rows(blocks, y, np.arange(90), np.zeros(90, np.int64), None)
     K = rows.kernel(setting).astype(float)
-    coef = np.linalg.solve(K + np.diag(1 / (6 * weights)), np.where(y[:, None] == np.arange(3), 1.0, -1.0))
+    coef = np.linalg.solve(
+        K + np.diag(1 / (6 * weights)), np.where(y[:, None] == np.arange(3), 1.0, -1.0)
+    )
 
     np.testing.assert_allclose(head.scores([blocks[GOOD]]), K @ coef, atol=1e-3)
 
@@ -310,12 +338,15 @@ def test_features_that_are_not_numbers_are_refused() -> None:
 
 
 def test_a_named_c_is_kept_where_nothing_can_be_held_out() -> None:
-    """With one image a class the first C that was named is taken, told, and taken again on more rows."""
+    """With one image a class the first C that was named is taken, told, and taken again on more
+    rows."""
     blocks, y = make()
     first = np.array([int(np.flatnonzero(y == c)[0]) for c in np.unique(y)])
     few = {tap: block[first] for tap, block in blocks.items()}
     result = choose(few, y[first], grid=[30.0])
-    again, other = (svm.refit(dataclasses.replace(result, C=C), few, y[first]) for C in (30.0, 0.01))
+    again, other = (
+        svm.refit(dataclasses.replace(result, C=C), few, y[first]) for C in (30.0, 0.01)
+    )
 
     assert any("C = 30" in text for text in result.warnings)
     assert np.allclose(again.weight, result.head.weight, atol=1e-4)

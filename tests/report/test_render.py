@@ -1,4 +1,5 @@
-"""The report: one safe, self-contained page that shows what was measured, for any number of classes and any names."""
+"""The report: one safe, self-contained page that shows what was measured, for any number of classes
+and any names."""
 
 from __future__ import annotations
 
@@ -20,14 +21,25 @@ import finetune
 from finetune import metrics
 from finetune.metrics import Estimate
 from finetune.report import render
-from finetune.report.render import Candidate, Contender, Curve, Distance, Matrix, Mistake, ReportData
+from finetune.report.render import (
+    Candidate,
+    Contender,
+    Curve,
+    Distance,
+    Matrix,
+    Mistake,
+    ReportData,
+)
 
-PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 VOID = {"meta", "br", "img", "line", "polyline"}
 
 
 class Page(HTMLParser):
-    """The page as a reader of HTML sees it: tags, attributes, text, and whether every tag is closed in its turn."""
+    """The page as a reader of HTML sees it: tags, attributes, text, and whether every tag is closed
+    in its turn."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -59,7 +71,8 @@ class Page(HTMLParser):
 
     def count(self, tag: str, **attributes: str) -> int:
         return sum(
-            name == tag and all(found.get(key.rstrip("_")) == value for key, value in attributes.items())
+            name == tag
+            and all(found.get(key.rstrip("_")) == value for key, value in attributes.items())
             for name, found in self.tags
         )
 
@@ -84,11 +97,26 @@ def data(n_classes: int = 3, **changes: Any) -> ReportData:
         classes=names,
         training=(40,) * n_classes,
         confusion=confusion,
-        metrics={"top1": top1, "balanced": top1, "macro_f1": top1, "ece": 0.051, "nll": 0.7, "majority": 1 / 3},
+        metrics={
+            "top1": top1,
+            "balanced": top1,
+            "macro_f1": top1,
+            "ece": 0.051,
+            "nll": 0.7,
+            "majority": 1 / 3,
+        },
         matrix=Matrix(
-            ("few", "many"), ("near", "far"), (("svm", "svm"), ("half", "full")), (1, 0), "half", ("a reason",), ("collect more",)
+            ("few", "many"),
+            ("near", "far"),
+            (("svm", "svm"), ("half", "full")),
+            (1, 0),
+            "half",
+            ("a reason",),
+            ("collect more",),
         ),
-        distance=Distance("near", 0.05, 0.04, 0.06, 128, 0.1, 0.2, "5-NN is right for 75%.", ("a note",)),
+        distance=Distance(
+            "near", 0.05, 0.04, 0.06, 128, 0.1, 0.2, "5-NN is right for 75%.", ("a note",)
+        ),
         seconds=(("features", 12.0), ("svm", 4.0)),
         commands=(("Predict", "finetune predict runs/x img.jpg"),),
     )
@@ -99,33 +127,46 @@ def full(**changes: Any) -> ReportData:
     y = np.repeat([0, 1, 2], 10)
     return data(
         contenders=(
-            Contender("SVM", Estimate(0.8, 0.7, 0.9, 30, "wilson"), "30 test images", False, "linear"),
+            Contender(
+                "SVM", Estimate(0.8, 0.7, 0.9, 30, "wilson"), "30 test images", False, "linear"
+            ),
             Contender("Fine-tuned", Estimate(0.9, 0.8, 0.94, 30, "wilson"), "30 test images", True),
         ),
         pair=metrics.paired(y, (y + (np.arange(30) % 5 == 0)) % 3, y),
         pair_on="30 validation images",
-        candidates=(Candidate("pooled", 0.75, 0.02, "C = 1"), Candidate("stage5/3x3", 0.8, 0.01, "C = 10", True)),
+        candidates=(
+            Candidate("pooled", 0.75, 0.02, "C = 1"),
+            Candidate("stage5/3x3", 0.8, 0.01, "C = 10", True),
+        ),
         curves=(
             Curve("Loss", "training", [0, 1, 2], [1.0, 0.5, 0.25]),
             Curve("Loss", "validation", [0, 1, 2], [1.1, float("nan"), 0.5]),
         ),
         best_epoch=2,
         diagnosis=("It learns.",),
-        mistakes=(Mistake("a/1.jpg", "class 0", "class 1", 0.97, PNG), Mistake("a/2.jpg", "class 1", "class 2", 0.6, b"")),
+        mistakes=(
+            Mistake("a/1.jpg", "class 0", "class 1", 0.97, PNG),
+            Mistake("a/2.jpg", "class 1", "class 2", 0.6, b""),
+        ),
         facts=(("Seed", "0"),),
         **changes,
     )
 
 
-@pytest.mark.parametrize("value", [data(1), data(2), data(10), data(100), full(), data(warnings=("one", "two"))])
+@pytest.mark.parametrize(
+    "value", [data(1), data(2), data(10), data(100), full(), data(warnings=("one", "two"))]
+)
 def test_every_page_is_well_formed(value: ReportData) -> None:
-    """Tags close in turn, ids are unique and every reference to one holds, for few and for many classes."""
+    """Tags close in turn, ids are unique and every reference to one holds, for few and for many
+    classes."""
     page = Page(render.render(value))
     ids = [found["id"] for _, found in page.tags if "id" in found]
 
     assert not page.open
     assert len(ids) == len(set(ids))
-    assert {found["aria-labelledby"] for _, found in page.tags if "aria-labelledby" in found} <= set(ids)
+    assert {
+        found["aria-labelledby"] for _, found in page.tags if "aria-labelledby" in found
+    } <= set(ids)
 
 
 def test_the_page_loads_nothing() -> None:
@@ -134,11 +175,17 @@ def test_the_page_loads_nothing() -> None:
     page = Page(html)
 
     assert not re.search(r"https?:|url\(|@import|//[a-z]", html)
-    assert not [tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "embed", "base", "form")]
+    assert not [
+        tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "embed", "base", "form")
+    ]
     assert {"data:image/png;base64," + base64.b64encode(PNG).decode()} == {
         found["src"] for _, found in page.tags if "src" in found
     }
-    policy = next(found["content"] for _, found in page.tags if found.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        found["content"]
+        for _, found in page.tags
+        if found.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
@@ -157,20 +204,29 @@ def test_every_text_is_escaped() -> None:
         second=EVIL,
         warnings=(EVIL,),
         classes=names,
-        matrix=Matrix((EVIL, EVIL), (EVIL, EVIL), ((EVIL, EVIL), (EVIL, EVIL)), (1, 0), EVIL, (EVIL,), (EVIL,)),
+        matrix=Matrix(
+            (EVIL, EVIL), (EVIL, EVIL), ((EVIL, EVIL), (EVIL, EVIL)), (1, 0), EVIL, (EVIL,), (EVIL,)
+        ),
         distance=dataclasses.replace(value.distance, word=EVIL, second_opinion=EVIL, notes=(EVIL,)),
         seconds=((EVIL, 1.0), ("svm", 2.0)),
         commands=((EVIL, EVIL),),
-        contenders=tuple(dataclasses.replace(c, name=EVIL, on=EVIL, detail=EVIL) for c in value.contenders[:1])
+        contenders=tuple(
+            dataclasses.replace(c, name=EVIL, on=EVIL, detail=EVIL) for c in value.contenders[:1]
+        )
         + value.contenders[1:],
         pair_on=EVIL,
         candidates=tuple(dataclasses.replace(c, name=EVIL, detail=EVIL) for c in value.candidates),
         curves=tuple(dataclasses.replace(c, name=EVIL, panel=EVIL) for c in value.curves),
         diagnosis=(EVIL,),
-        mistakes=tuple(dataclasses.replace(m, path=EVIL, true=EVIL, predicted=EVIL) for m in value.mistakes),
+        mistakes=tuple(
+            dataclasses.replace(m, path=EVIL, true=EVIL, predicted=EVIL) for m in value.mistakes
+        ),
         facts=((EVIL, EVIL),),
     )
-    tame, page = Page(render.render(dataclasses.replace(plain, warnings=("loud",)))), Page(render.render(evil))
+    tame, page = (
+        Page(render.render(dataclasses.replace(plain, warnings=("loud",)))),
+        Page(render.render(evil)),
+    )
 
     assert [tag for tag, _ in tame.tags] == [tag for tag, _ in page.tags]
     assert not [found for _, found in page.tags if "onerror" in found]
@@ -183,7 +239,11 @@ def test_the_verdict_comes_first_and_the_numbers_carry_their_intervals() -> None
     page = Page(html)
 
     assert 1 == page.count("h1")
-    assert html.index("<h1>Ship the SVM on stage5/3x3") < html.index("Nothing was fine-tuned.") < html.index("<main>")
+    assert (
+        html.index("<h1>Ship the SVM on stage5/3x3")
+        < html.index("Nothing was fine-tuned.")
+        < html.index("<main>")
+    )
     assert "Accuracy 80.0% 62.0–91.0% (wilson) test images named right" in page.text
     assert "Calibration error 5.1%" in page.text
     assert "Majority baseline 33.3%" in page.text
@@ -200,17 +260,21 @@ def test_warnings_stand_above_the_verdict() -> None:
 
 
 def test_the_chosen_cell_of_the_matrix_is_marked() -> None:
-    """Exactly one cell is current, that of the chosen row and column; none where nothing was chosen."""
+    """Exactly one cell is current, that of the chosen row and column; none where nothing was
+    chosen."""
     html = render.render(data())
 
     assert ["half"] == re.findall(r'<td aria-current="true">(\w+)<small>your images', html)
-    assert "aria-current=" not in render.render(data(matrix=dataclasses.replace(data().matrix, chosen=None)))
+    assert "aria-current=" not in render.render(
+        data(matrix=dataclasses.replace(data().matrix, chosen=None))
+    )
     assert "a reason" in html
     assert "collect more" in html
 
 
 def test_the_ruler_places_the_value_among_its_borders() -> None:
-    """A value on a border lies on it, the interval ends where it should, and the bands fill the ruler."""
+    """A value on a border lies on it, the interval ends where it should, and the bands fill the
+    ruler."""
     on_border = render._ruler(Distance("moderate", 0.2, 0.1, 0.2, 64, 0.1, 0.2, ""))
 
     assert on_border is not None
@@ -227,17 +291,35 @@ def test_the_interval_of_the_distance_says_its_level() -> None:
     """The distance carries its own kind of interval, which is not that of the other figures."""
     page = Page(render.render(data()))
 
-    assert "0.050, 90% bootstrap interval 0.040 to 0.060 from 128 images; near below 0.1, far above 0.2." in page.text
+    assert (
+        "0.050, 90% bootstrap interval 0.040 to 0.060 from 128 images; near below 0.1, far "
+        "above 0.2." in page.text
+    )
 
 
 def test_an_unknown_distance_is_said_in_words() -> None:
     """Without a measurement there is no ruler, and the page says so."""
     page = Page(
-        render.render(data(distance=Distance("unknown", None, None, None, 0, 0.1, 0.2, "No opinion.", ("another pretraining",))))
+        render.render(
+            data(
+                distance=Distance(
+                    "unknown",
+                    None,
+                    None,
+                    None,
+                    0,
+                    0.1,
+                    0.2,
+                    "No opinion.",
+                    ("another pretraining",),
+                )
+            )
+        )
     )
 
     assert (
-        "Distance to the photographs of ImageNet: unknown No distance was measured. No opinion. another pretraining" in page.text
+        "Distance to the photographs of ImageNet: unknown No distance was measured. No "
+        "opinion. another pretraining" in page.text
     )
     assert 0 == page.count("div", class_="ruler")
 
@@ -264,18 +346,22 @@ def test_intervals_are_drawn_where_their_numbers_say() -> None:
 
 
 def test_candidates_are_ordered_and_the_chosen_one_is_marked() -> None:
-    """The best candidate stands first with the longest bar; the one that was chosen carries a tag."""
+    """The best candidate stands first with the longest bar; the one that was chosen carries a
+    tag."""
     rows = render._candidates(full().candidates)
     html = render.render(full())
 
     assert ["stage5/3x3", "pooled"] == [c.name for c, _ in rows]
     assert 100.0 == rows[0][1] > rows[1][1] > 0
     assert 1 == html.count('<tr class="chosen">')
-    assert [100.0, 100.0] == [length for _, length in render._candidates((Candidate("a", 0.5, 0), Candidate("b", 0.5, 0)))]
+    assert [100.0, 100.0] == [
+        length for _, length in render._candidates((Candidate("a", 0.5, 0), Candidate("b", 0.5, 0)))
+    ]
 
 
 def test_curves_are_drawn_in_their_square() -> None:
-    """Every point lies within 0 … 100, a value that is not a number leaves a gap, and the kept epoch is marked."""
+    """Every point lies within 0 … 100, a value that is not a number leaves a gap, and the kept
+    epoch is marked."""
     (panel,) = render._panels(full())
     pieces = [piece for line in panel["lines"] for piece in line["pieces"]]
     numbers = [float(n) for piece in pieces for n in re.split("[ ,]", piece)]
@@ -284,12 +370,16 @@ def test_curves_are_drawn_in_their_square() -> None:
     assert 0 <= min(numbers) <= max(numbers) <= 100
     assert 100.0 == panel["best"]
     assert "training: from 1 to 0.25; validation: from 1.1 to 0.5" == panel["words"]
-    assert "0,100" not in pieces[0].split()[0]  # the first loss is high, so its point is far from the bottom
+    # the first loss is high, so its point is far from the bottom
+    assert "0,100" not in pieces[0].split()[0]
 
 
-@pytest.mark.parametrize("ys", [[0.5], [0.5, 0.5], [0.0, 0.0], [float("nan"), float("inf")], [-1.0, 2.0], [1e-9, 2e-9]])
+@pytest.mark.parametrize(
+    "ys", [[0.5], [0.5, 0.5], [0.0, 0.0], [float("nan"), float("inf")], [-1.0, 2.0], [1e-9, 2e-9]]
+)
 def test_odd_curves_still_draw(ys: list[float]) -> None:
-    """One epoch, a flat line, zeros, no finite value, negative and tiny values give a page, with numbers alone in its lines."""
+    """One epoch, a flat line, zeros, no finite value, negative and tiny values give a page, with
+    numbers alone in its lines."""
     value = data(curves=(Curve("Loss", "training", list(range(len(ys))), ys),))
     page = Page(render.render(value))
     lines = [found["points"].split() for tag, found in page.tags if tag == "polyline"]
@@ -304,15 +394,20 @@ def test_odd_curves_still_draw(ys: list[float]) -> None:
 
 def test_a_value_that_is_not_finite_does_not_stretch_the_axis() -> None:
     """An infinite loss leaves a gap; the other points fill the panel as if it were not there."""
-    (with_gap,) = render._panels(data(curves=(Curve("Loss", "a", [0, 1, 2], [2.0, float("inf"), 1.0]),)))
+    (with_gap,) = render._panels(
+        data(curves=(Curve("Loss", "a", [0, 1, 2], [2.0, float("inf"), 1.0]),))
+    )
     (without,) = render._panels(data(curves=(Curve("Loss", "a", [0, 2], [2.0, 1.0]),)))
 
     assert without["y"] == with_gap["y"]
-    assert without["lines"][0]["pieces"][0].split() == [piece.split()[0] for piece in with_gap["lines"][0]["pieces"]]
+    assert without["lines"][0]["pieces"][0].split() == [
+        piece.split()[0] for piece in with_gap["lines"][0]["pieces"]
+    ]
 
 
 def test_a_small_confusion_matrix_is_drawn_and_a_large_one_listed() -> None:
-    """Up to 25 classes every cell is shown; beyond, the 15 most frequent confusions stand for them."""
+    """Up to 25 classes every cell is shown; beyond, the 15 most frequent confusions stand for
+    them."""
     small, large = Page(render.render(data(25))), Page(render.render(data(26)))
 
     assert 25 == small.count("td", class_="right")
@@ -322,7 +417,8 @@ def test_a_small_confusion_matrix_is_drawn_and_a_large_one_listed() -> None:
 
 
 def test_confused_pairs_by_hand() -> None:
-    """Pairs are ordered by images, then by the share of their class; the diagonal is no confusion."""
+    """Pairs are ordered by images, then by the share of their class; the diagonal is no
+    confusion."""
     pairs = render.confused(np.array([[7, 3, 0], [1, 9, 0], [3, 0, 2]]), ["a", "b", "c"])
 
     assert [("c", "a", 3, 5), ("a", "b", 3, 10), ("b", "a", 1, 10)] == [
@@ -343,7 +439,9 @@ def test_mistakes_show_picture_truth_prediction_and_certainty() -> None:
     """Each picture has a text for those who cannot see it; one that could not be made says so."""
     page = Page(render.render(full()))
 
-    assert ["a/1.jpg: is class 0, taken for class 1"] == [found["alt"] for tag, found in page.tags if tag == "img"]
+    assert ["a/1.jpg: is class 0, taken for class 1"] == [
+        found["alt"] for tag, found in page.tags if tag == "img"
+    ]
     assert "is class 0 said class 1 97% sure · a/1.jpg" in page.text
     assert "no picture" in page.text
 
@@ -374,7 +472,9 @@ def test_classes_are_sorted_by_f1_and_advised() -> None:
     assert ["class 1", "class 0", "class 2", "class 3"] == [row["name"] for row in rows]
     assert "6 of 20 taken for class 0. Only 12 training images: collect more." == words["class 1"]
     assert "6 images of other classes land here." == words["class 0"]
-    assert "1 of 5 taken for class 3. Only 5 test images: these figures are rough." == words["class 2"]
+    assert (
+        "1 of 5 taken for class 3. Only 5 test images: these figures are rough." == words["class 2"]
+    )
     assert "No test images: nothing is known about this class." == words["class 3"]
     assert pytest.approx(2 * 14 / (20 + 14)) == rows[0]["f1"]
 
@@ -399,7 +499,10 @@ def test_time_is_shown_in_proportion() -> None:
 def test_the_page_says_how_often_the_test_images_were_used() -> None:
     """Once is the rule; anything else is counted."""
     assert "The test images were looked at once, at the end." in Page(render.render(data())).text
-    assert "The test images were looked at 3 times, at the end." in Page(render.render(data(test_evaluations=3))).text
+    assert (
+        "The test images were looked at 3 times, at the end."
+        in Page(render.render(data(test_evaluations=3))).text
+    )
 
 
 def test_commands_can_be_copied_as_they_are() -> None:
@@ -409,7 +512,15 @@ def test_commands_can_be_copied_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (99.4, "99 s"), (99.6, "2 min"), (5940, "99 min"), (6000, "1 h 40 min")],
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (99.4, "99 s"),
+        (99.6, "2 min"),
+        (5940, "99 min"),
+        (6000, "1 h 40 min"),
+    ],
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     """Seconds, then minutes, then hours, never more digits than help."""
@@ -417,14 +528,17 @@ def test_durations_read_well(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0249, "+2.5"), (-0.008, "−0.8"), (0.0001, "±0.0"), (-0.0004, "±0.0"), (0.0, "±0.0")]
+    ("value", "text"),
+    [(0.0249, "+2.5"), (-0.008, "−0.8"), (0.0001, "±0.0"), (-0.0004, "±0.0"), (0.0, "±0.0")],
 )
 def test_differences_carry_their_sign(value: float, text: str) -> None:
     """Points are signed, with a true minus; what rounds to nothing has no sign."""
     assert text == render.points(value)
 
 
-@pytest.mark.parametrize(("value", "text"), [(1.0, "= 1.00"), (0.1234, "= 0.12"), (0.0312, "= 0.031"), (1e-9, "< 0.001")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.0, "= 1.00"), (0.1234, "= 0.12"), (0.0312, "= 0.031"), (1e-9, "< 0.001")]
+)
 def test_chances_read_well(value: float, text: str) -> None:
     """Two digits where it does not matter, three where it does, and no powers of ten."""
     assert text == render.chance(value)
@@ -440,7 +554,9 @@ def test_chances_read_well(value: float, text: str) -> None:
         (-1, 1, [-1, -0.5, 0, 0.5, 1]),
     ],
 )
-def test_ticks_are_round_numbers_inside_the_axis(low: float, high: float, expected: list[float]) -> None:
+def test_ticks_are_round_numbers_inside_the_axis(
+    low: float, high: float, expected: list[float]
+) -> None:
     """Steps of 1, 2 or 5 times a power of ten, none outside."""
     assert pytest.approx(expected) == render.ticks(low, high)
 
@@ -467,7 +583,8 @@ def luminance(colour: str) -> float:
     ],
 )
 def test_text_stands_out_in_both_themes(theme: int, ink: str, paper: str) -> None:
-    """Every pair of text and ground has a contrast of at least 4.5 to 1 (WCAG 2 AA), light and dark."""
+    """Every pair of text and ground has a contrast of at least 4.5 to 1 (WCAG 2 AA), light and
+    dark."""
     themes = re.findall(r":root \{(.*?)\}", render.render(data()), re.DOTALL)
     colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6});", themes[theme]))
     light, dark = sorted((luminance(colours[ink]), luminance(colours[paper])), reverse=True)
@@ -480,7 +597,11 @@ def test_the_page_fits_a_phone_and_follows_the_theme() -> None:
     html = render.render(data())
 
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in html
-    for rule in ("@media (max-width: 34rem)", "@media (prefers-color-scheme: dark)", "@media print"):
+    for rule in (
+        "@media (max-width: 34rem)",
+        "@media (prefers-color-scheme: dark)",
+        "@media print",
+    ):
         assert rule in html
 
 
@@ -498,12 +619,22 @@ def test_tables_name_their_headers_and_regions_can_be_reached() -> None:
 
 
 def test_rendering_loads_nothing_heavy() -> None:
-    """The report draws by itself: neither torch nor matplotlib nor scikit-learn is loaded for it."""
+    """The report draws by itself: neither torch nor matplotlib nor scikit-learn is loaded for
+    it."""
     heavy = "{'torch', 'matplotlib', 'sklearn', 'timm'}"
-    code = f"import sys; from finetune import report; report._template(); print(sys.modules.keys() & {heavy})"
+    code = (
+        f"import sys; from finetune import report; report._template(); "
+        f"print(sys.modules.keys() & {heavy})"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parent.parent)}
 
     assert (
         "set()\n"
-        == subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout
+        == subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     )

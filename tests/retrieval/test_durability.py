@@ -1,9 +1,10 @@
 """Killed at any moment, a gallery is what it was before or what it became, never anything else.
 
-A small process (the *nursery*) imports everything once and forks a child for each attempt. The child does one operation and
-dies on the way: by SIGKILL at a chosen moment (before the n-th call of a function of the standard library or of ours that
-touches files or the database), or by a timer that no handler catches (then also in the middle of a write). Query, info and
-verification are asked of what is left, and the operation is done again.
+A small process (the *nursery*) imports everything once and forks a child for each attempt. The
+child does one operation and dies on the way: by SIGKILL at a chosen moment (before the n-th call of
+a function of the standard library or of ours that touches files or the database), or by a timer
+that no handler catches (then also in the middle of a write). Query, info and verification are asked
+of what is left, and the operation is done again.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ for line in sys.stdin:
         home.operate(order["operation"], Path(order["base"]))
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.setprofile(None)
-        Path(order["base"], "measured").write_text(json.dumps([counter.count if counter else 0, time.monotonic() - begin]))
+        told = [counter.count if counter else 0, time.monotonic() - begin]
+        Path(order["base"], "measured").write_text(json.dumps(told))
         os._exit(0)
     _, status = os.waitpid(child, 0)
     print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status), flush=True)
@@ -68,7 +70,12 @@ class Counter:
         sys.setprofile(self.see)
 
     def see(self, frame: object, event: str, argument: object) -> None:
-        if event == "c_call" and getattr(argument, "__module__", None) in (None, "posix", "_io", "sqlite3"):
+        if event == "c_call" and getattr(argument, "__module__", None) in (
+            None,
+            "posix",
+            "_io",
+            "sqlite3",
+        ):
             name = getattr(argument, "__qualname__", "")
         elif event == "call":
             name = frame.f_globals.get("__name__", "")  # type: ignore[attr-defined]
@@ -80,8 +87,29 @@ class Counter:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-OURS = ("retrieval", "finetune.files", "finetune.features.store", "finetune.lock", "sqlite3", "Connection", "Cursor")
-TOUCHES = {"fsync", "rename", "replace", "unlink", "open", "mkdir", "write", "close", "remove", "rmdir", "chmod", "tofile"}
+OURS = (
+    "retrieval",
+    "finetune.files",
+    "finetune.features.store",
+    "finetune.lock",
+    "sqlite3",
+    "Connection",
+    "Cursor",
+)
+TOUCHES = {
+    "fsync",
+    "rename",
+    "replace",
+    "unlink",
+    "open",
+    "mkdir",
+    "write",
+    "close",
+    "remove",
+    "rmdir",
+    "chmod",
+    "tofile",
+}
 
 
 def operate(operation: str, base: Path) -> None:
@@ -109,10 +137,11 @@ def age(folder: Path, hours: float) -> None:
 
 
 def prepare(operation: str, base: Path) -> tuple[set[str] | None, set[str]]:
-    """What stands before an operation; the paths of the gallery before it (None: no gallery) and after it.
+    """What stands before an operation; the paths of the gallery before it (None: no gallery) and
+    after it.
 
-    All files are old enough for their times to be trusted, or an operation would have more moments before its commit as they
-    age, and the last one counted would no longer lie behind it.
+    All files are old enough for their times to be trusted, or an operation would have more moments
+    before its commit as they age, and the last one counted would no longer lie behind it.
     """
     photos, index = write(base / "photos", words(12)), base / "photos.index"
     write(base / "more", words(4, start=100))
@@ -136,13 +165,16 @@ def prepare(operation: str, base: Path) -> tuple[set[str] | None, set[str]]:
 
 
 def found(index: Path) -> set[str] | None:
-    """The paths of the gallery, after query and info have been found right; None where there is no gallery."""
+    """The paths of the gallery, after query and info have been found right; None where there is no
+    gallery."""
     if not is_index(index):
         return None
     with Gallery(index) as gallery:
         gallery.now.verify()
         paths = dict(gallery.now.db.execute("select path, image from path").fetchall())
-        assert (len(paths), len(set(paths.values()))) == tuple(gallery.info()[key] for key in ("paths", "images"))
+        assert (len(paths), len(set(paths.values()))) == tuple(
+            gallery.info()[key] for key in ("paths", "images")
+        )
         positions, ids = gallery.now.everything()
         assert sorted(set(paths.values())) == sorted(ids.tolist())
         contents = {number: path for path, number in paths.items()}
@@ -166,14 +198,21 @@ def _without_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", NURSERY, str(Path(__file__).parent)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         yield process
         assert process.stdin is not None
         process.stdin.close()
 
 
 def attempt(
-    nursery: subprocess.Popen[str], operation: str, base: Path, *, kill_at: int = 0, kill_after: float | None = None
+    nursery: subprocess.Popen[str],
+    operation: str,
+    base: Path,
+    *,
+    kill_at: int = 0,
+    kill_after: float | None = None,
 ) -> int:
     """Let a child do it; 0, or the signal that ended it."""
     assert nursery.stdin is not None
@@ -191,7 +230,8 @@ def attempt(
 
 
 class Ground:
-    """A prepared state that every attempt gets a copy of; `moments` and `seconds` are those of an undisturbed operation."""
+    """A prepared state that every attempt gets a copy of; `moments` and `seconds` are those of an
+    undisturbed operation."""
 
     def __init__(self, nursery: subprocess.Popen[str], operation: str, base: Path) -> None:
         self.nursery, self.operation, self.base = nursery, operation, base
@@ -202,7 +242,9 @@ class Ground:
 
     def measure(self, timed: bool = False) -> tuple[int, float]:
         with self.copy() as work:
-            assert 0 == attempt(self.nursery, self.operation, work, kill_after=1000.0 if timed else None)
+            assert 0 == attempt(
+                self.nursery, self.operation, work, kill_after=1000.0 if timed else None
+            )
             assert self.after == found(work / "photos.index")
             moments, seconds = json.loads((work / "measured").read_text())
             return moments, seconds
@@ -221,17 +263,25 @@ class Ground:
             assert ended in (signal.SIGKILL, signal.SIGALRM, 0)
             left = found(work / "photos.index")
             assert left in (self.before, self.after), when
-            with contextlib.suppress(UserError):  # the next one goes on; a build may have nothing to do
+            # the next one goes on; a build may have nothing to do
+            with contextlib.suppress(UserError):
                 operate(self.operation, work)
             assert self.after == found(work / "photos.index")
             if self.operation != "build":
-                assert [] == [path for path in (work / "photos.index").rglob("*") if path.name.endswith(".tmp")]
+                assert [] == [
+                    path
+                    for path in (work / "photos.index").rglob("*")
+                    if path.name.endswith(".tmp")
+                ]
             return "before" if left == self.before != self.after else "after"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_kill_at_a_few_moments(nursery: subprocess.Popen[str], tmp_path: Path, operation: str) -> None:
-    """Killed at four random moments, an operation has happened or not, and the next one mends what is left."""
+def test_kill_at_a_few_moments(
+    nursery: subprocess.Popen[str], tmp_path: Path, operation: str
+) -> None:
+    """Killed at four random moments, an operation has happened or not, and the next one mends what
+    is left."""
     ground = Ground(nursery, operation, tmp_path)
     for at in random.sample(range(1, ground.moments), 4):
         ground.kill(kill_at=at)
@@ -239,22 +289,29 @@ def test_kill_at_a_few_moments(nursery: subprocess.Popen[str], tmp_path: Path, o
 
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_kill_at_many_moments(nursery: subprocess.Popen[str], tmp_path: Path, operation: str) -> None:
-    """The same at a hundred moments, the last among them, and at a hundred times; the kills fall on both sides of the commit."""
+def test_kill_at_many_moments(
+    nursery: subprocess.Popen[str], tmp_path: Path, operation: str
+) -> None:
+    """The same at a hundred moments, the last among them, and at a hundred times; the kills fall on
+    both sides of the commit."""
     ground, chance = Ground(nursery, operation, tmp_path), random.Random(0)
-    moments = [*chance.sample(range(1, ground.moments), 99), ground.moments]  # little comes after the commit of a rebuild
+    # little comes after the commit of a rebuild
+    moments = [*chance.sample(range(1, ground.moments), 99), ground.moments]
     seen = {ground.kill(kill_at=at) for at in moments}
     assert {"before", "after"} - ({"before"} if operation == "compact" else set()) == seen
     for _ in range(100):
         ground.kill(kill_after=chance.uniform(0.0005, ground.seconds))
 
 
-# ----------------------------------------------------------------------------------------------------------- full disk
+# ---------------------------------------------------------------------------------------- full disk
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_disk_fills_up_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
-    """No space at the n-th flush, whichever: the operation has happened or not, and goes through when there is space."""
+def test_the_disk_fills_up_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """No space at the n-th flush, whichever: the operation has happened or not, and goes through
+    when there is space."""
     before, after = prepare(operation, tmp_path / "template")
     flush = os.fsync
     for fail_at in range(1, 100):
@@ -276,7 +333,11 @@ def test_the_disk_fills_up_at_any_moment(tmp_path: Path, monkeypatch: pytest.Mon
             except UserError as error:
                 message = str(error)
         assert found(work / "photos.index") in (before, after)
-        assert "the disk is full" in message or len(calls) < fail_at or found(work / "photos.index") == after
+        assert (
+            "the disk is full" in message
+            or len(calls) < fail_at
+            or found(work / "photos.index") == after
+        )
         with contextlib.suppress(UserError):
             operate(operation, work)
         assert after == found(work / "photos.index")

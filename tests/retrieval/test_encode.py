@@ -1,4 +1,5 @@
-"""From an image to its vector: taps, views, scales and whitening; what is carried along; the manifest."""
+"""From an image to its vector: taps, views, scales and whitening; what is carried along; the
+manifest."""
 
 from __future__ import annotations
 
@@ -35,7 +36,7 @@ def refusal(call: object, *args: object, **how: object) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------- combinations
+# ------------------------------------------------------------------------------------- combinations
 
 
 def both_ways(encoder: Encoder, source: ImageSet) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +50,8 @@ def both_ways(encoder: Encoder, source: ImageSet) -> tuple[np.ndarray, np.ndarra
 
 @pytest.mark.parametrize("block", [1, 3, 4096])
 def test_taps_and_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    """Taps stand side by side, each at unit length; views are averaged; both ways give the same, in blocks of any size."""
+    """Taps stand side by side, each at unit length; views are averaged; both ways give the same, in
+    blocks of any size."""
     galleries.install(monkeypatch.setattr)
     monkeypatch.setattr(encode, "ROWS", block)
     taps = (Tap("pooled"), Tap("stage1"))
@@ -59,7 +61,10 @@ def test_taps_and_views(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: 
     for i in range(5):
         total = np.zeros(24)
         for view in ("", "flip"):
-            parts = [features_of(f"word {i}".encode(), f"{tap}32", view, NETWORK.widths[str(tap)]) for tap in taps]
+            parts = [
+                features_of(f"word {i}".encode(), f"{tap}32", view, NETWORK.widths[str(tap)])
+                for tap in taps
+            ]
             total += np.concatenate([part / np.linalg.norm(part) for part in parts]) / np.sqrt(2)
         expected.append(total / np.linalg.norm(total))
     for made in both_ways(encoder, source):
@@ -71,7 +76,11 @@ def test_whitening_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Whitened vectors are rotated, rescaled and at unit length again; the width follows."""
     galleries.install(monkeypatch.setattr)
     random = np.random.default_rng(0)
-    whitening = Whitening(random.normal(size=16).astype(np.float32), random.normal(size=(16, 5)).astype(np.float32), 0.1)
+    whitening = Whitening(
+        random.normal(size=16).astype(np.float32),
+        random.normal(size=(16, 5)).astype(np.float32),
+        0.1,
+    )
     encoder = dataclasses.replace(ENCODER, whitening=whitening)
     source = load_unlabelled(write(tmp_path / "p", {f"{i}.png": f"word {i}" for i in range(5)}))
     plain = both_ways(ENCODER, source)[0]
@@ -82,9 +91,12 @@ def test_whitening_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_faults_keep_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unreadable image among queries shifts no other; it and an image without direction have rows of zeros."""
+    """An unreadable image among queries shifts no other; it and an image without direction have
+    rows of zeros."""
     galleries.install(monkeypatch.setattr)
-    source = load_unlabelled(write(tmp_path / "p", {"0.png": "a", "1.png": "broken", "2.png": "zero", "3.png": "b"}))
+    source = load_unlabelled(
+        write(tmp_path / "p", {"0.png": "a", "1.png": "broken", "2.png": "zero", "3.png": "b"})
+    )
     shifted = Whitening(np.ones(16, np.float32), np.eye(16, dtype=np.float32), 0.0)
     for encoder in (dataclasses.replace(ENCODER, whitening=shifted), ENCODER):
         vectors, faults = encode.directly(encoder, source, encode.open_runners(encoder))
@@ -98,11 +110,12 @@ def test_a_row_of_zeros_stays_zero() -> None:
     np.testing.assert_allclose([[0.6, 0.8], [0, 0]], unit(np.array([[3, 4], [0, 0]], np.float32)))
 
 
-# ------------------------------------------------------------------------------------------------------------ manifest
+# ----------------------------------------------------------------------------------------- manifest
 
 
 def test_the_description_covers_everything() -> None:
-    """A change of anything that decides a vector changes its description, in the field that is named after it."""
+    """A change of anything that decides a vector changes its description, in the field that is
+    named after it."""
     size = dataclasses.replace(NETWORK, preprocess=dataclasses.replace(NETWORK.preprocess, size=64))
     whitening = Whitening(np.zeros(16, np.float32), np.eye(16, dtype=np.float32), 0.0)
     changes = {
@@ -125,7 +138,7 @@ def test_the_description_covers_everything() -> None:
     encode.check_manifest(base, json.loads(json.dumps(base)))
 
 
-# ------------------------------------------------------------------------------------------------------- real networks
+# ------------------------------------------------------------------------------------ real networks
 
 
 @pytest.fixture
@@ -133,7 +146,10 @@ def pictures(shapes: Path, tmp_path: Path) -> Path:
     """Eight drawn pictures."""
     for kind in ("circle", "square"):
         for i in range(4):
-            write_bytes(tmp_path / "drawn" / kind / f"{i}.png", (shapes / kind / f"{i:02d}.png").read_bytes())
+            write_bytes(
+                tmp_path / "drawn" / kind / f"{i}.png",
+                (shapes / kind / f"{i:02d}.png").read_bytes(),
+            )
     return tmp_path / "drawn"
 
 
@@ -144,16 +160,25 @@ def write_bytes(path: Path, data: bytes) -> Path:
 
 
 def test_random_weights_are_carried(pictures: Path, shapes: Path, tmp_path: Path) -> None:
-    """An index whose weights cannot be found elsewhere carries them; with the cache gone, queries are made by the same ones."""
+    """An index whose weights cannot be found elsewhere carries them; with the cache gone, queries
+    are made by the same ones."""
     index = tmp_path / "x.index"
-    encoder = encode.open_named(SMALL, "random", taps=(Tap("pooled"), Tap("stage2", pool="gem")), engine_name="torch", flip=True)
+    encoder = encode.open_named(
+        SMALL,
+        "random",
+        taps=(Tap("pooled"), Tap("stage2", pool="gem")),
+        engine_name="torch",
+        flip=True,
+    )
     maintenance.build([pictures], index, encoder)
     assert 1 == len(list((index / "network").glob("model-*.safetensors")))
     query = shapes / "circle" / "19.png"
     with Gallery(index) as gallery:
         found = gallery.encode(load_unlabelled([query]))[0]
         np.testing.assert_allclose(
-            encode.directly(encoder, load_unlabelled([query]), encode.open_runners(encoder))[0], found, atol=1e-5
+            encode.directly(encoder, load_unlabelled([query]), encode.open_runners(encoder))[0],
+            found,
+            atol=1e-5,
         )
         answers, _ = gallery.query(load_unlabelled([query]), 3)
     assert 3 == len(answers[0].hits)
@@ -169,7 +194,8 @@ def test_carried_weights_are_checked(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_weights_that_changed_elsewhere_are_refused(pictures: Path, tmp_path: Path) -> None:
-    """Where the weights of a name are no longer those of the index, a query that needs them says so."""
+    """Where the weights of a name are no longer those of the index, a query that needs them says
+    so."""
     index = tmp_path / "x.index"
     maintenance.build([pictures], index, encode.open_named(SMALL, "random", engine_name="torch"))
     with Gallery(index) as gallery:
@@ -181,7 +207,8 @@ def test_weights_that_changed_elsewhere_are_refused(pictures: Path, tmp_path: Pa
 
 
 def test_scales(pictures: Path, tmp_path: Path) -> None:
-    """Several scales are several input sizes of one network, averaged; the manifest holds them all, and queries follow."""
+    """Several scales are several input sizes of one network, averaged; the manifest holds them all,
+    and queries follow."""
     weights = tmp_path / "w.safetensors"
     create.save(catalog.open_named(SMALL, "random").load(), weights)
     encoder = encode.open_named(SMALL, str(weights), scales=(1.0, 0.5), engine_name="torch")
@@ -194,15 +221,21 @@ def test_scales(pictures: Path, tmp_path: Path) -> None:
         one = dataclasses.replace(encoder, networks=(network,), loads=(load,), scales=(1.0,))
         singles.append(encode.directly(one, source, encode.open_runners(one))[0])
     with Gallery(index) as gallery:
-        np.testing.assert_allclose(unit(singles[0] + singles[1]), gallery.encode(source)[0], atol=1e-5)
+        np.testing.assert_allclose(
+            unit(singles[0] + singles[1]), gallery.encode(source)[0], atol=1e-5
+        )
         _, ids = gallery.now.everything()
         assert (8, [1.0, 0.5]) == (len(ids), gallery.manifest["vector"]["scales"])
-    assert "cannot be loaded a second time" in refusal(encode.open_named, SMALL, "random", scales=(1.0, 0.5))
+    assert "cannot be loaded a second time" in refusal(
+        encode.open_named, SMALL, "random", scales=(1.0, 0.5)
+    )
 
 
 def test_unknown_taps_are_refused_before_work() -> None:
     """A tap that the network does not have is refused with those that it has."""
-    assert "stage99" in refusal(encode.open_named, SMALL, "random", taps=(Tap("stage99"),), engine_name="torch")
+    assert "stage99" in refusal(
+        encode.open_named, SMALL, "random", taps=(Tap("stage99"),), engine_name="torch"
+    )
 
 
 def finished_run(folder: Path, tiny: Backbone) -> Path:
@@ -212,13 +245,18 @@ def finished_run(folder: Path, tiny: Backbone) -> Path:
     linear = head.Head(taps, ("a", "b"), np.zeros((2, width), np.float32), np.zeros(2, np.float32))
     with run.open_run(folder, "made", "0" * 64) as made:
         create.save(tiny, made.path / "model.safetensors")
-        classifier.save(made.path, classifier.Classifier(tiny.network, linear, lambda: tiny, "torch", "float32"))
+        classifier.save(
+            made.path, classifier.Classifier(tiny.network, linear, lambda: tiny, "torch", "float32")
+        )
         made.finish({})
     return folder
 
 
-def test_a_run_goes_with_its_index(pictures: Path, shapes: Path, tiny: Backbone, tmp_path: Path) -> None:
-    """Built from a run, an index reads where the run's head reads, and carries the network: the run may go."""
+def test_a_run_goes_with_its_index(
+    pictures: Path, shapes: Path, tiny: Backbone, tmp_path: Path
+) -> None:
+    """Built from a run, an index reads where the run's head reads, and carries the network: the run
+    may go."""
     folder = finished_run(tmp_path / "run", tiny)
     index = tmp_path / "x.index"
     encoder = encode.open_run(folder)
@@ -226,13 +264,18 @@ def test_a_run_goes_with_its_index(pictures: Path, shapes: Path, tiny: Backbone,
     query = load_unlabelled([shapes / "circle" / "19.png"])
     expected = encode.directly(encoder, query, encode.open_runners(encoder))[0]
     with Gallery(index) as gallery:
-        assert (["pooled", "stage2"], ()) == (gallery.manifest["vector"]["taps"], gallery.warnings())
+        assert (["pooled", "stage2"], ()) == (
+            gallery.manifest["vector"]["taps"],
+            gallery.warnings(),
+        )
         (folder / "run.json").write_text((folder / "run.json").read_text() + "\n")
         assert "trained again" in gallery.warnings()[0]
         shutil.rmtree(folder)
         assert () == gallery.warnings()
         np.testing.assert_allclose(expected, gallery.encode(query)[0], atol=1e-5)
-    assert [Tap("stage1")] == list(encode.open_run(finished_run(tmp_path / "two", tiny), taps=[Tap("stage1")]).taps)
+    assert [Tap("stage1")] == list(
+        encode.open_run(finished_run(tmp_path / "two", tiny), taps=[Tap("stage1")]).taps
+    )
 
 
 def test_gem_and_rmac(pictures: Path, tiny: Backbone) -> None:
@@ -240,31 +283,57 @@ def test_gem_and_rmac(pictures: Path, tiny: Backbone) -> None:
     width = tiny.network.width(Tap("stage3"))
     made = []
     for pool in ("mean", "gem", "rmac"):
-        encoder = Encoder((tiny.network,), (lambda: tiny,), (Tap("stage3", pool=pool),), engine="torch", precision="float32")
-        made.append(encode.directly(encoder, load_unlabelled(pictures), encode.open_runners(encoder))[0])
+        encoder = Encoder(
+            (tiny.network,),
+            (lambda: tiny,),
+            (Tap("stage3", pool=pool),),
+            engine="torch",
+            precision="float32",
+        )
+        made.append(
+            encode.directly(encoder, load_unlabelled(pictures), encode.open_runners(encoder))[0]
+        )
         assert (8, width) == made[-1].shape
     assert not np.allclose(made[0], made[1], atol=1e-3)
     assert not np.allclose(made[1], made[2], atol=1e-3)
 
 
-def test_whitening_of_a_gallery(pictures: Path, shapes: Path, tiny: Backbone, tmp_path: Path) -> None:
-    """A whitening is fitted at the build, stored with a digest, and used for queries and additions."""
+def test_whitening_of_a_gallery(
+    pictures: Path, shapes: Path, tiny: Backbone, tmp_path: Path
+) -> None:
+    """A whitening is fitted at the build, stored with a digest, and used for queries and
+    additions."""
     index = tmp_path / "x.index"
-    encoder = Encoder((tiny.network,), (lambda: tiny,), (Tap("stage3"),), engine="torch", precision="float32")
-    maintenance.build(
-        [pictures], index, dataclasses.replace(encoder, save_weights=lambda path: create.save(tiny, path)), whiten=4
+    encoder = Encoder(
+        (tiny.network,), (lambda: tiny,), (Tap("stage3"),), engine="torch", precision="float32"
     )
-    assert {"whitening-1.safetensors", "model-1.safetensors"} == {path.name for path in (index / "network").iterdir()}
+    maintenance.build(
+        [pictures],
+        index,
+        dataclasses.replace(encoder, save_weights=lambda path: create.save(tiny, path)),
+        whiten=4,
+    )
+    assert {"whitening-1.safetensors", "model-1.safetensors"} == {
+        path.name for path in (index / "network").iterdir()
+    }
     maintenance.add(index, [shapes / "triangle"])
     with Gallery(index) as gallery:
         again = encode.from_manifest(index, gallery.manifest)
         plain = encode.directly(
-            dataclasses.replace(again, whitening=None), load_unlabelled(pictures), encode.open_runners(again)
+            dataclasses.replace(again, whitening=None),
+            load_unlabelled(pictures),
+            encode.open_runners(again),
         )[0]
         assert again.whitening is not None
-        np.testing.assert_allclose(unit(again.whitening(plain)), gallery.encode(load_unlabelled(pictures))[0], atol=1e-5)
+        np.testing.assert_allclose(
+            unit(again.whitening(plain)), gallery.encode(load_unlabelled(pictures))[0], atol=1e-5
+        )
         positions, _ = gallery.now.everything()
         assert (28, 4) == gallery.now.vectors(positions).shape
-        answers, _ = gallery.query(load_unlabelled([pictures / "circle" / "0.png"]), 1, keep_self=True)
+        answers, _ = gallery.query(
+            load_unlabelled([pictures / "circle" / "0.png"]), 1, keep_self=True
+        )
     assert 1.0 == pytest.approx(answers[0].hits[0].score)
-    assert "dimensions" in refusal(maintenance.build, [pictures], index, encoder, whiten=50, force=True)
+    assert "dimensions" in refusal(
+        maintenance.build, [pictures], index, encoder, whiten=50, force=True
+    )

@@ -1,4 +1,5 @@
-"""Crop or squash: what a gallery's network sees of a picture, how that is chosen, and that everything later follows it."""
+"""Crop or squash: what a gallery's network sees of a picture, how that is chosen, and that
+everything later follows it."""
 
 from __future__ import annotations
 
@@ -31,7 +32,11 @@ from retrieval.gallery import Gallery
 def encoder(tiny: Backbone) -> Encoder:
     """A small network with random weights, which looks at the centre."""
     taps = (Tap("pooled"),)
-    how: dict[str, Any] = {"engine": "torch", "precision": "float32", "save_weights": lambda path: create.save(tiny, path)}
+    how: dict[str, Any] = {
+        "engine": "torch",
+        "precision": "float32",
+        "save_weights": lambda path: create.save(tiny, path),
+    }
     return Encoder((tiny.network,), (lambda: tiny,), taps, **how)
 
 
@@ -44,7 +49,9 @@ def store() -> Iterator[Store]:
 
 def blobs(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """Coloured patches that differ from one drawing to the next."""
-    return Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
 
 
 def brighter(image: Image.Image, by: float) -> Image.Image:
@@ -52,7 +59,8 @@ def brighter(image: Image.Image, by: float) -> Image.Image:
 
 
 def wide(root: Path, kinds: int = 12, each: int = 2, *, nested: bool = True) -> Path:
-    """Wide pictures with one middle; the ends tell the kinds apart, of which there are `each` pictures, a shade apart."""
+    """Wide pictures with one middle; the ends tell the kinds apart, of which there are `each`
+    pictures, a shade apart."""
     rng = np.random.default_rng(0)
     middle = blobs(rng, 120, 80)
     for kind in range(kinds):
@@ -91,20 +99,28 @@ def refusal(call: Any, *args: Any, **how: Any) -> str:
     return str(caught.value)
 
 
-# -------------------------------------------------------------------------------------------------------------- choosing
+# ----------------------------------------------------------------------------------------- choosing
 
 
 def test_wide_pictures_are_seen_whole(encoder: Encoder, tmp_path: Path) -> None:
-    """Pictures with one middle and different ends: auto sees the ends, each finds its own kind, none is another's duplicate."""
+    """Pictures with one middle and different ends: auto sees the ends, each finds its own kind,
+    none is another's duplicate."""
     said: list[str] = []
-    photos, whole, crop = wide(tmp_path / "photos"), tmp_path / "whole.index", tmp_path / "crop.index"
+    photos, whole, crop = (
+        wide(tmp_path / "photos"),
+        tmp_path / "whole.index",
+        tmp_path / "crop.index",
+    )
     maintenance.build([photos], whole, encoder, frame="auto", say=said.append)
     maintenance.build([photos], crop, encoder, frame="crop")
     success = []
     for index in (whole, crop):
         with Gallery(index) as gallery:
             success.append(evaluate.by_folder(gallery).metrics["success@1"].value)
-            groups = [{path.split("/")[0] for path in group["paths"]} for group in evaluate.duplicates(gallery, 0.99)]
+            groups = [
+                {path.split("/")[0] for path in group["paths"]}
+                for group in evaluate.duplicates(gallery, 0.99)
+            ]
             assert all(len(kinds) == 1 for kinds in groups) == (index == whole)
     assert 1.0 == success[0]
     assert success[1] < 0.2
@@ -114,7 +130,8 @@ def test_wide_pictures_are_seen_whole(encoder: Encoder, tmp_path: Path) -> None:
 
 
 def test_wide_pictures_without_classes(encoder: Encoder, store: Store, tmp_path: Path) -> None:
-    """Without folders, altered copies of the pictures tell the same: only the whole of a picture finds it."""
+    """Without folders, altered copies of the pictures tell the same: only the whole of a picture
+    finds it."""
     found = chosen(encoder, wide(tmp_path / "photos", 30, 1, nested=False), store)
     assert "squash" == found.name
     assert "altered copies find 30 pictures first in" in found.why
@@ -122,17 +139,21 @@ def test_wide_pictures_without_classes(encoder: Encoder, store: Store, tmp_path:
 
 
 def test_classes_can_choose_the_crop(encoder: Encoder, store: Store, tmp_path: Path) -> None:
-    """Where folders name what is in the middle and the ends are clutter, the crop finds better and is taken, with numbers."""
+    """Where folders name what is in the middle and the ends are clutter, the crop finds better and
+    is taken, with numbers."""
     found = chosen(encoder, cluttered(tmp_path / "photos"), store)
     assert ("crop", True) == (found.name, "in the crop mAP" in found.why)
 
 
-def test_square_pictures_keep_the_crop(encoder: Encoder, store: Store, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the crop costs next to nothing nothing is measured: the weights' own transform stays."""
+def test_square_pictures_keep_the_crop(
+    encoder: Encoder, store: Store, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the crop costs next to nothing nothing is measured: the weights' own transform
+    stays."""
     monkeypatch.setattr(encode, "from_store", lambda *args: pytest.fail("measured"))
-    assert Frame("crop", "for their shape the crop loses 0% of the pictures, which are nearly square") == (
-        chosen(encoder, shapes, store)
-    )
+    assert Frame(
+        "crop", "for their shape the crop loses 0% of the pictures, which are nearly square"
+    ) == (chosen(encoder, shapes, store))
 
 
 def test_too_few_pictures(encoder: Encoder, store: Store, tmp_path: Path) -> None:
@@ -142,7 +163,10 @@ def test_too_few_pictures(encoder: Encoder, store: Store, tmp_path: Path) -> Non
     for i in range(20):
         (tmp_path / "few" / f"bad{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken" + bytes([i]))
     found = chosen(encoder, tmp_path / "few", store)
-    assert ("squash", True) == (found.name, "too few readable ones to measure more: 10" in found.why)
+    assert ("squash", True) == (
+        found.name,
+        "too few readable ones to measure more: 10" in found.why,
+    )
 
 
 def test_unreadable_pictures_do_not_disturb(encoder: Encoder, store: Store, tmp_path: Path) -> None:
@@ -151,11 +175,14 @@ def test_unreadable_pictures_do_not_disturb(encoder: Encoder, store: Store, tmp_
     before = chosen(encoder, photos, store)
     (photos / "bad.png").write_bytes(b"broken")
     assert before.name == chosen(encoder, photos, store).name
-    assert "1 bad image: bad.png" in refusal(maintenance.build, [photos], tmp_path / "x.index", encoder, frame="auto")
+    assert "1 bad image: bad.png" in refusal(
+        maintenance.build, [photos], tmp_path / "x.index", encoder, frame="auto"
+    )
 
 
 def test_the_sample_holds_mates(encoder: Encoder) -> None:
-    """Of very many classes as many pictures are drawn as can find each other; single pictures and one class say nothing."""
+    """Of very many classes as many pictures are drawn as can find each other; single pictures and
+    one class say nothing."""
     labels = np.repeat(np.arange(1000), 3)
     part = frame._drawn(labels, np.ones(3000, dtype=np.bool_), 0)
     assert frame.SAMPLE == len(part)
@@ -165,8 +192,11 @@ def test_the_sample_holds_mates(encoder: Encoder) -> None:
     assert 0 == len(frame._drawn(np.zeros(50, np.int64), np.ones(50, dtype=np.bool_), 0))
 
 
-def test_the_measure_is_not_made_twice(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The features of the sample in the chosen frame are those of the gallery: the store has them when it is built."""
+def test_the_measure_is_not_made_twice(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The features of the sample in the chosen frame are those of the gallery: the store has them
+    when it is built."""
     decoded: list[int] = []
     stream = extraction.stream
 
@@ -179,12 +209,15 @@ def test_the_measure_is_not_made_twice(encoder: Encoder, tmp_path: Path, monkeyp
     assert [24, 24] == decoded
 
 
-# ------------------------------------------------------------------------------------------------------- what was asked
+# ----------------------------------------------------------------------------------- what was asked
 
 
 @pytest.mark.parametrize("asked", ["crop", "squash", "whole"])
-def test_the_frame_is_recorded_and_followed(encoder: Encoder, tiny: Backbone, store: Store, tmp_path: Path, asked: str) -> None:
-    """A gallery remembers its frame: queries, additions and syncs look in the same way, and info says it."""
+def test_the_frame_is_recorded_and_followed(
+    encoder: Encoder, tiny: Backbone, store: Store, tmp_path: Path, asked: str
+) -> None:
+    """A gallery remembers its frame: queries, additions and syncs look in the same way, and info
+    says it."""
     index, photos = tmp_path / "x.index", wide(tmp_path / "photos")
     maintenance.build([photos], index, encoder, frame=asked)
     (photos / "00/new.png").write_bytes((photos / "03/0.png").read_bytes() + b" ")
@@ -199,24 +232,32 @@ def test_the_frame_is_recorded_and_followed(encoder: Encoder, tiny: Backbone, st
         ids = list(extraction.digests(load_unlabelled(more), store))
         known = gallery.positions(ids)
         expected = encode.directly(own, load_unlabelled(more), encode.open_runners(own))[0]
-        np.testing.assert_allclose(expected, gallery.now.vectors(np.array([known[i] for i in ids])), atol=1e-5)
+        np.testing.assert_allclose(
+            expected, gallery.now.vectors(np.array([known[i] for i in ids])), atol=1e-5
+        )
         np.testing.assert_allclose(expected, gallery.encode(load_unlabelled(more))[0], atol=1e-5)
         assert encode.describe(own) == gallery.manifest["vector"]
 
 
 def test_galleries_without_a_record(encoder: Encoder, tmp_path: Path) -> None:
-    """What version 0.1.0 made has no frame in its manifest: it is the crop, described as it always was."""
+    """What version 0.1.0 made has no frame in its manifest: it is the crop, described as it always
+    was."""
     index = tmp_path / "x.index"
     maintenance.build([wide(tmp_path / "photos")], index, encoder)
     with Gallery(index) as gallery:
         manifest = {key: value for key, value in gallery.manifest.items() if key != "frame"}
         assert "crop" == encode.frame_words(manifest)
-        assert encode.describe(encoder) == manifest["vector"] == encode.describe(encode.from_manifest(index, manifest))
+        assert (
+            encode.describe(encoder)
+            == manifest["vector"]
+            == encode.describe(encode.from_manifest(index, manifest))
+        )
         assert "frame" not in manifest["vector"]
 
 
 def test_a_run_brings_its_frame(tiny: Backbone, tmp_path: Path) -> None:
-    """With a run, its frame is taken at every scale; another one beside it is refused, the same is not."""
+    """With a run, its frame is taken at every scale; another one beside it is refused, the same is
+    not."""
     network = catalog.framed(tiny.network, "whole")
     folder = finished_run(tmp_path / "run", dataclasses.replace(tiny, network=network))
     encoder = encode.open_run(folder, scales=(1.0, 0.5), engine_name="torch")
@@ -231,14 +272,25 @@ def test_a_run_brings_its_frame(tiny: Backbone, tmp_path: Path) -> None:
     assert "looks at pictures in the frame 'squash', not 'crop'" in (
         refusal(maintenance.build, [photos], tmp_path / "y.index", encoder, frame="crop")
     )
-    assert "choose auto, crop or squash" in refusal(maintenance.build, [photos], tmp_path / "y.index", encoder, frame="round")
+    assert "choose auto, crop or squash" in refusal(
+        maintenance.build, [photos], tmp_path / "y.index", encoder, frame="round"
+    )
 
 
 def test_the_command_says_what_it_chose(tmp_path: Path) -> None:
-    """`retrieve build` measures by itself and says the result in one line on stderr; --frame decides without a word."""
+    """`retrieve build` measures by itself and says the result in one line on stderr; --frame
+    decides without a word."""
     photos = wide(tmp_path / "photos")
     how = ["--backbone", "test_efficientnet", "--weights", "random", "--engine", "torch"]
-    done = CliRunner().invoke(cli, ["build", str(photos), "-o", str(tmp_path / "x.index"), *how], catch_exceptions=False)
-    assert [True] == [line.startswith("frame      squash: mAP") for line in done.stderr.splitlines() if "frame  " in line]
-    done = CliRunner().invoke(cli, ["build", str(photos), "-o", str(tmp_path / "y.index"), *how, "--frame", "crop"])
+    done = CliRunner().invoke(
+        cli, ["build", str(photos), "-o", str(tmp_path / "x.index"), *how], catch_exceptions=False
+    )
+    assert [True] == [
+        line.startswith("frame      squash: mAP")
+        for line in done.stderr.splitlines()
+        if "frame  " in line
+    ]
+    done = CliRunner().invoke(
+        cli, ["build", str(photos), "-o", str(tmp_path / "y.index"), *how, "--frame", "crop"]
+    )
     assert ("", 0) == (done.stderr, done.exit_code)

@@ -1,4 +1,5 @@
-"""What a gallery answers: exact cosines, the query left out by its digest, k results whatever is left out."""
+"""What a gallery answers: exact cosines, the query left out by its digest, k results whatever is
+left out."""
 
 from __future__ import annotations
 
@@ -55,20 +56,26 @@ def refusal(call: object, *args: object, **how: object) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- ranking
+# ------------------------------------------------------------------------------------------ ranking
 
 
 def test_answers_are_those_of_numpy(opened: Gallery, photos: Path, tmp_path: Path) -> None:
-    """The ten best are those that numpy finds by comparing everything, with their cosines, best first."""
+    """The ten best are those that numpy finds by comparing everything, with their cosines, best
+    first."""
     query = write(tmp_path, {"query.png": "near:word 3:q"}) / "query.png"
-    contents = {file.name if file.parent == photos else f"near/{file.name}": file.read_text() for file in photos.rglob("*.png")}
+    contents = {
+        file.name if file.parent == photos else f"near/{file.name}": file.read_text()
+        for file in photos.rglob("*.png")
+    }
     table = np.stack([vector_of(content) for content in contents.values()]).astype(np.float64)
     scores = dict(zip(contents, table @ vector_of("near:word 3:q").astype(np.float64), strict=True))
     del scores["copy.png"]  # the same image as 0000.png
     expected = sorted(scores, key=lambda name: -scores[name])[:10]
     (answer,) = ask(opened, query)
     assert expected == paths(answer)
-    np.testing.assert_allclose([scores[name] for name in expected], [hit.score for hit in answer.hits], atol=1e-6)
+    np.testing.assert_allclose(
+        [scores[name] for name in expected], [hit.score for hit in answer.hits], atol=1e-6
+    )
 
 
 def test_one_image_is_one_hit_with_its_paths(opened: Gallery, tmp_path: Path) -> None:
@@ -102,7 +109,9 @@ def test_more_than_there_are(opened: Gallery, photos: Path) -> None:
     assert all(-1 <= hit.score <= 1 for hit in answer.hits)
 
 
-@pytest.mark.parametrize("bad", [np.zeros((1, 16)), np.full((1, 16), np.nan), np.ones((1, 15)), np.ones(16)])
+@pytest.mark.parametrize(
+    "bad", [np.zeros((1, 16)), np.full((1, 16), np.nan), np.ones((1, 15)), np.ones(16)]
+)
 def test_queries_without_direction_are_refused(opened: Gallery, bad: np.ndarray) -> None:
     """Zero, NaN and vectors of another width are refused, and answer nothing."""
     refusal(opened.search, bad)
@@ -117,17 +126,25 @@ def test_blocks_do_not_show(opened: Gallery, photos: Path, monkeypatch: pytest.M
     assert expected == ask(opened, *files, k=7)
 
 
-# ---------------------------------------------------------------------------------------------------------- the query
+# ---------------------------------------------------------------------------------------- the query
 
 
-def test_a_copy_of_the_query_comes_first_and_is_marked(asked: Asked, opened: Gallery, photos: Path, tmp_path: Path) -> None:
-    """The same bytes under another name are the first hit, with all paths, also above a threshold; no network is asked."""
+def test_a_copy_of_the_query_comes_first_and_is_marked(
+    asked: Asked, opened: Gallery, photos: Path, tmp_path: Path
+) -> None:
+    """The same bytes under another name are the first hit, with all paths, also above a threshold;
+    no network is asked."""
     query = write(tmp_path, {"renamed.png": "word 0"}) / "renamed.png"
     asked.contents.clear()
     for how in ({"k": 1}, {"k": 3, "threshold": 1.0}, {"k": 3, "keep_self": True}):
         (answer,) = ask(opened, query, **how)
         best = answer.hits[0]
-        assert ("0000.png", ("copy.png",), True, 1.0) == (best.path, best.also, best.same, best.score)
+        assert ("0000.png", ("copy.png",), True, 1.0) == (
+            best.path,
+            best.also,
+            best.same,
+            best.score,
+        )
         assert {"same": True}.items() <= best.to_json().items()
         assert not any(hit.same for hit in answer.hits[1:])
     assert "0000.png  (the same file)\n          = copy.png  (the same file)" in answer.to_text()
@@ -135,14 +152,30 @@ def test_a_copy_of_the_query_comes_first_and_is_marked(asked: Asked, opened: Gal
 
 
 def test_only_the_very_path_is_left_out(opened: Gallery, photos: Path, tmp_path: Path) -> None:
-    """A query that is in the gallery leaves out its own path alone, on whatever way it is reached; its copy comes first."""
+    """A query that is in the gallery leaves out its own path alone, on whatever way it is reached;
+    its copy comes first."""
     (tmp_path / "linked").symlink_to(photos)
-    for query in (photos / "0000.png", tmp_path / "linked" / "0000.png", photos / "near" / ".." / "0000.png"):
+    for query in (
+        photos / "0000.png",
+        tmp_path / "linked" / "0000.png",
+        photos / "near" / ".." / "0000.png",
+    ):
         (answer,) = ask(opened, query, k=3)
-        assert ["copy.png", "near/1.png", "near/2.png"] == [answer.hits[0].path, *sorted(paths(answer)[1:])]
-        assert ((), True, "0000.png" in answer.to_text().partition("\n")[2]) == (answer.hits[0].also, answer.hits[0].same, False)
+        assert ["copy.png", "near/1.png", "near/2.png"] == [
+            answer.hits[0].path,
+            *sorted(paths(answer)[1:]),
+        ]
+        assert ((), True, "0000.png" in answer.to_text().partition("\n")[2]) == (
+            answer.hits[0].also,
+            answer.hits[0].same,
+            False,
+        )
     (own,) = ask(opened, photos / "0000.png", k=1, keep_self=True)
-    assert ("0000.png", ("copy.png",), True) == (own.hits[0].path, own.hits[0].also, own.hits[0].same)
+    assert ("0000.png", ("copy.png",), True) == (
+        own.hits[0].path,
+        own.hits[0].also,
+        own.hits[0].same,
+    )
     (alone,) = ask(opened, photos / "0001.png", k=50)
     assert (41, False) == (len(alone.hits), any(hit.same for hit in alone.hits))
 
@@ -150,17 +183,24 @@ def test_only_the_very_path_is_left_out(opened: Gallery, photos: Path, tmp_path:
 def test_a_copy_comes_first_whatever_the_search_proposes(
     opened: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An approximate search that misses the copy, a tie with it and an expansion do not keep it from the first place."""
+    """An approximate search that misses the copy, a tie with it and an expansion do not keep it
+    from the first place."""
     query = write(tmp_path, {"renamed.png": "word 0"}) / "renamed.png"
     assert opened.query(load_unlabelled(query), 2, expand=2)[0][0].hits[0].same
     nearest = opened.nearest
-    monkeypatch.setattr(opened, "nearest", lambda vectors, m: [row[row != 0] for row in nearest(vectors, m)])
+    monkeypatch.setattr(
+        opened, "nearest", lambda vectors, m: [row[row != 0] for row in nearest(vectors, m)]
+    )
     (answer,) = ask(opened, query, k=2, collapse=0.9)
-    assert ("0000.png", {"near/1.png", "near/2.png"}) == (answer.hits[0].path, set(answer.hits[0].similar))
+    assert ("0000.png", {"near/1.png", "near/2.png"}) == (
+        answer.hits[0].path,
+        set(answer.hits[0].similar),
+    )
 
 
 def test_a_tie_with_the_query_is_not_the_query(index: Path, photos: Path) -> None:
-    """Another file with the same vector is a result, also when it stands before the query itself."""
+    """Another file with the same vector is a result, also when it stands before the query
+    itself."""
     features_of.cache_clear()
     write(photos, {"tie.png": "near:word 0:1 "})
     maintenance.sync(index)
@@ -171,18 +211,27 @@ def test_a_tie_with_the_query_is_not_the_query(index: Path, photos: Path) -> Non
 
 def test_several_images_are_one_query(opened: Gallery, photos: Path) -> None:
     """With `together` the vectors are averaged, and all the query's own images are left out."""
-    (answer,) = ask(opened, photos / "0001.png", photos / "0002.png", k=3, together=True, names=["x", "y"])
+    (answer,) = ask(
+        opened, photos / "0001.png", photos / "0002.png", k=3, together=True, names=["x", "y"]
+    )
     mean = (vector_of("word 1") + vector_of("word 2")) / 2
     (expected,) = opened.search(mean[None], 5)
-    assert [hit.path for hit in expected if hit.path not in ("0001.png", "0002.png")] == paths(answer)
+    assert [hit.path for hit in expected if hit.path not in ("0001.png", "0002.png")] == paths(
+        answer
+    )
     assert ("x + y", ("x", "y")) == (answer.query, answer.parts)
 
 
 def test_copies_of_several_images(opened: Gallery, photos: Path, tmp_path: Path) -> None:
-    """With `together`, a path of any of the query's files is left out, and copies of them come first."""
+    """With `together`, a path of any of the query's files is left out, and copies of them come
+    first."""
     copy = write(tmp_path, {"renamed.png": "word 1"}) / "renamed.png"
     (answer,) = ask(opened, photos / "0000.png", copy, k=3, together=True)
-    assert [{"copy.png", "0001.png"}, True, False] == [set(paths(answer)[:2]), answer.hits[1].same, answer.hits[2].same]
+    assert [{"copy.png", "0001.png"}, True, False] == [
+        set(paths(answer)[:2]),
+        answer.hits[1].same,
+        answer.hits[2].same,
+    ]
     assert answer.hits[0].score < 1
     (both,) = ask(opened, photos / "0000.png", photos / "copy.png", k=3, together=True)
     assert not {"0000.png", "copy.png"} & set(paths(both))
@@ -196,16 +245,21 @@ def test_unreadable_queries(opened: Gallery, tmp_path: Path) -> None:
     source = load_unlabelled(tmp_path / "q")
     assert "bad.png" in refusal(opened.query, source)
     answers, faults = opened.query(source, on_bad="skip")
-    assert (["good.png"], ["bad.png"]) == ([answer.query for answer in answers], [fault.path for fault in faults])
+    assert (["good.png"], ["bad.png"]) == (
+        [answer.query for answer in answers],
+        [fault.path for fault in faults],
+    )
 
 
 def test_bytes_in_memory(opened: Gallery) -> None:
     """An image need not be a file: a page's upload is a query like any other."""
-    upload = ImageSet("upload", Path(), ("upload",), np.array([-1]), (), source=lambda _: b"near:word 9:upload")
+    upload = ImageSet(
+        "upload", Path(), ("upload",), np.array([-1]), (), source=lambda _: b"near:word 9:upload"
+    )
     assert "0009.png" == opened.query(upload, 1)[0][0].hits[0].path
 
 
-# ------------------------------------------------------------------------------------------------------ better matches
+# ----------------------------------------------------------------------------------- better matches
 
 
 def test_threshold(opened: Gallery, photos: Path) -> None:
@@ -226,7 +280,8 @@ def test_collapse(opened: Gallery, tmp_path: Path) -> None:
 
 
 def test_everything_collapses(tmp_path: Path) -> None:
-    """When all candidates of the first round collapse into one, more are asked for until k are left."""
+    """When all candidates of the first round collapse into one, more are asked for until k are
+    left."""
     near = {f"near/{i:03d}.png": f"near:word 0:{i}" for i in range(100)}
     photos = write(tmp_path / "p", near | words(3))
     maintenance.build([photos], tmp_path / "p.index", ENCODER)
@@ -236,40 +291,57 @@ def test_everything_collapses(tmp_path: Path) -> None:
 
 
 def test_query_expansion(opened: Gallery, photos: Path) -> None:
-    """Average query expansion searches with the mean of the query and its first hits, the query's own image left out."""
+    """Average query expansion searches with the mean of the query and its first hits, the query's
+    own image left out."""
     near = [vector_of("near:word 0:1"), vector_of("near:word 0:2")]
     mean = vector_of("word 0") + near[0] + near[1]
     (expected,) = opened.search(mean[None], 6)
     (answer,) = ask(opened, photos / "0000.png", k=6, expand=2)
     others = [hit for hit in expected if hit.path != "0000.png"]
     assert ["copy.png", *(hit.path for hit in others)] == paths(answer)
-    np.testing.assert_allclose([hit.score for hit in others], [hit.score for hit in answer.hits[1:]], atol=1e-6)
+    np.testing.assert_allclose(
+        [hit.score for hit in others], [hit.score for hit in answer.hits[1:]], atol=1e-6
+    )
     assert ask(opened, photos / "0000.png", k=6)[0].hits[1].score < answer.hits[1].score
 
 
-# ---------------------------------------------------------------------------------------------- the truth of the match
+# --------------------------------------------------------------------------- the truth of the match
 
 
 def test_other_vectors_are_refused_by_field(opened: Gallery) -> None:
-    """Vectors that were made otherwise are refused, and the message names the field and both values."""
+    """Vectors that were made otherwise are refused, and the message names the field and both
+    values."""
     about = opened.manifest["vector"]
     opened.search(vector_of("word 1")[None], made_by=about)
-    for field, value in {"weights": "1" * 64, "taps": ["stage1"], "precision": "bf16", "normalisation": "none"}.items():
+    for field, value in {
+        "weights": "1" * 64,
+        "taps": ["stage1"],
+        "precision": "bf16",
+        "normalisation": "none",
+    }.items():
         message = refusal(opened.search, vector_of("word 1")[None], made_by=about | {field: value})
         assert f"{field} differs" in message
         assert str(about[field])[:20].strip("[]'") in message
 
 
-def test_a_newer_decoder_is_refused(opened: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A version of this program that decodes otherwise refuses to mix its vectors with the old ones."""
+def test_a_newer_decoder_is_refused(
+    opened: Gallery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version of this program that decodes otherwise refuses to mix its vectors with the old
+    ones."""
     query = write(tmp_path, {"query.png": "new"}) / "query.png"
     monkeypatch.setattr(encode.decode, "FORMAT", 99)
     assert "decoder differs" in refusal(ask, opened, query)
 
 
-def test_a_missing_engine_is_refused(index: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An index made with OpenVINO says how to get it where it is not installed; stored vectors are still searched."""
-    maintenance.build([photos], tmp_path / "v.index", encode.dataclasses.replace(ENCODER, engine="openvino"))
+def test_a_missing_engine_is_refused(
+    index: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index made with OpenVINO says how to get it where it is not installed; stored vectors are
+    still searched."""
+    maintenance.build(
+        [photos], tmp_path / "v.index", encode.dataclasses.replace(ENCODER, engine="openvino")
+    )
     monkeypatch.setattr(encode.engine, "has_openvino", lambda: False)
     query = write(tmp_path, {"query.png": "new"}) / "query.png"
     with Gallery(tmp_path / "v.index") as gallery:
@@ -280,7 +352,8 @@ def test_a_missing_engine_is_refused(index: Path, photos: Path, tmp_path: Path, 
 
 
 def test_a_retrained_run_makes_the_index_stale(photos: Path, tmp_path: Path) -> None:
-    """When the run at its path was trained again, the gallery says so; a run that is gone is no fault."""
+    """When the run at its path was trained again, the gallery says so; a run that is gone is no
+    fault."""
     run = tmp_path / "run"
     write(run, {"run.json": "{}"})
     encoder = encode.dataclasses.replace(ENCODER, run=(str(run), encode.run_digest(run)))
@@ -294,7 +367,7 @@ def test_a_retrained_run_makes_the_index_stale(photos: Path, tmp_path: Path) -> 
         assert () == gallery.warnings()
 
 
-# ----------------------------------------------------------------------------------------------------- a long-lived one
+# --------------------------------------------------------------------------------- a long-lived one
 
 
 def test_refresh(index: Path, photos: Path) -> None:
@@ -310,7 +383,8 @@ def test_refresh(index: Path, photos: Path) -> None:
 
 
 def test_only_files_of_the_registry(opened: Gallery, photos: Path) -> None:
-    """A file is found by the id of its image alone; a file that is gone, and an unknown id, give nothing."""
+    """A file is found by the id of its image alone; a file that is gone, and an unknown id, give
+    nothing."""
     number = ask(opened, photos / "0000.png", k=1, keep_self=True)[0].hits[0].id
     assert (photos / "0000.png", None) == (opened.file(number), opened.file(10**6))
     (photos / "0000.png").unlink()
@@ -349,7 +423,10 @@ def test_threads_share_a_gallery(opened: Gallery, photos: Path) -> None:
 
 
 def test_info(opened: Gallery, photos: Path) -> None:
-    """`info` counts images, paths and bytes, and says where they come from and how they are searched."""
+    """`info` counts images, paths and bytes, and says where they come from and how they are
+    searched."""
     about = opened.info()
-    assert (42, 43, "exact", str(photos), ["."]) == tuple(about[key] for key in ("images", "paths", "search", "root", "folders"))
+    assert (42, 43, "exact", str(photos), ["."]) == tuple(
+        about[key] for key in ("images", "paths", "search", "root", "folders")
+    )
     assert 42 * 16 * 4 == about["bytes"]

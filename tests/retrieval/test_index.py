@@ -1,4 +1,5 @@
-"""The index on vectors: exact where it says so, its recall as measured, removed rows never shown, damage refused."""
+"""The index on vectors: exact where it says so, its recall as measured, removed rows never shown,
+damage refused."""
 
 from __future__ import annotations
 
@@ -23,7 +24,14 @@ Rows = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 EXACT = ("Flat", "SQfp16")
-APPROXIMATE = ("SQ8", "HNSW16", "IVF32,Flat", "IVF32,PQ16x4fs", "IVF32,PQ16x4fs,Refine(SQfp16)", "IVF32,PQ16x4fs,Refine(SQ8)")
+APPROXIMATE = (
+    "SQ8",
+    "HNSW16",
+    "IVF32,Flat",
+    "IVF32,PQ16x4fs",
+    "IVF32,PQ16x4fs,Refine(SQfp16)",
+    "IVF32,PQ16x4fs,Refine(SQ8)",
+)
 KINDS = (*EXACT, *APPROXIMATE)
 
 
@@ -76,12 +84,15 @@ def refusal(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- exact
+# -------------------------------------------------------------------------------------------- exact
 
 
 @pytest.mark.parametrize("batch", [1, 4, 5, 60])
-def test_flat_and_exact_are_numpys_ranking(table: Rows, queries: Rows, made: dict[str, Index], batch: int) -> None:
-    """The ten nearest of each query, for one query and for many, whichever way the products are computed."""
+def test_flat_and_exact_are_numpys_ranking(
+    table: Rows, queries: Rows, made: dict[str, Index], batch: int
+) -> None:
+    """The ten nearest of each query, for one query and for many, whichever way the products are
+    computed."""
     truth, order = by_hand(table, queries, 10)
     for start in range(0, 60, batch):
         part = queries[start : start + batch]
@@ -91,8 +102,11 @@ def test_flat_and_exact_are_numpys_ranking(table: Rows, queries: Rows, made: dic
             assert all(10 == len(set(line)) for line in positions.tolist())
 
 
-def test_exact_search_goes_block_by_block(table: Rows, queries: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answer whatever the blocks, with a table that stays on the disk, and with rows left out."""
+def test_exact_search_goes_block_by_block(
+    table: Rows, queries: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same answer whatever the blocks, with a table that stays on the disk, and with rows left
+    out."""
     whole = exact(table, queries, 10)
     gone = np.unique(whole[1][:, :3])
     left = exact(table, queries, 10, exclude=gone)
@@ -118,7 +132,8 @@ def test_answers_are_in_order(queries: Rows, made: dict[str, Index], name: str) 
 
 @each_kind
 def test_every_row_can_be_found(table: Rows, made: dict[str, Index], name: str) -> None:
-    """Rows that were held out as queries while the index was built have their own positions again."""
+    """Rows that were held out as queries while the index was built have their own positions
+    again."""
     _, positions = made[name].search(table, 1)
 
     tolerance = {"HNSW16": 0.98, "IVF32,PQ16x4fs": 0.5}.get(name, 1.0 if name in EXACT else 0.98)
@@ -152,7 +167,9 @@ def test_queries_need_no_length_of_one(table: Rows, queries: Rows, made: dict[st
     asked = queries.astype(np.float64) * 1e20
     before = asked.copy()
 
-    np.testing.assert_array_equal(made["Flat"].search(queries, 5)[1], made["Flat"].search(asked, 5)[1])
+    np.testing.assert_array_equal(
+        made["Flat"].search(queries, 5)[1], made["Flat"].search(asked, 5)[1]
+    )
     np.testing.assert_array_equal(before, asked)
 
 
@@ -166,21 +183,25 @@ def test_queries_need_no_length_of_one(table: Rows, queries: Rows, made: dict[st
     share=st.sampled_from([0.0, 0.3, 1.0]),
 )
 def test_search_is_a_sort(n: int, d: int, k: int, q: int, seed: int, share: float) -> None:
-    """Flat and exact search on any small table, with ties and any rows left out, rank as a full sort does."""
+    """Flat and exact search on any small table, with ties and any rows left out, rank as a full
+    sort does."""
     random = np.random.default_rng(seed)
     X = prepare(random.choice([-1.0, 0.5, 1.0], (n, d)))
     Q = prepare(random.choice([-1.0, 0.5, 1.0], (q, d)))
     gone = random.random(n) < share
     width = min(k, int((~gone).sum()))
     truth = by_hand(X, Q, width, np.flatnonzero(gone))[0]
-    for scores, positions in (build(X, factory="Flat").search(Q, k, exclude=gone), exact(X, Q, k, exclude=gone)):
+    for scores, positions in (
+        build(X, factory="Flat").search(Q, k, exclude=gone),
+        exact(X, Q, k, exclude=gone),
+    ):
         assert (q, width) == positions.shape
         np.testing.assert_allclose(truth, scores, atol=1e-6)
         assert not gone[positions].any()
         assert all(len(set(line)) == width for line in positions.tolist())
 
 
-# ----------------------------------------------------------------------------------------------------------- left out
+# ----------------------------------------------------------------------------------------- left out
 
 
 @each_kind
@@ -188,11 +209,15 @@ def test_search_is_a_sort(n: int, d: int, k: int, q: int, seed: int, share: floa
 def test_rows_left_out_are_never_shown_and_others_take_their_place(
     table: Rows, queries: Rows, made: dict[str, Index], name: str, share: float
 ) -> None:
-    """Given as a mask, as positions or made ready: k others come, as good as those of exact search on what is left."""
+    """Given as a mask, as positions or made ready: k others come, as good as those of exact search
+    on what is left."""
     own = made[name]
     gone = np.random.default_rng(1).random(3000) < share
     gone[by_hand(table, queries, 3)[1]] = True  # the best answers above all
-    answers = [own.search(queries, 10, exclude=given_) for given_ in (gone, np.flatnonzero(gone), own.exclusion(gone))]
+    answers = [
+        own.search(queries, 10, exclude=given_)
+        for given_ in (gone, np.flatnonzero(gone), own.exclusion(gone))
+    ]
     width = min(10, int((~gone).sum()))
     for scores, positions in answers:
         assert (60, width) == positions.shape
@@ -202,7 +227,9 @@ def test_rows_left_out_are_never_shown_and_others_take_their_place(
         assert all(len(set(line)) == width for line in positions.tolist())
         np.testing.assert_array_equal(answers[0][1], positions)
     true = by_hand(table, queries, width, np.flatnonzero(gone))[0]
-    found = np.take_along_axis(queries.astype(np.float64) @ table.T.astype(np.float64), answers[0][1], 1)
+    found = np.take_along_axis(
+        queries.astype(np.float64) @ table.T.astype(np.float64), answers[0][1], 1
+    )
     least = {"IVF32,PQ16x4fs": 0.5, "SQ8": 0.9}.get(name, 0.999 if name in EXACT else 0.9)
     assert (found >= true[:, -1:] - 1e-3).mean() >= least
 
@@ -213,7 +240,9 @@ def test_nothing_left_out_is_no_exclusion(queries: Rows, made: dict[str, Index])
     nothing: tuple[Any, ...] = ([], np.zeros(3000, bool), None)
     for none in nothing:
         assert own.exclusion(none) is None
-        np.testing.assert_array_equal(own.search(queries, 5)[1], own.search(queries, 5, exclude=none)[1])
+        np.testing.assert_array_equal(
+            own.search(queries, 5)[1], own.search(queries, 5, exclude=none)[1]
+        )
 
 
 @pytest.mark.parametrize("wrong", [np.ones(7, bool), [3000], [-1], [0.5]])
@@ -225,7 +254,8 @@ def test_a_wrong_list_of_rows_is_refused(queries: Rows, made: dict[str, Index], 
 def test_a_search_takes_the_cores_of_the_process_or_what_the_environment_says(
     queries: Rows, made: dict[str, Index], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many queries: a thread a core; one query: one thread; with $OMP_NUM_THREADS nothing is set."""
+    """Many queries: a thread a core; one query: one thread; with $OMP_NUM_THREADS nothing is
+    set."""
     seen: list[int] = []
     monkeypatch.setattr("faiss.omp_set_num_threads", seen.append)
     monkeypatch.setattr("finetune.hardware.cores", lambda: 3)
@@ -260,25 +290,33 @@ def test_threads_may_share_an_index(table: Rows, queries: Rows, made: dict[str, 
     assert [] == wrong
 
 
-# -------------------------------------------------------------------------------------------------------------- recall
+# ------------------------------------------------------------------------------------------- recall
 
 
 def held_out_recall(X: Rows, own: Index, others: Rows) -> float:
-    """Share of the ten true neighbours of queries that the index does not hold, ties counted, by a full sort."""
+    """Share of the ten true neighbours of queries that the index does not hold, ties counted, by a
+    full sort."""
     truth = by_hand(X, others, 10)[0][:, -1:]
     _, positions = own.search(others, 10)
-    near = np.take_along_axis(others.astype(np.float64) @ X.T.astype(np.float64), positions, 1) >= truth - 1e-6
+    near = (
+        np.take_along_axis(others.astype(np.float64) @ X.T.astype(np.float64), positions, 1)
+        >= truth - 1e-6
+    )
     return float(near.mean())
 
 
 @pytest.mark.parametrize("name", APPROXIMATE)
-def test_the_recall_that_is_reported_is_the_recall_that_others_meet(made: dict[str, Index], table: Rows, name: str) -> None:
-    """An independent count on new queries of the same kind comes within sampling error of `Spec.recall`."""
+def test_the_recall_that_is_reported_is_the_recall_that_others_meet(
+    made: dict[str, Index], table: Rows, name: str
+) -> None:
+    """An independent count on new queries of the same kind comes within sampling error of
+    `Spec.recall`."""
     spec = made[name].spec
     own = held_out_recall(table, made[name], clusters(3400)[3000:])
 
     assert spec.recall is not None
-    # A tenth of so small a table was held out: codes alone tell the rows of the fuller table apart a little less well.
+    # A tenth of so small a table was held out: codes alone tell the rows of the fuller table apart
+    # a little less well.
     assert own == pytest.approx(spec.recall, abs=0.08 if name.endswith("x4fs") else 0.03)
     assert spec.recall_low is not None
     assert spec.recall_low <= spec.recall
@@ -287,7 +325,9 @@ def test_the_recall_that_is_reported_is_the_recall_that_others_meet(made: dict[s
 
 
 @pytest.mark.parametrize("name", APPROXIMATE)
-def test_the_effort_rises_until_the_recall_holds_or_the_note_says_that_it_cannot(made: dict[str, Index], name: str) -> None:
+def test_the_effort_rises_until_the_recall_holds_or_the_note_says_that_it_cannot(
+    made: dict[str, Index], name: str
+) -> None:
     """One of the two, never neither; codes alone cannot, refined or graph searches can."""
     spec = made[name].spec
     assert spec.recall is not None
@@ -322,14 +362,17 @@ def test_exact_kinds_say_so(made: dict[str, Index]) -> None:
 
 
 def test_no_query_finds_itself_while_recall_is_measured() -> None:
-    """At k = 1 a count with self would be near 1 for rows of the table; what is reported is what strangers meet."""
+    """At k = 1 a count with self would be near 1 for rows of the table; what is reported is what
+    strangers meet."""
     random = np.random.default_rng(0)
     X = prepare(random.normal(size=(2000, 16)))
     own = build(X, factory="PQ8x8", recall=0.999, k=1)
 
     assert held_out_at_1(X, own, X) > 0.95
     assert own.spec.recall is not None
-    assert own.spec.recall == pytest.approx(held_out_at_1(X, own, prepare(random.normal(size=(2000, 16)))), abs=0.1)
+    assert own.spec.recall == pytest.approx(
+        held_out_at_1(X, own, prepare(random.normal(size=(2000, 16)))), abs=0.1
+    )
     assert own.spec.recall < 0.9
     assert "cannot" in own.spec.note
 
@@ -339,7 +382,8 @@ def held_out_at_1(X: Rows, own: Index, Q: Rows) -> float:
 
 
 def test_measure_leaves_the_row_itself_out(table: Rows, made: dict[str, Index]) -> None:
-    """On rows of its own table an exact index has recall 1, inverted lists the recall of a count by hand."""
+    """On rows of its own table an exact index has recall 1, inverted lists the recall of a count by
+    hand."""
     assert 1 == index.measure(made["Flat"], table, queries=200).value
     own = made["IVF32,Flat"]
     said = index.measure(own, table, queries=3000)
@@ -387,7 +431,7 @@ def test_very_few_rows(n: int) -> None:
     assert "not measured" in str(half.spec)
 
 
-# ------------------------------------------------------------------------------------------------------------- factory
+# ------------------------------------------------------------------------------------------ factory
 
 
 @pytest.mark.parametrize(
@@ -425,7 +469,8 @@ def test_silly_wishes_are_refused(table: Rows, made: dict[str, Index]) -> None:
 
 
 def test_auto_obeys_the_memory(table: Rows) -> None:
-    """What is built is what was chosen, and as large as was allowed, but for the frame around the codes."""
+    """What is built is what was chosen, and as large as was allowed, but for the frame around the
+    codes."""
     allowed = 2 * table.size / 1e6 + 0.001
     own = build(table, memory_mb=allowed)
 
@@ -445,12 +490,14 @@ def test_a_table_that_was_not_prepared_is_refused(table: Rows) -> None:
     assert "row 17" in refusal(lambda: build(wrong))
 
 
-# ---------------------------------------------------------------------------------------------------------------- file
+# --------------------------------------------------------------------------------------------- file
 
 
 @each_kind
 @pytest.mark.parametrize("mmap", [True, False])
-def test_a_saved_index_answers_the_same(queries: Rows, made: dict[str, Index], tmp_path: Path, name: str, mmap: bool) -> None:
+def test_a_saved_index_answers_the_same(
+    queries: Rows, made: dict[str, Index], tmp_path: Path, name: str, mmap: bool
+) -> None:
     """Spec, scores and positions, bit by bit, also with rows left out."""
     own = made[name]
     own.save(tmp_path / "x.index")
@@ -461,7 +508,9 @@ def test_a_saved_index_answers_the_same(queries: Rows, made: dict[str, Index], t
     assert ["x.index"] == [path.name for path in tmp_path.iterdir()]
     for exclude in (None, gone):
         for mine, theirs in zip(
-            own.search(queries, 10, exclude=exclude), again.search(queries, 10, exclude=exclude), strict=True
+            own.search(queries, 10, exclude=exclude),
+            again.search(queries, 10, exclude=exclude),
+            strict=True,
         ):
             np.testing.assert_array_equal(mine, theirs)
     again.save(tmp_path / "y.index")
@@ -469,9 +518,13 @@ def test_a_saved_index_answers_the_same(queries: Rows, made: dict[str, Index], t
 
 
 @pytest.mark.parametrize("change", [{"n": 7}, {"d": 4}, {"metric": "l2"}])
-def test_a_description_of_another_index_is_refused(made: dict[str, Index], tmp_path: Path, change: dict[str, Any]) -> None:
+def test_a_description_of_another_index_is_refused(
+    made: dict[str, Index], tmp_path: Path, change: dict[str, Any]
+) -> None:
     """Numbers of rows, of columns and the metric must be those of the payload."""
     own = made["Flat"]
-    Index(own._faiss, dataclasses.replace(own.spec, **change), np.empty(0, np.int64)).save(tmp_path / "x.index")
+    Index(own._faiss, dataclasses.replace(own.spec, **change), np.empty(0, np.int64)).save(
+        tmp_path / "x.index"
+    )
 
     assert "damaged" in refusal(lambda: index.load(tmp_path / "x.index"))

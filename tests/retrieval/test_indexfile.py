@@ -34,7 +34,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @settings(max_examples=60, deadline=None)
 @given(at=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_refused(small: bytes, tmp_path_factory: pytest.TempPathFactory, at: float, bit: int) -> None:
+def test_a_flipped_bit_is_refused(
+    small: bytes, tmp_path_factory: pytest.TempPathFactory, at: float, bit: int
+) -> None:
     """Wherever it is, the file is not opened, and the message names it."""
     data = bytearray(small)
     data[int(at * len(data))] ^= 1 << bit
@@ -46,7 +48,9 @@ def test_a_flipped_bit_is_refused(small: bytes, tmp_path_factory: pytest.TempPat
 
 @settings(max_examples=30, deadline=None)
 @given(left=st.floats(0, 1, exclude_max=True))
-def test_a_file_cut_short_is_refused(small: bytes, tmp_path_factory: pytest.TempPathFactory, left: float) -> None:
+def test_a_file_cut_short_is_refused(
+    small: bytes, tmp_path_factory: pytest.TempPathFactory, left: float
+) -> None:
     """At any length, with or without a check of the whole content."""
     path = tmp_path_factory.getbasetemp() / "short.index"
     path.write_bytes(small[: int(left * len(small))])
@@ -56,7 +60,8 @@ def test_a_file_cut_short_is_refused(small: bytes, tmp_path_factory: pytest.Temp
 
 
 def test_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
-    """Nothing there, a folder, a text, and a file that faiss itself wrote without our description."""
+    """Nothing there, a folder, a text, and a file that faiss itself wrote without our
+    description."""
     import faiss
 
     (tmp_path / "text").write_text("hello" * 100)
@@ -65,11 +70,13 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
     assert "no such index file" in refusal(lambda: index.load(tmp_path / "nothing"))
     assert "no such index file" in refusal(lambda: index.load(tmp_path))
     for name in ("text", "faiss"):
-        assert "no index file" in refusal(lambda name=name: index.load(tmp_path / name))  # type: ignore[misc]
+        assert ("no index file") in refusal(lambda name=name: index.load(tmp_path / name))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("field", ["spec", "held", "payload bytes"])
-def test_a_description_that_lacks_something_is_refused(small: bytes, tmp_path: Path, field: str) -> None:
+def test_a_description_that_lacks_something_is_refused(
+    small: bytes, tmp_path: Path, field: str
+) -> None:
     """Also where its digest is right: another version may have written it."""
     path = tmp_path / "x.index"
     path.write_bytes(small)
@@ -77,6 +84,12 @@ def test_a_description_that_lacks_something_is_refused(small: bytes, tmp_path: P
     payload = small[: about["payload bytes"]]
     del about[field]
     text = json.dumps(about).encode()
-    path.write_bytes(payload + text + hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + indexfile.MAGIC)
+    path.write_bytes(
+        payload
+        + text
+        + hashlib.sha256(text).digest()
+        + len(text).to_bytes(8, "little")
+        + indexfile.MAGIC
+    )
 
     assert "damaged" in refusal(lambda: index.load(path))

@@ -1,4 +1,5 @@
-"""Making and changing galleries: identity by content, work for what is new alone, one commit, merging."""
+"""Making and changing galleries: identity by content, work for what is new alone, one commit,
+merging."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """Four files of three contents, two of them of one base name."""
-    return write(tmp_path / "photos", {"a/1.png": "one", "b/1.png": "two", "c.png": "three", "copy.png": "one"})
+    return write(
+        tmp_path / "photos",
+        {"a/1.png": "one", "b/1.png": "two", "c.png": "three", "copy.png": "one"},
+    )
 
 
 @pytest.fixture
@@ -59,7 +63,9 @@ def contents(index: Path) -> list[tuple[tuple[str, ...], list[float]]]:
         paths = gallery.now.paths(ids.tolist())
         assert sum(map(len, paths.values())) == gallery.info()["paths"]
         vectors = gallery.now.vectors(positions).round(5).tolist()
-        return sorted((paths[number], vector) for number, vector in zip(ids.tolist(), vectors, strict=True))
+        return sorted(
+            (paths[number], vector) for number, vector in zip(ids.tolist(), vectors, strict=True)
+        )
 
 
 def refusal(call: object, *args: object, **how: object) -> str:
@@ -68,11 +74,12 @@ def refusal(call: object, *args: object, **how: object) -> str:
     return str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
 def test_one_content_is_one_image_with_its_paths(index: Path) -> None:
-    """The same bytes twice are one vector with two paths; equal base names in two folders are two images."""
+    """The same bytes twice are one vector with two paths; equal base names in two folders are two
+    images."""
     expected = [(("a/1.png", "copy.png"), "one"), (("b/1.png",), "two"), (("c.png",), "three")]
     assert [paths for paths, _ in expected] == [paths for paths, _ in contents(index)]
     for (_, word), (_, vector) in zip(expected, contents(index), strict=True):
@@ -86,18 +93,32 @@ def test_each_content_is_looked_at_once(asked: Asked, index: Path) -> None:
 
 
 def test_the_manifest_says_what_made_it(index: Path) -> None:
-    """The manifest, and its copy as a file, name network, weights, preprocessing, tap, pooling, normalisation, versions."""
+    """The manifest, and its copy as a file, name network, weights, preprocessing, tap, pooling,
+    normalisation, versions."""
     with Gallery(index) as gallery:
         manifest = gallery.manifest
-    vector = {"backbone", "weights", "preprocess", "taps", "pooling", "normalisation", "engine", "precision", "whitening"}
+    vector = {
+        "backbone",
+        "weights",
+        "preprocess",
+        "taps",
+        "pooling",
+        "normalisation",
+        "engine",
+        "precision",
+        "whitening",
+    }
     assert vector <= set(manifest["vector"])
-    assert ("tiny", ["pooled"], "l2") == tuple(manifest["vector"][key] for key in ("backbone", "taps", "normalisation"))
+    assert ("tiny", ["pooled"], "l2") == tuple(
+        manifest["vector"][key] for key in ("backbone", "taps", "normalisation")
+    )
     assert "numpy" in manifest["versions"]
     assert (index / "manifest.json").exists()
 
 
 def test_an_index_is_not_overwritten_unasked(index: Path, photos: Path) -> None:
-    """A second build at the same place needs `force`; then it replaces the first, and contents keep their ids."""
+    """A second build at the same place needs `force`; then it replaces the first, and contents keep
+    their ids."""
     assert "--force" in refusal(maintenance.build, [photos], index, ENCODER)
     before = held(index)
     (photos / "c.png").unlink()
@@ -116,7 +137,9 @@ def test_a_failed_rebuild_leaves_the_index(index: Path, photos: Path) -> None:
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     """A build of nothing says so and leaves nothing behind."""
     (tmp_path / "nothing").mkdir()
-    assert "no images" in refusal(maintenance.build, [tmp_path / "nothing"], tmp_path / "x.index", ENCODER)
+    assert "no images" in refusal(
+        maintenance.build, [tmp_path / "nothing"], tmp_path / "x.index", ENCODER
+    )
     assert not (tmp_path / "x.index").exists()
 
 
@@ -129,7 +152,8 @@ def test_an_index_inside_its_folder_is_not_scanned(photos: Path) -> None:
 
 
 def test_several_folders_and_files(tmp_path: Path) -> None:
-    """Folders and files given together have their common folder as root, and only the given folders are scanned later."""
+    """Folders and files given together have their common folder as root, and only the given folders
+    are scanned later."""
     write(tmp_path, {"x/1.png": "one", "y/2.png": "two", "z/3.png": "three", "z/4.png": "four"})
     index = tmp_path / "all.index"
     maintenance.build([tmp_path / "x", tmp_path / "y", tmp_path / "z" / "3.png"], index, ENCODER)
@@ -138,7 +162,7 @@ def test_several_folders_and_files(tmp_path: Path) -> None:
     assert {"added": 1, "unchanged": 3, "encoded": 1} == counts(maintenance.sync(index))
 
 
-# ---------------------------------------------------------------------------------------------------------------- sync
+# --------------------------------------------------------------------------------------------- sync
 
 
 def test_a_renamed_file_keeps_its_id(asked: Asked, index: Path, photos: Path) -> None:
@@ -172,7 +196,11 @@ def test_two_files_change_places(asked: Asked, index: Path, photos: Path) -> Non
     (photos / "x").rename(photos / "b" / "1.png")
     assert {"changed": 2, "unchanged": 2} == counts(maintenance.sync(index))
     after = held(index)
-    assert (before["c.png"], before["b/1.png"], []) == (after["b/1.png"], after["c.png"], asked.contents)
+    assert (before["c.png"], before["b/1.png"], []) == (
+        after["b/1.png"],
+        after["c.png"],
+        asked.contents,
+    )
 
 
 def test_a_path_of_two_goes(index: Path, photos: Path) -> None:
@@ -184,7 +212,8 @@ def test_a_path_of_two_goes(index: Path, photos: Path) -> None:
 
 
 def test_an_image_that_comes_back_keeps_its_id(asked: Asked, index: Path, photos: Path) -> None:
-    """What was removed and comes back before its segment was merged is the same image, without the network."""
+    """What was removed and comes back before its segment was merged is the same image, without the
+    network."""
     number = held(index)["c.png"]
     write(photos, words(5))
     maintenance.sync(index)
@@ -197,14 +226,21 @@ def test_an_image_that_comes_back_keeps_its_id(asked: Asked, index: Path, photos
     assert (number, []) == (held(index)["back.png"], asked.contents)
 
 
-def test_only_files_that_differ_are_read(index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files whose size and time are as before are not read; a touched one is read and stays what it is."""
+def test_only_files_that_differ_are_read(
+    index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files whose size and time are as before are not read; a touched one is read and stays what it
+    is."""
     for path in photos.rglob("*.png"):
         os.utime(path, (1e9, 1e9))
     maintenance.sync(index)
     read: list[str] = []
     digests = diff.features.digests
-    monkeypatch.setattr(diff.features, "digests", lambda source, store: read.extend(source.paths) or digests(source, store))
+    monkeypatch.setattr(
+        diff.features,
+        "digests",
+        lambda source, store: read.extend(source.paths) or digests(source, store),
+    )
     assert {"unchanged": 4} == counts(maintenance.sync(index))
     assert [] == read
     os.utime(photos / "c.png", (2e9, 1.1e9))
@@ -213,7 +249,8 @@ def test_only_files_that_differ_are_read(index: Path, photos: Path, monkeypatch:
 
 
 def test_a_change_within_the_clock_s_grain_is_seen(index: Path, photos: Path) -> None:
-    """A file that was just written is read again, since its size and time may hide another change."""
+    """A file that was just written is read again, since its size and time may hide another
+    change."""
     info = (photos / "c.png").stat()
     write(photos, {"c.png": "THREE"})
     os.utime(photos / "c.png", ns=(info.st_atime_ns, info.st_mtime_ns))
@@ -221,7 +258,8 @@ def test_a_change_within_the_clock_s_grain_is_seen(index: Path, photos: Path) ->
 
 
 def test_a_folder_that_is_not_mounted_empties_nothing(index: Path, photos: Path) -> None:
-    """A missing folder, and one without any image, are errors and not removals; `allow_empty` says that it is right."""
+    """A missing folder, and one without any image, are errors and not removals; `allow_empty` says
+    that it is right."""
     photos.rename(photos.with_name("away"))
     assert "not there" in refusal(maintenance.sync, index)
     photos.mkdir()
@@ -240,7 +278,8 @@ def test_a_moved_folder_is_told(index: Path, photos: Path) -> None:
 
 
 def test_index_and_folder_move_together(index: Path, photos: Path, tmp_path: Path) -> None:
-    """A gallery that is moved together with its images finds them beside it; moved alone, where they were."""
+    """A gallery that is moved together with its images finds them beside it; moved alone, where
+    they were."""
     (tmp_path / "new").mkdir()
     shutil.copytree(photos, tmp_path / "new" / "photos")
     shutil.move(index, tmp_path / "new" / "photos.index")
@@ -251,11 +290,12 @@ def test_index_and_folder_move_together(index: Path, photos: Path, tmp_path: Pat
         assert photos == gallery.root
 
 
-# ------------------------------------------------------------------------------------------------------- add and remove
+# ----------------------------------------------------------------------------------- add and remove
 
 
 def test_add_costs_what_is_new(asked: Asked, index: Path, tmp_path: Path) -> None:
-    """Files and folders elsewhere are added by their way from the root; known contents cost nothing."""
+    """Files and folders elsewhere are added by their way from the root; known contents cost
+    nothing."""
     more = write(tmp_path / "more", {"new.png": "four", "known.png": "one"})
     asked.contents.clear()
     assert {"added": 2, "encoded": 1} == counts(maintenance.add(index, [more]))
@@ -266,7 +306,8 @@ def test_add_costs_what_is_new(asked: Asked, index: Path, tmp_path: Path) -> Non
 
 
 def test_sync_scans_added_folders_and_keeps_added_files(index: Path, tmp_path: Path) -> None:
-    """After `add`, sync knows the new folder, and a single file outside of all folders as long as it exists."""
+    """After `add`, sync knows the new folder, and a single file outside of all folders as long as
+    it exists."""
     write(tmp_path, {"more/1.png": "four", "single/2.png": "five", "single/3.png": "six"})
     maintenance.add(index, [tmp_path / "more", tmp_path / "single" / "2.png"])
     write(tmp_path, {"more/4.png": "seven"})
@@ -275,8 +316,11 @@ def test_sync_scans_added_folders_and_keeps_added_files(index: Path, tmp_path: P
     assert {"removed": 1, "unchanged": 6} == counts(maintenance.sync(index))
 
 
-def test_remove_by_path_file_and_folder(index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Paths as answers show them, files as the shell gives them, and folders; what is not there is an error."""
+def test_remove_by_path_file_and_folder(
+    index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths as answers show them, files as the shell gives them, and folders; what is not there is
+    an error."""
     assert "not in the gallery" in refusal(maintenance.remove, index, ["nothing.png"])
     assert {"removed": 1} == counts(maintenance.remove(index, ["c.png"]))
     monkeypatch.chdir(photos / "b")
@@ -292,7 +336,9 @@ def test_remove_is_all_or_nothing(index: Path) -> None:
     assert 4 == len(held(index))
 
 
-def test_a_dot_is_the_working_folder(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dot_is_the_working_folder(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`.` means where the user stands, not the root of the gallery."""
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -315,21 +361,26 @@ def test_removed_files_come_back_with_sync(index: Path) -> None:
     assert {"added": 1, "unchanged": 3} == counts(maintenance.sync(index))
 
 
-# -------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 def test_unreadable_files_stop_or_are_named(index: Path, photos: Path) -> None:
-    """By default an unreadable file stops the command and nothing changes; with skip it is listed, and the rest goes on."""
+    """By default an unreadable file stops the command and nothing changes; with skip it is listed,
+    and the rest goes on."""
     write(photos, {"bad.png": "broken", "new.png": "four"})
     assert "bad.png" in refusal(maintenance.sync, index)
     assert 4 == len(held(index))
     change = maintenance.sync(index, on_bad="skip")
-    assert ({"added": 1, "unchanged": 4, "encoded": 1}, ["bad.png"]) == (counts(change), [fault.path for fault in change.faults])
+    assert ({"added": 1, "unchanged": 4, "encoded": 1}, ["bad.png"]) == (
+        counts(change),
+        [fault.path for fault in change.faults],
+    )
     assert "bad.png" not in held(index)
 
 
 def test_a_skipped_file_is_not_decoded_again(asked: Asked, index: Path, photos: Path) -> None:
-    """An unreadable file that has not changed is listed again without work; when it is mended, it comes in."""
+    """An unreadable file that has not changed is listed again without work; when it is mended, it
+    comes in."""
     write(photos, {"bad.png": "broken"})
     os.utime(photos / "bad.png", (1e9, 1e9))
     maintenance.sync(index, on_bad="skip")
@@ -342,18 +393,26 @@ def test_a_skipped_file_is_not_decoded_again(asked: Asked, index: Path, photos: 
 
 
 def test_a_file_that_breaks_leaves_the_gallery(index: Path, photos: Path) -> None:
-    """A known path whose new content cannot be read is no longer in the gallery under its old content."""
+    """A known path whose new content cannot be read is no longer in the gallery under its old
+    content."""
     write(photos, {"c.png": "broken"})
     change = maintenance.sync(index, on_bad="skip")
-    assert ({"removed": 1, "unchanged": 3}, ["c.png"]) == (counts(change), [fault.path for fault in change.faults])
+    assert ({"removed": 1, "unchanged": 3}, ["c.png"]) == (
+        counts(change),
+        [fault.path for fault in change.faults],
+    )
     assert "c.png" not in held(index)
 
 
 def test_every_bad_file_is_counted_and_named(photos: Path, index: Path, tmp_path: Path) -> None:
-    """Five files of one broken content are five bad images, all of them named: in build, add and sync, with stop and skip."""
+    """Five files of one broken content are five bad images, all of them named: in build, add and
+    sync, with stop and skip."""
     bad = [f"bad{i}.png" for i in range(5)]
     more = write(tmp_path / "more", {**dict.fromkeys(bad, "broken"), "good.png": "good"})
-    for said in (refusal(maintenance.build, [more], tmp_path / "new.index", ENCODER), refusal(maintenance.add, index, [more])):
+    for said in (
+        refusal(maintenance.build, [more], tmp_path / "new.index", ENCODER),
+        refusal(maintenance.add, index, [more]),
+    ):
         assert "5 bad images" in said
         assert all(name in said for name in bad)
     change = maintenance.build([more], tmp_path / "new.index", ENCODER, on_bad="skip")
@@ -364,7 +423,8 @@ def test_every_bad_file_is_counted_and_named(photos: Path, index: Path, tmp_path
 
 
 def test_a_folder_without_images(index: Path, tmp_path: Path) -> None:
-    """A folder without a known image name is refused; what lies there instead is named, and what images are called."""
+    """A folder without a known image name is refused; what lies there instead is named, and what
+    images are called."""
     write(tmp_path / "notes", {"one.txt": "text", "two.webp2": "text"})
     (tmp_path / "empty").mkdir()
     calls = (
@@ -380,7 +440,8 @@ def test_a_folder_without_images(index: Path, tmp_path: Path) -> None:
 
 
 def test_only_broken_images(tmp_path: Path) -> None:
-    """Of a folder without one readable image, all files are named, whatever an unreadable image is to do."""
+    """Of a folder without one readable image, all files are named, whatever an unreadable image is
+    to do."""
     bad = write(tmp_path / "bad", {"1.png": "broken", "2.png": "broken"})
     for on_bad in ("stop", "skip"):
         said = refusal(maintenance.build, [bad], tmp_path / "x.index", ENCODER, on_bad=on_bad)
@@ -402,7 +463,7 @@ def test_a_dangling_link_is_named(index: Path, photos: Path) -> None:
     assert ["link.png"] == [fault.path for fault in maintenance.sync(index, on_bad="skip").faults]
 
 
-# -------------------------------------------------------------------------------------------------------------- merging
+# ------------------------------------------------------------------------------------------ merging
 
 
 def test_many_small_additions_are_merged(index: Path, photos: Path) -> None:
@@ -418,7 +479,9 @@ def test_many_small_additions_are_merged(index: Path, photos: Path) -> None:
     assert contents(fresh) == contents(index)
 
 
-def test_merging_leaves_large_segments(index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_leaves_large_segments(
+    index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A segment much larger than the small ones together is not copied for their sake."""
     monkeypatch.setattr(compaction, "MOST_SEGMENTS", 3)
     write(photos, words(60))
@@ -477,7 +540,9 @@ def test_everything_removed_and_compacted(index: Path, photos: Path) -> None:
     assert last < min(held(index).values())
 
 
-def test_a_damaged_segment_is_not_merged(index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_segment_is_not_merged(
+    index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A merge reads every byte that it copies, so that damage never gets a new digest."""
     monkeypatch.setattr(segments, "VERIFIED_BYTES", 0)
     write(photos, words(1))
@@ -487,7 +552,9 @@ def test_a_damaged_segment_is_not_merged(index: Path, photos: Path, monkeypatch:
     assert str(path) in refusal(maintenance.compact, index)
 
 
-def test_a_failed_merge_is_a_note(index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_merge_is_a_note(
+    index: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The change is safe before the merge begins: when that fails, the command has not failed."""
 
     def full(*_: object) -> None:
@@ -500,7 +567,7 @@ def test_a_failed_merge_is_a_note(index: Path, photos: Path, monkeypatch: pytest
     assert photos.exists()
 
 
-# --------------------------------------------------------------------------------------------------------- search index
+# ------------------------------------------------------------------------------------- search index
 
 
 @pytest.fixture
@@ -518,7 +585,8 @@ def search_file(index: Path) -> str | None:
 
 
 def share_of_exact(index: Path) -> float:
-    """The share of the ten results that comparing everything gives, for every image, which the gallery's search gives."""
+    """The share of the ten results that comparing everything gives, for every image, which the
+    gallery's search gives."""
     with Gallery(index) as gallery:
         positions, _ = gallery.now.everything()
         asked = gallery.now.vectors(positions)
@@ -526,11 +594,14 @@ def share_of_exact(index: Path) -> float:
         found = gallery.ranked(asked, 10, own)
         gallery.index, gallery._covered = None, 0
         exact = gallery.ranked(asked, 10, own)
-    return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]))
+    return float(
+        np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)])
+    )
 
 
 def test_an_index_beside_the_vectors(graph: Path) -> None:
-    """A search index that was asked for is built, measured, described and used; scores are exact all the same."""
+    """A search index that was asked for is built, measured, described and used; scores are exact
+    all the same."""
     assert ["1.faiss"] == [path.name for path in (graph / "search").iterdir()]
     with Gallery(graph) as gallery:
         assert gallery.index is not None
@@ -542,7 +613,8 @@ def test_an_index_beside_the_vectors(graph: Path) -> None:
 
 
 def test_new_images_are_searched_beside_the_index(graph: Path, photos: Path) -> None:
-    """Images that were added after the index are compared one by one; removed ones do not come up; neither rebuilds it."""
+    """Images that were added after the index are compared one by one; removed ones do not come up;
+    neither rebuilds it."""
     write(photos, words(20, start=1000))
     maintenance.sync(graph)
     maintenance.remove(graph, [f"{i:04d}.png" for i in range(30)])
@@ -555,7 +627,8 @@ def test_new_images_are_searched_beside_the_index(graph: Path, photos: Path) -> 
 
 
 def test_an_index_that_falls_behind_is_made_again(graph: Path, photos: Path) -> None:
-    """When a quarter as many rows stand beside the index as in it, it is made again over all of them."""
+    """When a quarter as many rows stand beside the index as in it, it is made again over all of
+    them."""
     write(photos, words(100, start=1000))
     maintenance.sync(graph)
     assert search_file(graph) not in (None, "search/1.faiss")
@@ -566,33 +639,47 @@ def test_an_index_that_falls_behind_is_made_again(graph: Path, photos: Path) -> 
 
 
 def test_merging_makes_the_index_again(graph: Path, photos: Path) -> None:
-    """When the rows that an index covers move, it is made again; small segments beside it are merged without it."""
+    """When the rows that an index covers move, it is made again; small segments beside it are
+    merged without it."""
     maintenance.compact(graph)
     assert "search/1.faiss" == search_file(graph)
     for i in range(compaction.MOST_SEGMENTS + 1):
         write(photos, words(1, start=1000 + i))
         maintenance.sync(graph)
     with Gallery(graph) as gallery:
-        assert ("search/1.faiss", True) == (search_file(graph), len(gallery.now.tables) < compaction.MOST_SEGMENTS)
+        assert ("search/1.faiss", True) == (
+            search_file(graph),
+            len(gallery.now.tables) < compaction.MOST_SEGMENTS,
+        )
     maintenance.remove(graph, [f"{i:04d}.png" for i in range(100)])
     assert search_file(graph) not in (None, "search/1.faiss")
     with Gallery(graph) as gallery:
-        assert (220, 220, 0) == (len(gallery), gallery.info()["search rows"], gallery.info()["removed rows"])
+        assert (220, 220, 0) == (
+            len(gallery),
+            gallery.info()["search rows"],
+            gallery.info()["removed rows"],
+        )
     assert share_of_exact(graph) > 0.9
 
 
-def test_all_images_that_the_index_covers_are_gone(graph: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_images_that_the_index_covers_are_gone(
+    graph: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An index of dead rows alone finds nothing and breaks nothing."""
     monkeypatch.setattr(compaction, "DEAD_SHARE", 1.0)
     maintenance.remove(graph, [photos])
     write(photos, {"last.png": "last"})
     maintenance.add(graph, [photos / "last.png"])
     with Gallery(graph) as gallery:
-        assert ["last.png"] == [hit.path for hit in gallery.search(vector_of("word 7")[None], 10)[0]]
+        assert ["last.png"] == [
+            hit.path for hit in gallery.search(vector_of("word 7")[None], 10)[0]
+        ]
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "missing"])
-def test_a_damaged_search_index_is_refused(graph: Path, harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_search_index_is_refused(
+    graph: Path, harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A search index that is not what was written is refused by name, also in a large gallery."""
     monkeypatch.setattr(segments, "VERIFIED_BYTES", 0)
     path = graph / "search" / "1.faiss"
@@ -605,8 +692,11 @@ def test_a_damaged_search_index_is_refused(graph: Path, harm: str, monkeypatch: 
     assert 303 == len(contents(graph))
 
 
-def test_the_kind_follows_the_size(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small galleries have no search index, and no second copy of their vectors; larger ones get theirs as they grow."""
+def test_the_kind_follows_the_size(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small galleries have no search index, and no second copy of their vectors; larger ones get
+    theirs as they grow."""
     index = tmp_path / "x.index"
     write(photos, words(97))
     maintenance.build([photos], index, ENCODER)
@@ -625,15 +715,19 @@ def test_the_kind_follows_the_size(photos: Path, tmp_path: Path, monkeypatch: py
 
 def test_an_impossible_index_is_refused(photos: Path, tmp_path: Path) -> None:
     """A factory string that faiss does not know fails the build, and leaves nothing behind."""
-    assert "nonsense" in refusal(maintenance.build, [photos], tmp_path / "x.index", ENCODER, factory="nonsense")
+    assert "nonsense" in refusal(
+        maintenance.build, [photos], tmp_path / "x.index", ENCODER, factory="nonsense"
+    )
     assert not (tmp_path / "x.index").exists()
 
 
-# --------------------------------------------------------------------------------------------------- a history or a build
+# ----------------------------------------------------------------------------- a history or a build
 
 NAMES = ("a.png", "b.png", "d/a.png", "d/b.png", "../more/a.png")
 STEPS = st.one_of(
-    st.tuples(st.just("write"), st.sampled_from(NAMES), st.sampled_from(("one", "two", "three", "four"))),
+    st.tuples(
+        st.just("write"), st.sampled_from(NAMES), st.sampled_from(("one", "two", "three", "four"))
+    ),
     st.tuples(st.just("delete"), st.sampled_from(NAMES), st.just("")),
     st.tuples(st.just("rename"), st.sampled_from(NAMES), st.sampled_from(NAMES)),
     st.tuples(st.just("add"), st.sampled_from(NAMES), st.just("")),
@@ -643,10 +737,17 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(steps=st.lists(STEPS, max_size=10))
-def test_any_history_equals_a_fresh_build(tmp_path: Path, steps: list[tuple[str, str, str]]) -> None:
-    """After any sequence of changes, a sync leaves what a build from nothing would: the same paths and vectors."""
+def test_any_history_equals_a_fresh_build(
+    tmp_path: Path, steps: list[tuple[str, str, str]]
+) -> None:
+    """After any sequence of changes, a sync leaves what a build from nothing would: the same paths
+    and vectors."""
     base = tmp_path / "history"
     shutil.rmtree(base, ignore_errors=True)
     photos = write(base / "photos", {"always.png": "always"})
@@ -696,14 +797,17 @@ def test_writers_wait_for_nobody(index: Path, photos: Path) -> None:
             assert 1 == len(gallery.search(vector_of("two")[None], 1)[0])
 
 
-# ---------------------------------------------------------------------------------------------------- names of any kind
+# -------------------------------------------------------------------------------- names of any kind
 
 
 def test_names_are_bytes(tmp_path: Path) -> None:
-    """Files and folders of any name are built, found again, moved, removed and brought back under their exact names."""
+    """Files and folders of any name are built, found again, moved, removed and brought back under
+    their exact names."""
     odd.need(tmp_path / "try")
     folder = os.fsdecode(b"p\xe9\nx")
-    photos = write(tmp_path / folder, {f"{folder}/{name}": f"word {i}" for i, name in enumerate(odd.NAMES)})
+    photos = write(
+        tmp_path / folder, {f"{folder}/{name}": f"word {i}" for i, name in enumerate(odd.NAMES)}
+    )
     index = tmp_path / os.fsdecode(b"i\xe9.index")
     maintenance.build([photos], index, ENCODER, factory="HNSW8")
     everything = {f"{folder}/{name}" for name in odd.NAMES}
@@ -712,16 +816,27 @@ def test_names_are_bytes(tmp_path: Path) -> None:
 
     maintenance.remove(index, [f"{names.shown(folder)}/{names.shown(odd.NAMES[0])}"])
     assert everything - {f"{folder}/{odd.NAMES[0]}"} == set(held(index))
-    assert {"added": 1} == {key: value for key, value in counts(maintenance.sync(index)).items() if key == "added"}
+    assert {"added": 1} == {
+        key: value for key, value in counts(maintenance.sync(index)).items() if key == "added"
+    }
     (photos / folder).rename(photos / os.fsdecode(b"\xff"))
     assert {"moved": len(odd.NAMES)} == counts(maintenance.sync(index))
     assert {os.fsdecode(b"\xff/") + name for name in odd.NAMES} == set(held(index))
-    assert {"removed": len(odd.NAMES)} == counts(maintenance.remove(index, [photos / os.fsdecode(b"\xff")]))
+    assert {"removed": len(odd.NAMES)} == counts(
+        maintenance.remove(index, [photos / os.fsdecode(b"\xff")])
+    )
 
 
 def test_a_folder_is_removed_with_all_that_is_below_it_alone(tmp_path: Path) -> None:
-    """Names with signs of patterns, and neighbours of nearly the same name, are not taken for what lies in a folder."""
-    files = {"a*/1.png": "one", "ab/2.png": "two", "a*0.png": "three", "a*.png": "four", "a*/b/3.png": "five"}
+    """Names with signs of patterns, and neighbours of nearly the same name, are not taken for what
+    lies in a folder."""
+    files = {
+        "a*/1.png": "one",
+        "ab/2.png": "two",
+        "a*0.png": "three",
+        "a*.png": "four",
+        "a*/b/3.png": "five",
+    }
     maintenance.build([write(tmp_path / "photos", files)], tmp_path / "photos.index", ENCODER)
     maintenance.remove(tmp_path / "photos.index", ["a*"])
     assert {"ab/2.png", "a*0.png", "a*.png"} == set(held(tmp_path / "photos.index"))

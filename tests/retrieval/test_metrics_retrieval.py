@@ -1,4 +1,5 @@
-"""How good a ranking is: every definition by hand, beside scikit-learn, and beside the benchmarks' own evaluation."""
+"""How good a ranking is: every definition by hand, beside scikit-learn, and beside the benchmarks'
+own evaluation."""
 
 from __future__ import annotations
 
@@ -27,12 +28,15 @@ FOUR = np.array([4])
 def rankings(draw: st.DrawFn, whole: bool = False) -> tuple[Hits, NDArray[np.int64]]:
     """Hits of a few queries, and how many positives each has: all of them shown where `whole`."""
     q, k = draw(st.integers(1, 5)), draw(st.integers(1, 12))
-    hits = np.array(draw(st.lists(st.lists(st.booleans(), min_size=k, max_size=k), min_size=q, max_size=q)), bool)
+    hits = np.array(
+        draw(st.lists(st.lists(st.booleans(), min_size=k, max_size=k), min_size=q, max_size=q)),
+        bool,
+    )
     more = 0 if whole else np.array(draw(st.lists(st.integers(0, 4), min_size=q, max_size=q)))
     return hits, hits.sum(1) + more
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,10 @@ def rankings(draw: st.DrawFn, whole: bool = False) -> tuple[Hits, NDArray[np.int
         (metrics.success_at(~HITS, FOUR, 1), 0),
         (metrics.success_at(~HITS, FOUR, 2), 1),
         (metrics.average_precision(HITS, FOUR), (1 / 1 + 2 / 3 + 3 / 6) / 4),
-        (metrics.trapezoid_average_precision(HITS, FOUR), ((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2 + (2 / 5 + 3 / 6) / 2) / 4),
+        (
+            metrics.trapezoid_average_precision(HITS, FOUR),
+            ((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2 + (2 / 5 + 3 / 6) / 2) / 4,
+        ),
         (metrics.map_at_r(HITS, FOUR), (1 / 1 + 2 / 3) / 4),
         (metrics.reciprocal_rank(HITS, FOUR), 1),
         (metrics.reciprocal_rank(~HITS, FOUR), 1 / 2),
@@ -72,7 +79,8 @@ each = pytest.mark.parametrize("name", list(EACH))
 
 @each
 def test_a_query_without_positives_has_no_score(name: str) -> None:
-    """NaN for it alone; the queries beside it keep theirs. A query whose positives were all missed has 0."""
+    """NaN for it alone; the queries beside it keep theirs. A query whose positives were all missed
+    has 0."""
     hits = np.array([[0, 0, 0], [1, 1, 0], [0, 0, 0]], bool)
     made = EACH[name](hits, np.array([0, 2, 2]))
 
@@ -89,7 +97,8 @@ def test_a_perfect_ranking_has_the_best_value(name: str) -> None:
 
 @each
 def test_lists_may_be_empty(name: str) -> None:
-    """No results at all: 0 where positives exist (MAP@R cannot be known then), NaN where none do."""
+    """No results at all: 0 where positives exist (MAP@R cannot be known then), NaN where none
+    do."""
     if name == "map@r":
         with pytest.raises(ValueError, match="MAP@R needs lists"):
             EACH[name](np.zeros((1, 0), bool), [1])
@@ -124,16 +133,22 @@ def test_k_is_at_least_one(function: Callable[..., Floats]) -> None:
         function(HITS, FOUR, 0)
 
 
-# ----------------------------------------------------------------------------------------------------------- properties
+# --------------------------------------------------------------------------------------- properties
 
 
 @settings(max_examples=100, deadline=None)
 @given(pair=rankings())
-def test_values_lie_between_0_and_1_and_follow_their_order(pair: tuple[Hits, NDArray[np.int64]]) -> None:
-    """Recall and success grow with k; the trapezoid is never above the step-wise AP; MAP@R is never above AP."""
+def test_values_lie_between_0_and_1_and_follow_their_order(
+    pair: tuple[Hits, NDArray[np.int64]],
+) -> None:
+    """Recall and success grow with k; the trapezoid is never above the step-wise AP; MAP@R is never
+    above AP."""
     hits, positives = pair
     some = positives > 0
-    steps, areas = metrics.average_precision(hits, positives), metrics.trapezoid_average_precision(hits, positives)
+    steps, areas = (
+        metrics.average_precision(hits, positives),
+        metrics.trapezoid_average_precision(hits, positives),
+    )
 
     assert (areas[some] <= steps[some] + 1e-12).all()
     for function in (metrics.recall_at, metrics.success_at):
@@ -142,14 +157,22 @@ def test_values_lie_between_0_and_1_and_follow_their_order(pair: tuple[Hits, NDA
     wide = np.pad(hits, ((0, 0), (0, 20)))
     at_r = metrics.map_at_r(wide, positives)
     assert (at_r[some] <= steps[some] + 1e-12).all()
-    for value in (steps, areas, at_r, metrics.reciprocal_rank(hits, positives), metrics.precision_at(hits, positives, 4)):
+    for value in (
+        steps,
+        areas,
+        at_r,
+        metrics.reciprocal_rank(hits, positives),
+        metrics.precision_at(hits, positives, 4),
+    ):
         assert ((0 <= value[some]) & (value[some] <= 1)).all()
         assert np.isnan(value[~some]).all()
 
 
 @settings(max_examples=100, deadline=None)
 @given(pair=rankings(whole=True))
-def test_average_precision_is_scikit_learns_on_whole_rankings(pair: tuple[Hits, NDArray[np.int64]]) -> None:
+def test_average_precision_is_scikit_learns_on_whole_rankings(
+    pair: tuple[Hits, NDArray[np.int64]],
+) -> None:
     """With every positive shown and no ties, both definitions are one."""
     from sklearn.metrics import average_precision_score
 
@@ -166,7 +189,9 @@ def test_a_list_that_is_cut_gives_a_lower_bound() -> None:
     """What was not shown counts as missed, whichever rank it would have had."""
     whole = np.array([[1, 0, 1, 0, 1]], bool)
 
-    assert metrics.average_precision(whole[:, :3], [3])[0] < metrics.average_precision(whole, [3])[0]
+    assert (
+        metrics.average_precision(whole[:, :3], [3])[0] < metrics.average_precision(whole, [3])[0]
+    )
     assert metrics.average_precision(whole[:, :3], [3])[0] == pytest.approx((1 + 2 / 3) / 3)
 
 
@@ -179,13 +204,14 @@ def test_trapezoid_by_its_own_name() -> None:
 
 
 def test_map_at_r_looks_at_r_results_alone() -> None:
-    """A positive behind rank R adds nothing; lists that end before R are refused, by both numbers."""
+    """A positive behind rank R adds nothing; lists that end before R are refused, by both
+    numbers."""
     assert 0.5 == metrics.map_at_r(np.array([[1, 0, 1]], bool), [2])[0]
     with pytest.raises(ValueError, match="4, not 3"):
         metrics.map_at_r(np.array([[1, 0, 1]], bool), [4])
 
 
-# --------------------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 def test_hits_by_label_leave_the_query_out() -> None:
@@ -199,7 +225,8 @@ def test_hits_by_label_leave_the_query_out() -> None:
 
 
 def test_hits_by_label_know_empty_places_and_unknown_labels() -> None:
-    """−1 is no hit, not even where the last row would match; a label that the gallery lacks has no positives."""
+    """−1 is no hit, not even where the last row would match; a label that the gallery lacks has no
+    positives."""
     hits, positives = metrics.hits_by_label([[-1, 1], [0, 1]], np.array([7, 9]), np.array([8, 7]))
 
     assert [[False, True], [False, False]] == hits.tolist()
@@ -214,17 +241,22 @@ def test_hits_by_label_know_empty_places_and_unknown_labels() -> None:
 @settings(max_examples=60, deadline=None)
 @given(n=st.integers(1, 12), seed=st.integers(0, 1000))
 def test_hits_by_label_of_whole_rankings_find_every_positive(n: int, seed: int) -> None:
-    """Each row of a gallery as a query over all rows: recall 1, and the counts of its class less itself."""
+    """Each row of a gallery as a query over all rows: recall 1, and the counts of its class less
+    itself."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 3, n)
     positions = np.stack([random.permutation(n) for _ in range(n)])
     hits, positives = metrics.hits_by_label(positions, labels, labels, own=np.arange(n))
 
-    assert hits.sum(1).tolist() == positives.tolist() == [(labels == label).sum() - 1 for label in labels]
+    assert (
+        hits.sum(1).tolist()
+        == positives.tolist()
+        == [(labels == label).sum() - 1 for label in labels]
+    )
     assert not hits[:, -1].any()  # the place that the query itself has left
 
 
-# ------------------------------------------------------------------------------------------------------------ summaries
+# ---------------------------------------------------------------------------------------- summaries
 
 
 def test_a_summary_leaves_queries_without_score_out_and_counts_them() -> None:
@@ -238,7 +270,8 @@ def test_a_summary_leaves_queries_without_score_out_and_counts_them() -> None:
 
 
 def test_shares_of_queries_have_wilsons_interval() -> None:
-    """Success of queries is a share: 36 of 36 leave room for failures, as `finetune` says it of 36 images."""
+    """Success of queries is a share: 36 of 36 leave room for failures, as `finetune` says it of 36
+    images."""
     made = summarise(np.ones(36))
     some = summarise([0.0] * 30 + [1.0] * 10)
 
@@ -250,7 +283,8 @@ def test_shares_of_queries_have_wilsons_interval() -> None:
 @pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("n", [1, 2, 36])
 def test_no_interval_of_few_queries_is_of_width_zero(value: float, n: int) -> None:
-    """Where all queries have the same value, resampling says nothing: the interval keeps a width, and names its method."""
+    """Where all queries have the same value, resampling says nothing: the interval keeps a width,
+    and names its method."""
     made = summarise([value] * n)
 
     assert made.high - made.low > 1 / (n + 4)
@@ -259,7 +293,8 @@ def test_no_interval_of_few_queries_is_of_width_zero(value: float, n: int) -> No
 
 
 def test_other_means_have_a_bootstrap_over_queries() -> None:
-    """Values between 0 and 1 have the bootstrap of `finetune.metrics`: close to the normal interval, the same every time."""
+    """Values between 0 and 1 have the bootstrap of `finetune.metrics`: close to the normal
+    interval, the same every time."""
     values = np.array([0.1] * 300 + [0.9] * 100)
     made = summarise(values)
     error = 1.96 * 0.8 * np.sqrt(0.25 * 0.75 / 400)
@@ -271,7 +306,8 @@ def test_other_means_have_a_bootstrap_over_queries() -> None:
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
-    """Of 100 samples of 20 queries, about 95 % have the mean of the population in their interval."""
+    """Of 100 samples of 20 queries, about 95 % have the mean of the population in their
+    interval."""
     random = np.random.default_rng(0)
     inside = 0
     for _ in range(100):
@@ -286,14 +322,20 @@ def test_without_a_query_there_is_no_value(values: Sequence[float]) -> None:
     """Neither a value nor an interval is made up."""
     made = summarise(values)
 
-    assert (True, True, 0, "none") == (np.isnan(made.value), np.isnan(made.low), made.n, made.method)
+    assert (True, True, 0, "none") == (
+        np.isnan(made.value),
+        np.isnan(made.low),
+        made.n,
+        made.method,
+    )
 
 
-# ------------------------------------------------------------------------------------------- revisited Oxford and Paris
+# ----------------------------------------------------------------------- revisited Oxford and Paris
 
 
 def test_the_protocol_on_a_ranking_by_hand() -> None:
-    """Ranking e j h x e h with easy e, hard h, junk j and x neither: what a level ignores gives its rank away."""
+    """Ranking e j h x e h with easy e, hard h, junk j and x neither: what a level ignores gives its
+    rank away."""
     truth = Truth(easy=[10, 14], hard=[12, 15], junk=[11])
     made = revisited([[10, 11, 12, 13, 14, 15]], [truth], ks=(1, 2, 10))
     easy, medium, hard = (made[level] for level in ("easy", "medium", "hard"))
@@ -310,7 +352,8 @@ def test_junk_counts_for_nothing() -> None:
     """Junk before, between and behind changes no value; a distractor in its place does."""
     truth = Truth(easy=[1], hard=[2], junk=[7, 8, 9])
     plain, with_junk, with_others = (
-        revisited([ranking], [truth])["medium"].ap[0] for ranking in ([1, 3, 2], [7, 1, 8, 3, 2, 9], [4, 1, 5, 3, 2, 6])
+        revisited([ranking], [truth])["medium"].ap[0]
+        for ranking in ([1, 3, 2], [7, 1, 8, 3, 2, 9], [4, 1, 5, 3, 2, 6])
     )
 
     assert plain == with_junk
@@ -321,7 +364,10 @@ def test_empty_places_of_a_ranking_have_no_rank() -> None:
     """−1 marks a place without a result, as often as there are such places."""
     truth = [Truth([1], [2], [])]
 
-    assert revisited([[5, 1, 2]], truth)["medium"].ap[0] == revisited([[5, -1, 1, -1, 2]], truth)["medium"].ap[0]
+    assert (
+        revisited([[5, 1, 2]], truth)["medium"].ap[0]
+        == revisited([[5, -1, 1, -1, 2]], truth)["medium"].ap[0]
+    )
 
 
 def test_a_level_without_positives_is_left_out() -> None:
@@ -342,7 +388,9 @@ def test_rankings_that_cannot_be_judged_are_refused() -> None:
         revisited([[1]], [Truth([1], [], [])] * 2)
 
 
-def benchmark_own(ranking: Sequence[int], ok: Sequence[int], junk: Sequence[int], ks: Sequence[int]) -> tuple[float, list[float]]:
+def benchmark_own(
+    ranking: Sequence[int], ok: Sequence[int], junk: Sequence[int], ks: Sequence[int]
+) -> tuple[float, list[float]]:
     """AP and precisions as the benchmark's published evaluation computes them, step by step."""
     places = np.flatnonzero(np.isin(ranking, ok))
     ignored = np.flatnonzero(np.isin(ranking, junk))

@@ -1,4 +1,5 @@
-"""The `retrieve` command as a user meets it: what it prints, how it fails, how quickly it answers."""
+"""The `retrieve` command as a user meets it: what it prints, how it fails, how quickly it
+answers."""
 
 from __future__ import annotations
 
@@ -24,7 +25,19 @@ from retrieval import contact_sheet, maintenance
 from retrieval.cli import cli
 from retrieval.hits import Answer, Hit
 
-HEAVY = ("numpy", "torch", "faiss", "sklearn", "openvino", "PIL", "timm", "rich", "scipy", "pandas", "matplotlib")
+HEAVY = (
+    "numpy",
+    "torch",
+    "faiss",
+    "sklearn",
+    "openvino",
+    "PIL",
+    "timm",
+    "rich",
+    "scipy",
+    "pandas",
+    "matplotlib",
+)
 
 
 def run(*words: object) -> Result:
@@ -34,10 +47,21 @@ def run(*words: object) -> Result:
     return result
 
 
-def process(words: Sequence[object], code: str = "", **how: Any) -> subprocess.CompletedProcess[str]:
+def process(
+    words: Sequence[object], code: str = "", **how: Any
+) -> subprocess.CompletedProcess[str]:
     """A command in a process of its own; `code` runs at its end."""
-    script = f"import sys\nfrom retrieval.cli import main\ntry:\n    main()\nfinally:\n    pass\n    {code or 'pass'}"
-    return subprocess.run([sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True, check=False, **how)
+    script = (
+        f"import sys\nfrom retrieval.cli import main\ntry:\n    "
+        f"main()\nfinally:\n    pass\n    {code or 'pass'}"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        **how,
+    )
 
 
 @pytest.fixture
@@ -45,12 +69,15 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An index without a network: see `galleries`."""
     galleries.install(monkeypatch.setattr)
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "photos", {f"a/{name}": word for name, word in words(12).items()} | {"b/copy.png": "word 0"})
+    write(
+        tmp_path / "photos",
+        {f"a/{name}": word for name, word in words(12).items()} | {"b/copy.png": "word 0"},
+    )
     maintenance.build([tmp_path / "photos"], tmp_path / "photos.index", ENCODER)
     return tmp_path / "photos.index"
 
 
-# ---------------------------------------------------------------------------------------------------------------- help
+# --------------------------------------------------------------------------------------------- help
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -58,7 +85,8 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from retrieval.cli import cli\n"
         "for words in ([], *([name] for name in cli.commands)):\n"
-        "    result = CliRunner().invoke(cli, [*words, '--help']); assert result.exit_code == 0, result.output\n"
+        "    result = CliRunner().invoke(cli, [*words, '--help']); assert result.exit_code "
+        "== 0, result.output\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -74,11 +102,12 @@ def test_help_ends_with_an_example(name: str) -> None:
     assert isinstance(command.make_context(name, example[2:]), click.Context)
 
 
-# -------------------------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------- output
 
 
 def test_query_as_text(texts: Path) -> None:
-    """A line a hit with its score; further paths of the same bytes below it; several queries in order."""
+    """A line a hit with its score; further paths of the same bytes below it; several queries in
+    order."""
     write(texts.parent, {"near.png": "near:word 0:q"})
     lines = run("query", texts, "near.png", "photos/a/0001.png", "-k", 2).output.splitlines()
     assert "near.png" == lines[0]
@@ -89,8 +118,14 @@ def test_query_as_text(texts: Path) -> None:
 def test_query_as_json(texts: Path) -> None:
     """A list of queries as they were typed, each with its hits: path and score."""
     write(texts.parent, {"q/near.png": "near:word 3:q"})
-    found = json.loads(run("query", texts, "q", texts.parent / "photos" / "a" / "0001.png", "-k", 3, "--json").stdout)
-    assert ["q/near.png", f"{texts.parent}/photos/a/0001.png"] == [answer["query"] for answer in found]
+    found = json.loads(
+        run(
+            "query", texts, "q", texts.parent / "photos" / "a" / "0001.png", "-k", 3, "--json"
+        ).stdout
+    )
+    assert ["q/near.png", f"{texts.parent}/photos/a/0001.png"] == [
+        answer["query"] for answer in found
+    ]
     assert "a/0003.png" == found[0]["hits"][0]["path"]
     assert [3, 3] == [len(answer["hits"]) for answer in found]
     scores = [hit["score"] for hit in found[0]["hits"]]
@@ -101,10 +136,18 @@ def test_query_options(texts: Path) -> None:
     """Threshold, average, expansion, self and collapse reach the search."""
     write(texts.parent, {"near.png": "near:word 0:q"})
     assert "nothing found" in run("query", texts, "photos/a/0001.png", "--threshold", 0.99).output
-    assert "a/0001.png" in run("query", texts, "photos/a/0001.png", "--threshold", 0.99, "--keep-self").output
-    (average,) = json.loads(run("query", texts, "near.png", "photos/a/0001.png", "--average", "--json").stdout)
+    assert (
+        "a/0001.png"
+        in run("query", texts, "photos/a/0001.png", "--threshold", 0.99, "--keep-self").output
+    )
+    (average,) = json.loads(
+        run("query", texts, "near.png", "photos/a/0001.png", "--average", "--json").stdout
+    )
     assert ("near.png + photos/a/0001.png", 10) == (average["query"], len(average["hits"]))
-    assert "a/0000.png" in run("query", texts, "near.png", "--expand", 2, "--collapse", 0.9, "-k", 1).output
+    assert (
+        "a/0000.png"
+        in run("query", texts, "near.png", "--expand", 2, "--collapse", 0.9, "-k", 1).output
+    )
 
 
 def test_changes_are_counted(texts: Path) -> None:
@@ -113,18 +156,24 @@ def test_changes_are_counted(texts: Path) -> None:
     assert "1 added; 13 images" in run("add", texts, "more").output
     assert "1 removed; 12 images" in run("remove", texts, "more/new.png").output
     assert "1 added, 13 unchanged; 13 images" in run("sync", texts).output
-    assert {"moved": 0, "added": 0, "images": 13}.items() <= json.loads(run("compact", texts, "--json").stdout).items()
+    assert {"moved": 0, "added": 0, "images": 13}.items() <= json.loads(
+        run("compact", texts, "--json").stdout
+    ).items()
 
 
 def test_very_many_left_out(texts: Path) -> None:
-    """Of very many unreadable files the first are named and the others counted; --json names them all."""
+    """Of very many unreadable files the first are named and the others counted; --json names them
+    all."""
     write(texts.parent, {f"photos/bad{i:02d}.png": "broken" for i in range(23)})
     result = run("sync", texts, "--on-bad-image", "skip")
     assert "23 left out" in result.stdout
-    assert ["left out: bad19.png: damaged (for the test)", "left out: 3 more; --json lists them all"] == (
-        result.stderr.splitlines()[-2:]
+    assert [
+        "left out: bad19.png: damaged (for the test)",
+        "left out: 3 more; --json lists them all",
+    ] == (result.stderr.splitlines()[-2:])
+    assert 23 == len(
+        json.loads(run("sync", texts, "--on-bad-image", "skip", "--json").stdout)["faults"]
     )
-    assert 23 == len(json.loads(run("sync", texts, "--on-bad-image", "skip", "--json").stdout)["faults"])
 
 
 def test_what_is_left_out_is_named(texts: Path) -> None:
@@ -145,8 +194,12 @@ def test_evaluate_and_duplicates(texts: Path) -> None:
     judged = json.loads(run("evaluate", texts, "--json").stdout)
     assert {"value", "low", "high", "n"} <= set(judged["metrics"]["mAP"])
     (texts.parent / "pairs.csv").write_text("query,match\na/0001.png,a/0002.png\n")
-    assert 1 == json.loads(run("evaluate", texts, "--labels", "pairs.csv", "--json").stdout)["queries"]
-    assert [["a/0000.png", "b/copy.png"]] == [group["paths"] for group in json.loads(run("duplicates", texts, "--json").stdout)]
+    assert (
+        1 == json.loads(run("evaluate", texts, "--labels", "pairs.csv", "--json").stdout)["queries"]
+    )
+    assert [["a/0000.png", "b/copy.png"]] == [
+        group["paths"] for group in json.loads(run("duplicates", texts, "--json").stdout)
+    ]
     assert "a/0000.png" in run("duplicates", texts, "--threshold", 0.99).output
 
 
@@ -162,10 +215,13 @@ def test_info(texts: Path) -> None:
 
 
 def test_options_that_have_no_effect_together_are_refused(texts: Path) -> None:
-    """--limit and --seed draw from the index's own images: with other queries they would say nothing."""
+    """--limit and --seed draw from the index's own images: with other queries they would say
+    nothing."""
     write(texts.parent, {"q/a/near.png": "near:word 0:q"})
     (texts.parent / "pairs.csv").write_text("query,match\na/0001.png,a/0002.png\n")
-    with pytest.raises(UserError, match=r"--limit: it draws(.|\n)*leave out --limit and --seed, or QUERIES"):
+    with pytest.raises(
+        UserError, match=r"--limit: it draws(.|\n)*leave out --limit and --seed, or QUERIES"
+    ):
         run("evaluate", texts, "q", "--seed", 1, "--limit", 3)
     with pytest.raises(UserError, match=r"--seed: it draws(.|\n)*those of the CSV"):
         run("evaluate", texts, "--labels", "pairs.csv", "--seed", 1)
@@ -199,9 +255,15 @@ def test_stale_is_said(tmp_path: Path, texts: Path) -> None:
         (["build", "nothing", "-o", "x.index"], "no such file or folder"),
         (["build", "photos", "-o", "x.index", "--scales", "1,x"], "--scales"),
         (["build", "photos", "-o", "x.index", "--taps", "stage"], "no tap is written"),
-        (["build", "photos", "-o", "x.index", "--backbone", "nonet"], "no backbone is called 'nonet'"),
+        (
+            ["build", "photos", "-o", "x.index", "--backbone", "nonet"],
+            "no backbone is called 'nonet'",
+        ),
         (["build", "photos", "-o", "x.index", "--run", "photos"], "photos"),
-        (["build", "photos", "-o", "x.index", "--run", "r", "--size", "64"], "a run brings its own network"),
+        (
+            ["build", "photos", "-o", "x.index", "--run", "r", "--size", "64"],
+            "a run brings its own network",
+        ),
         (["query", "nothing.index", "photos"], "no such folder"),
         (["query", "photos", "photos"], "no index here"),
         (["query", "photos.index", "nothing.png"], "no such file"),
@@ -226,8 +288,11 @@ CHANGES = (
 
 
 @pytest.mark.parametrize("words", CHANGES)
-def test_a_change_waits_for_another(texts: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command that changes an index has --wait, says on stderr that it waits, and names no option that it lacks."""
+def test_a_change_waits_for_another(
+    texts: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command that changes an index has --wait, says on stderr that it waits, and names no
+    option that it lacks."""
     from finetune import lock
 
     monkeypatch.setattr("retrieval.cli._encoder", lambda **_: ENCODER)
@@ -243,18 +308,25 @@ def test_a_change_waits_for_another(texts: Path, words: tuple[str, ...], monkeyp
 
 
 def test_files_that_went_are_marked(texts: Path) -> None:
-    """A word behind the path, a field in JSON, a mark in the page, and one line on stderr that says what helps."""
+    """A word behind the path, a field in JSON, a mark in the page, and one line on stderr that says
+    what helps."""
     import os
 
     (texts.parent / "photos" / "a" / "0003.png").unlink()
     os.truncate(texts.parent / "photos" / "b" / "copy.png", 1)
     near = write(texts.parent, {"near.png": "near:word 0:q"}) / "near.png"
     result = run("query", texts, near, "-k", 12, "--html", "found.html", "--json")
-    assert "warning: of the files shown, 1 missing and 1 changed since: `retrieve sync " in result.stderr
+    assert (
+        "warning: of the files shown, 1 missing and 1 changed since: `retrieve sync "
+        in result.stderr
+    )
     assert 1 == result.stderr.count("\n")
     hits = {hit["path"]: hit for hit in json.loads(result.stdout)[0]["hits"]}
     assert [True] == [hit["missing"] for hit in hits.values() if "missing" in hit]
-    assert (["a/0003.png"], ["b/copy.png"]) == (hits["a/0003.png"]["missing_paths"], hits["a/0000.png"]["changed_paths"])
+    assert (["a/0003.png"], ["b/copy.png"]) == (
+        hits["a/0003.png"]["missing_paths"],
+        hits["a/0000.png"]["changed_paths"],
+    )
     text = run("query", texts, near, "-k", 12).stdout
     assert "a/0003.png  (missing)\n" in text
     assert "= b/copy.png  (changed since)\n" in text
@@ -268,15 +340,21 @@ def test_files_that_went_are_marked(texts: Path) -> None:
 
 
 def test_a_copy_is_marked_everywhere(texts: Path) -> None:
-    """A copy of an image is found above any threshold: marked in the text, in JSON, and in the page."""
+    """A copy of an image is found above any threshold: marked in the text, in JSON, and in the
+    page."""
     write(texts.parent, {"mine.png": "word 5"})
-    assert "  1.000  a/0005.png  (the same file)" in run("query", texts, "mine.png", "--threshold", 0.95).output
-    found = json.loads(run("query", texts, "mine.png", "--threshold", 1, "--html", "found.html", "--json").stdout)
+    assert (
+        "  1.000  a/0005.png  (the same file)"
+        in run("query", texts, "mine.png", "--threshold", 0.95).output
+    )
+    found = json.loads(
+        run("query", texts, "mine.png", "--threshold", 1, "--html", "found.html", "--json").stdout
+    )
     assert [{"path": "a/0005.png", "score": 1.0, "id": 6, "same": True}] == found[0]["hits"]
     assert ">the same file<" in (texts.parent / "found.html").read_text()
 
 
-# --------------------------------------------------------------------------------------------------------------- sheet
+# -------------------------------------------------------------------------------------------- sheet
 
 
 class Page(HTMLParser):
@@ -305,7 +383,16 @@ def test_a_contact_sheet_is_self_contained(shapes: Path, tmp_path: Path) -> None
     assert 2 == len(page.loads)
     assert all(load.startswith("data:image/jpeg;base64,") for load in page.loads)
     assert "script" not in page.tags
-    assert all(text in page.text for text in ("a < b", "x & y.png", "<script>gone.png", "cannot be shown", "Nothing was found"))
+    assert all(
+        text in page.text
+        for text in (
+            "a < b",
+            "x & y.png",
+            "<script>gone.png",
+            "cannot be shown",
+            "Nothing was found",
+        )
+    )
     assert tmp_path.exists()
 
 
@@ -314,14 +401,18 @@ def test_the_sheet_is_written(texts: Path) -> None:
     result = run("query", texts, "photos/a/0001.png", "--html", "found.html", "--json")
     assert 1 == len(json.loads(result.stdout))
     assert "a/0000.png" in (texts.parent / "found.html").read_text()
-    assert "written to found.html" in run("query", texts, "photos/a/0001.png", "--html", "found.html").output
+    assert (
+        "written to found.html"
+        in run("query", texts, "photos/a/0001.png", "--html", "found.html").output
+    )
 
 
-# -------------------------------------------------------------------------------------------------------- real networks
+# ------------------------------------------------------------------------------------ real networks
 
 
 def test_the_whole_way(shapes: Path, tmp_path: Path) -> None:
-    """With the real network: build, query, add, remove, sync, judge, compact; a cold query imports no torch."""
+    """With the real network: build, query, add, remove, sync, judge, compact; a cold query imports
+    no torch."""
     import shutil
 
     photos, index = tmp_path / "photos", tmp_path / "photos.index"
@@ -342,25 +433,36 @@ def test_the_whole_way(shapes: Path, tmp_path: Path) -> None:
     (photos / "circle" / "03.png").rename(photos / "square" / "moved.png")
     assert "1 moved, 12 unchanged" in run("sync", index).output
     assert "1 removed" in run("remove", index, turned).output
-    assert 0.5 < json.loads(run("evaluate", index, "--json").stdout)["metrics"]["precision@1"]["value"]
+    assert (
+        0.5 < json.loads(run("evaluate", index, "--json").stdout)["metrics"]["precision@1"]["value"]
+    )
     run("compact", index)
     assert 12 == json.loads(run("info", index, "--check", "--json").stdout)["images"]
 
 
 def test_exit_codes(tmp_path: Path) -> None:
-    """The process ends with 1 for what can be mended and 2 for wrong usage, and prints no traceback."""
-    for words_, code in ((["query", tmp_path / "no.index", "x"], 1), (["query"], 2), (["--version"], 0)):
+    """The process ends with 1 for what can be mended and 2 for wrong usage, and prints no
+    traceback."""
+    for words_, code in (
+        (["query", tmp_path / "no.index", "x"], 1),
+        (["query"], 2),
+        (["--version"], 0),
+    ):
         done = process(words_)
         assert (code, False) == (done.returncode, "Traceback" in done.stderr)
 
 
-# --------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 def test_no_name_is_printed_raw(texts: Path) -> None:
-    """Text, JSON and the contact sheet show any name in one printable form; markup in a name stays text."""
+    """Text, JSON and the contact sheet show any name in one printable form; markup in a name stays
+    text."""
     odd.need(texts.parent / "try")
-    write(texts.parent / "photos", {f"o\n/{name}": f"near:odd:{i}" for i, name in enumerate(odd.NAMES)})
+    write(
+        texts.parent / "photos",
+        {f"o\n/{name}": f"near:odd:{i}" for i, name in enumerate(odd.NAMES)},
+    )
     (texts.parent / "photos" / "o\n" / "dangl\x1b.png").symlink_to("nowhere")
     result = run("sync", texts, "--on-bad-image", "skip")
     assert r"left out: o\x0a/dangl\x1b.png: unreadable" in result.stderr
@@ -371,14 +473,21 @@ def test_no_name_is_printed_raw(texts: Path) -> None:
     hits = json.loads(run(*query, "--keep-self", "--json").stdout)[0]["hits"]
     assert {f"o\n/{name}" for name in odd.NAMES} <= {meant(hit["path"]) for hit in hits}
     groups = json.loads(run("duplicates", texts, "--threshold", 0.9, "--json").stdout)
-    assert {f"o\n/{name}" for name in odd.NAMES} <= {meant(path) for group in groups for path in group["paths"]}
+    assert {f"o\n/{name}" for name in odd.NAMES} <= {
+        meant(path) for group in groups for path in group["paths"]
+    }
     run(*query, "--html", "found.html")
     page = Path("found.html").read_text(encoding="utf-8")
-    assert (r"o\x0a/\x1b[31mred.png" in page, "<script>" in page, "\x1b" in page) == (True, False, False)
+    assert (r"o\x0a/\x1b[31mred.png" in page, "<script>" in page, "\x1b" in page) == (
+        True,
+        False,
+        False,
+    )
 
 
 def test_duplicates_that_went_are_marked_under_any_name(texts: Path) -> None:
-    """A file that is not there any more is marked as such, whatever its name; the command to run can be copied."""
+    """A file that is not there any more is marked as such, whatever its name; the command to run
+    can be copied."""
     odd.need(texts.parent / "try")
     write(texts.parent / "photos", {"two\nlines.png": "the same", "b/x.png": "the same"})
     maintenance.sync(texts)
@@ -390,8 +499,11 @@ def test_duplicates_that_went_are_marked_under_any_name(texts: Path) -> None:
 
 
 def test_info_is_for_people(texts: Path) -> None:
-    """The text of `info` is a few lines: images, folder, vectors, network, search, size, and what made it."""
+    """The text of `info` is a few lines: images, folder, vectors, network, search, size, and what
+    made it."""
     lines = run("info", texts).stdout.splitlines()
-    assert ["images", "folder", "vectors", "network", "search", "size", "made"] == [line.split()[0] for line in lines[1:]]
+    assert ["images", "folder", "vectors", "network", "search", "size", "made"] == [
+        line.split()[0] for line in lines[1:]
+    ]
     assert "  images   12 in 13 files" in lines
     assert "  search   exact: every vector is compared" in lines

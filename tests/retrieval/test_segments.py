@@ -1,4 +1,5 @@
-"""The ground below a gallery: files that never change, one commit point, one writer, readers that see one moment."""
+"""The ground below a gallery: files that never change, one commit point, one writer, readers that
+see one moment."""
 
 from __future__ import annotations
 
@@ -21,7 +22,11 @@ from retrieval.segments import DATABASE, Rows, read
 from retrieval.writer import Writer, writing
 
 WIDTH = 4
-META = {"manifest": {"width": WIDTH}, "root": {"absolute": "/nowhere", "relative": ""}, "search": None}
+META = {
+    "manifest": {"width": WIDTH},
+    "root": {"absolute": "/nowhere", "relative": ""},
+    "search": None,
+}
 
 
 def rows(count: int, start: int = 0) -> Rows:
@@ -36,9 +41,13 @@ def append(at: Writer, table: Rows, **meta: object) -> int:
         for row in range(len(table)):
             digest = bytes([number, row]) * 16
             image = db.execute(
-                "insert into image (digest, segment, row, alive) values (?, ?, ?, 1)", (digest, number, row)
+                "insert into image (digest, segment, row, alive) values (?, ?, ?, 1)",
+                (digest, number, row),
             ).lastrowid
-            db.execute("insert into path (path, image, size, mtime) values (?, ?, 1, 1)", (f"{number}/{row}.png", image))
+            db.execute(
+                "insert into path (path, image, size, mtime) values (?, ?, 1, 1)",
+                (f"{number}/{row}.png", image),
+            )
     return number
 
 
@@ -68,18 +77,21 @@ def enter(folder: Path, **how: bool) -> None:
         pass
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def test_positions_run_through_the_segments(index: Path) -> None:
-    """A position is a row of the segments one after the other; vectors and ids follow it, in the order asked for."""
+    """A position is a row of the segments one after the other; vectors and ids follow it, in the
+    order asked for."""
     with contextlib.closing(read(index)) as now:
         assert (5, [0, 3]) == (len(now), now.starts.tolist())
         at = np.array([4, 0, 3])
         assert [11.0, 0.0, 10.0] == now.vectors(at)[:, 0].tolist()
         assert [5, 1, 4] == now.ids(at)
         assert {4: ("2/0.png",)} == now.paths([4])
-        assert {(bytes([2, 1]) * 16).hex(): (5, 4, True)} == now.positions([(bytes([2, 1]) * 16).hex(), "00" * 32])
+        assert {(bytes([2, 1]) * 16).hex(): (5, 4, True)} == now.positions(
+            [(bytes([2, 1]) * 16).hex(), "00" * 32]
+        )
 
 
 def test_removed_images_are_dead_rows(index: Path) -> None:
@@ -97,17 +109,23 @@ def test_covered_segments_come_first(index: Path) -> None:
     with writing(index) as at, at.commit(search={"segments": [2], "file": "search/9.faiss"}):
         pass
     with contextlib.closing(read(index)) as now:
-        assert ((2, 1), [10.0, 0.0]) == (now.segments, [float(now.vectors(np.array([p]))[0, 0]) for p in (0, 2)])
+        assert ((2, 1), [10.0, 0.0]) == (
+            now.segments,
+            [float(now.vectors(np.array([p]))[0, 0]) for p in (0, 2)],
+        )
 
 
 def test_vectors_are_not_copied_into_memory(index: Path) -> None:
     """Segments are memory-mapped, read-only."""
     with contextlib.closing(read(index)) as now:
-        assert all(isinstance(table, np.memmap) and not table.flags.writeable for table in now.tables)
+        assert all(
+            isinstance(table, np.memmap) and not table.flags.writeable for table in now.tables
+        )
 
 
 def test_nothing_there_is_said(tmp_path: Path) -> None:
-    """A missing folder, an empty one and an unfinished build are told apart, each with what to do."""
+    """A missing folder, an empty one and an unfinished build are told apart, each with what to
+    do."""
     assert "no such folder" in refusal(read, tmp_path / "x.index")
     assert "no index here\n" in refusal(read, tmp_path)
     sqlite3.connect(tmp_path / DATABASE).execute("pragma journal_mode=wal").connection.close()
@@ -115,7 +133,8 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
 
 
 def test_a_reader_sees_one_moment(index: Path) -> None:
-    """What a writer commits, merges and sweeps while a reader is at work changes nothing for the reader."""
+    """What a writer commits, merges and sweeps while a reader is at work changes nothing for the
+    reader."""
     with contextlib.closing(read(index)) as before:
         with writing(index) as at:
             append(at, rows(1, start=20))
@@ -139,8 +158,11 @@ def test_a_reader_sees_nothing_of_an_open_transaction(index: Path) -> None:
             assert (5, ("1/0.png",)) == (len(now), now.paths([1])[1])
 
 
-def test_a_reader_that_comes_between_looks_again(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A merge between a reader's look at the database and at the files is no damage: the reader looks again."""
+def test_a_reader_that_comes_between_looks_again(
+    index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge between a reader's look at the database and at the files is no damage: the reader
+    looks again."""
     load, calls = segments._load, []
 
     def late(folder: Path, db: sqlite3.Connection) -> segments.Snapshot:
@@ -158,7 +180,7 @@ def test_a_reader_that_comes_between_looks_again(index: Path, monkeypatch: pytes
         assert (2, 1) == (len(calls), len(now))
 
 
-# -------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "missing"])
@@ -189,7 +211,8 @@ def test_large_galleries_are_checked_by_size(index: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("content", [b"not a database" * 99, b""])
 def test_a_damaged_database_is_refused(index: Path, content: bytes) -> None:
-    """A database that is none is refused by readers and writers, and given up only where it is to be replaced."""
+    """A database that is none is refused by readers and writers, and given up only where it is to
+    be replaced."""
     for end in ("-wal", "-shm"):
         (index / f"{DATABASE}{end}").unlink(missing_ok=True)
     (index / DATABASE).write_bytes(content)
@@ -220,7 +243,7 @@ def test_another_format_is_refused(index: Path) -> None:
     assert "format 99" in refusal(enter, index)
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def test_a_commit_is_all_or_nothing(index: Path) -> None:
@@ -228,7 +251,11 @@ def test_a_commit_is_all_or_nothing(index: Path) -> None:
     with pytest.raises(RuntimeError, match="in the middle"):
         fail_in_the_middle(index)
     with contextlib.closing(read(index)) as now:
-        assert (5, "/nowhere", ("1/0.png",)) == (len(now), now.meta["root"]["absolute"], now.paths([1])[1])
+        assert (5, "/nowhere", ("1/0.png",)) == (
+            len(now),
+            now.meta["root"]["absolute"],
+            now.paths([1])[1],
+        )
     enter(index)
     assert {"1.f32", "2.f32"} == {path.name for path in (index / "segments").iterdir()}
 
@@ -243,8 +270,17 @@ def fail_in_the_middle(index: Path) -> None:
 
 
 def test_leftovers_are_swept(index: Path) -> None:
-    """The next writer removes what does not count: segments, search indexes, weights, half-written files."""
-    left = [index / name for name in ("segments/7.f32", "segments/.8.f32.x.tmp", "search/3.faiss", "network/m.safetensors")]
+    """The next writer removes what does not count: segments, search indexes, weights, half-written
+    files."""
+    left = [
+        index / name
+        for name in (
+            "segments/7.f32",
+            "segments/.8.f32.x.tmp",
+            "search/3.faiss",
+            "network/m.safetensors",
+        )
+    ]
     for path in [*left, index / ".manifest.json.abc.tmp"]:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"left behind")
@@ -285,7 +321,9 @@ def test_two_writers_two_processes(index: Path) -> None:
         "with writing(pathlib.Path(sys.argv[1])): print(1, flush=True); input()"
     )
     command = [sys.executable, "-c", code, str(index)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout is not None
         assert "1\n" == other.stdout.readline()
         assert f"(process {other.pid})" in refusal(enter, index)
@@ -296,7 +334,8 @@ def test_two_writers_two_processes(index: Path) -> None:
 
 
 def test_a_first_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    """An index that never came to be leaves no folder behind, and an empty folder that was there stays."""
+    """An index that never came to be leaves no folder behind, and an empty folder that was there
+    stays."""
     for folder in (tmp_path / "new.index", tmp_path):
         assert "no images" in refusal(fail_to_build, folder)
     assert [] == list(tmp_path.iterdir())
@@ -317,11 +356,13 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     assert ["thesis.tex"] == [path.name for path in tmp_path.iterdir()]
 
 
-# ----------------------------------------------------------------------------------------------------------- full disk
+# ---------------------------------------------------------------------------------------- full disk
 
 
 @pytest.mark.parametrize("call", ["fsync", "write"])
-def test_the_disk_is_full_for_a_segment(index: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+def test_the_disk_is_full_for_a_segment(
+    index: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     """No space for a segment: a `UserError`, and the index is what it was."""
 
     def full(*_: object, **__: object) -> None:
@@ -367,4 +408,6 @@ def fill_up(index: Path) -> None:
     with writing(index) as at, at.commit() as db:
         db.execute("delete from path")
         for i in range(2000):
-            db.execute("insert into path (path, image, size, mtime) values (?, 1, 1, 1)", (f"{i}" * 20,))
+            db.execute(
+                "insert into path (path, image, size, mtime) values (?, 1, 1, 1)", (f"{i}" * 20,)
+            )

@@ -14,7 +14,8 @@ from retrieval.spec import choose
 
 
 def test_choose_takes_the_most_exact_kind_that_fits() -> None:
-    """By size first, then by memory, down to codes alone; where nothing fits, the message says how much would."""
+    """By size first, then by memory, down to codes alone; where nothing fits, the message says how
+    much would."""
     assert "Flat" == choose(20_000, 1280)
     assert "SQfp16" == choose(60_000, 1280)
     assert choose(1_000_000, 1280).startswith("IVF4096,PQ256x4fs,Refine(SQfp16)")
@@ -30,9 +31,12 @@ def test_choose_takes_the_most_exact_kind_that_fits() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(n=st.integers(1, 10_000_000), d=st.integers(1, 4096), memory=st.none() | st.floats(0.01, 1e5))
+@given(
+    n=st.integers(1, 10_000_000), d=st.integers(1, 4096), memory=st.none() | st.floats(0.01, 1e5)
+)
 def test_choose_never_exceeds_the_memory(n: int, d: int, memory: float | None) -> None:
-    """Codes of the chosen kind fit; without a limit something is always chosen; PQ parts divide the width."""
+    """Codes of the chosen kind fit; without a limit something is always chosen; PQ parts divide the
+    width."""
     try:
         name = choose(n, d, memory)
     except UserError:
@@ -40,11 +44,17 @@ def test_choose_never_exceeds_the_memory(n: int, d: int, memory: float | None) -
         return
     parts = int(name.split("PQ")[1].split("x")[0]) if "PQ" in name else 0
     assert not parts or d % parts == 0
-    per = {"Flat": 4.0 * d, "SQfp16": 2.0 * d, "SQ8": d, "Refine(SQfp16)": 2.0 * d, "Refine(SQ8)": d}.get(name.split(",")[-1], 0)
+    per = {
+        "Flat": 4.0 * d,
+        "SQfp16": 2.0 * d,
+        "SQ8": d,
+        "Refine(SQfp16)": 2.0 * d,
+        "Refine(SQ8)": d,
+    }.get(name.split(",")[-1], 0)
     assert memory is None or n * per <= memory * 1e6
 
 
-# -------------------------------------------------------------------------------------------------------------- effort
+# ------------------------------------------------------------------------------------------- effort
 
 
 def stairs(effort: spec.Effort) -> NDArray[np.float64]:
@@ -53,7 +63,8 @@ def stairs(effort: spec.Effort) -> NDArray[np.float64]:
 
 
 def test_climbing_doubles_what_helps_and_leaves_the_rest() -> None:
-    """The parameter without effect stays where it was; the climb ends at the first effort that is enough."""
+    """The parameter without effect stays where it was; the climb ends at the first effort that is
+    enough."""
     start, limits = {"a": 2, "b": 2}, {"a": 1024, "b": 1024}
 
     assert {"a": 32, "b": 2} == spec.climb(stairs, start, limits, 0.5)
@@ -83,6 +94,8 @@ def test_tuning_goes_on_where_the_judges_fall_short() -> None:
 
 def test_a_search_among_few_rows_looks_wider() -> None:
     """Lists and graphs by the share that counts, within their limits; refinement as before."""
-    wide = spec.widened({"nprobe": 4, "ef": 16, "k_factor": 8}, {"nprobe": 32, "ef": 1000, "k_factor": 1024}, 10)
+    wide = spec.widened(
+        {"nprobe": 4, "ef": 16, "k_factor": 8}, {"nprobe": 32, "ef": 1000, "k_factor": 1024}, 10
+    )
 
     assert {"nprobe": 32, "ef": 160, "k_factor": 8} == wide

@@ -26,15 +26,20 @@ def refusal(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- vectors
+# ------------------------------------------------------------------------------------------ vectors
 
 
 def test_rows_without_direction_are_refused_by_position() -> None:
-    """NaN, infinity and zeros are named by their rows, in tables and in queries; many are cut short."""
+    """NaN, infinity and zeros are named by their rows, in tables and in queries; many are cut
+    short."""
     X = np.ones((20, 4), np.float32)
     X[3, 1], X[5, 0], X[8] = np.nan, np.inf, 0
     own = build(prepare(np.eye(4)), factory="Flat")
-    for call in (lambda: prepare(X), lambda: own.search(X, 1), lambda: exact(prepare(np.eye(4)), X, 1)):
+    for call in (
+        lambda: prepare(X),
+        lambda: own.search(X, 1),
+        lambda: exact(prepare(np.eye(4)), X, 1),
+    ):
         with pytest.raises(BadRows, match=r"3 of 20 vectors .* rows 3, 5, 8") as caught:
             call()
         assert [3, 5, 8] == caught.value.rows
@@ -42,7 +47,9 @@ def test_rows_without_direction_are_refused_by_position() -> None:
         prepare(np.zeros((30, 4)))
 
 
-@pytest.mark.parametrize("X", [np.zeros((3, 0)), np.ones(3), np.ones((2, 2, 2)), np.ones((2, 2), complex), [["a", "b"]]])
+@pytest.mark.parametrize(
+    "X", [np.zeros((3, 0)), np.ones(3), np.ones((2, 2, 2)), np.ones((2, 2), complex), [["a", "b"]]]
+)
 def test_what_is_no_table_of_numbers_is_refused(X: Any) -> None:
     """By its shape and type."""
     assert "vectors of shape" in refusal(lambda: prepare(X))
@@ -51,13 +58,16 @@ def test_what_is_no_table_of_numbers_is_refused(X: Any) -> None:
 @settings(max_examples=60, deadline=None)
 @given(scale=st.sampled_from([1e-300, 1e-40, 1e-20, 1.0, 1e20, 1e300]), seed=st.integers(0, 1000))
 def test_prepare_gives_unit_length_at_any_scale(scale: float, seed: int) -> None:
-    """No overflow, no underflow: the direction is that of the row, its length is 1, the input stays as it was."""
+    """No overflow, no underflow: the direction is that of the row, its length is 1, the input stays
+    as it was."""
     X = np.random.default_rng(seed).normal(size=(5, 3)) * scale
     before = X.copy()
     made = prepare(X)
 
     np.testing.assert_allclose(np.linalg.norm(made, axis=1), 1, rtol=1e-6)
-    np.testing.assert_allclose(made * np.abs(X).max(1, keepdims=True) / np.abs(made).max(1, keepdims=True), X, rtol=1e-5)
+    np.testing.assert_allclose(
+        made * np.abs(X).max(1, keepdims=True) / np.abs(made).max(1, keepdims=True), X, rtol=1e-5
+    )
     np.testing.assert_array_equal(before, X)
 
 
@@ -82,7 +92,7 @@ def test_repeated_positions_are_marked() -> None:
     assert [[False, False, True, True], [False] * 4, [False, True, False, True]] == made.tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------- pairs
+# -------------------------------------------------------------------------------------------- pairs
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,7 +108,9 @@ def test_pairs_are_those_of_brute_force(n: int, seed: int, threshold: float, blo
     X = prepare(random.choice([-1.0, 1.0, 2.0], (n, 3))) if n else np.zeros((0, 3), np.float32)
     found = near_duplicates(X, threshold, block=block)
     scores = X.astype(np.float64) @ X.T.astype(np.float64)
-    expected = {(i, j) for i in range(n) for j in range(i + 1, n) if scores[i, j] >= threshold - 1e-6}
+    expected = {
+        (i, j) for i in range(n) for j in range(i + 1, n) if scores[i, j] >= threshold - 1e-6
+    }
 
     assert expected == {(i, j) for i, j, _ in found}
     assert len(expected) == len(found)
@@ -107,17 +119,23 @@ def test_pairs_are_those_of_brute_force(n: int, seed: int, threshold: float, blo
 
 
 def clustered(n: int, d: int, fall: float, seed: int = 0) -> np.ndarray:
-    """Rows whose variance falls along the axes, as that of real features does, every fifth one a copy with some noise."""
+    """Rows whose variance falls along the axes, as that of real features does, every fifth one a
+    copy with some noise."""
     rng = np.random.default_rng(seed)
     X = (rng.standard_normal((n, d)) + 0.3) * np.arange(1.0, d + 1) ** -fall
-    X[4::5] = X[3:-1:5] * (1 + 0.4 * rng.uniform(0, 1, (len(X[4::5]), 1)) * rng.standard_normal((len(X[4::5]), d)))
+    X[4::5] = X[3:-1:5] * (
+        1 + 0.4 * rng.uniform(0, 1, (len(X[4::5]), 1)) * rng.standard_normal((len(X[4::5]), d))
+    )
     turn, _ = np.linalg.qr(rng.standard_normal((d, d)))
     return prepare(X @ turn)
 
 
-@pytest.mark.parametrize(("fall", "threshold"), [(1.0, 0.95), (1.0, 0.999), (0.5, 0.9), (0.0, 0.8), (1.0, 0.3)])
+@pytest.mark.parametrize(
+    ("fall", "threshold"), [(1.0, 0.95), (1.0, 0.999), (0.5, 0.9), (0.0, 0.8), (1.0, 0.3)]
+)
 def test_pairs_of_many_rows_are_those_of_brute_force(fall: float, threshold: float) -> None:
-    """With rows enough to be shortened first: no pair is lost or made up, where that helps and where it does not."""
+    """With rows enough to be shortened first: no pair is lost or made up, where that helps and
+    where it does not."""
     X = clustered(2100, 96, fall)
     found = near_duplicates(X, threshold, block=500)
     scores = X.astype(np.float64) @ X.T.astype(np.float64)
@@ -131,7 +149,8 @@ def test_pairs_of_many_rows_are_those_of_brute_force(fall: float, threshold: flo
 
 
 def test_shortened_rows_bound_every_cosine() -> None:
-    """No inner product of shortened rows is below that of the rows themselves, equal and opposite ones included."""
+    """No inner product of shortened rows is below that of the rows themselves, equal and opposite
+    ones included."""
     X = clustered(2100, 256, 0.8)
     X[1000], X[1001] = X[7], -X[7]
     short = vectors._shortened(X, 0.9)
@@ -154,7 +173,8 @@ def test_pairs_take_linear_memory() -> None:
 
 
 def test_too_many_pairs_are_refused() -> None:
-    """The limit is on pairs; the message says to raise the threshold. A threshold that is no cosine is refused, too."""
+    """The limit is on pairs; the message says to raise the threshold. A threshold that is no cosine
+    is refused, too."""
     X = prepare(np.ones((100, 4)))
 
     assert 4950 == len(near_duplicates(X, 0.5, limit=4950))
@@ -163,11 +183,12 @@ def test_too_many_pairs_are_refused() -> None:
         assert "threshold" in refusal(lambda threshold=threshold: near_duplicates(X, threshold))  # type: ignore[misc]
 
 
-# ----------------------------------------------------------------------------------------------------------- whitening
+# ---------------------------------------------------------------------------------------- whitening
 
 
 def test_whitened_vectors_are_uncorrelated_with_variance_one() -> None:
-    """Without shrinkage, on the vectors that it was fitted on: covariance is the identity, the mean is zero."""
+    """Without shrinkage, on the vectors that it was fitted on: covariance is the identity, the mean
+    is zero."""
     random = np.random.default_rng(0)
     X = (random.normal(size=(2000, 6)) @ random.normal(size=(6, 6)) + 5).astype(np.float32)
     made = whiten(X, 6, shrinkage=0.0)
@@ -176,12 +197,14 @@ def test_whitened_vectors_are_uncorrelated_with_variance_one() -> None:
     np.testing.assert_allclose(Y.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(np.cov(Y.T, bias=True), np.eye(6), atol=1e-3)
     first = whiten(X, 2, shrinkage=0.0)(X)
-    np.testing.assert_allclose(np.abs(Y[:, :2]), np.abs(first), atol=1e-4)  # the strongest directions come first
+    # the strongest directions come first
+    np.testing.assert_allclose(np.abs(Y[:, :2]), np.abs(first), atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [30, 300])
 def test_shrinkage_is_that_of_ledoit_and_wolf(n: int) -> None:
-    """The share and the covariance that scikit-learn's estimator finds, with fewer vectors than numbers and with more."""
+    """The share and the covariance that scikit-learn's estimator finds, with fewer vectors than
+    numbers and with more."""
     from sklearn.covariance import LedoitWolf
 
     random = np.random.default_rng(1)

@@ -25,14 +25,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_the_same_seed_gives_the_same_bits(stored: bool, data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_seed_gives_the_same_bits(
+    stored: bool, data: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two trainings with one seed agree in every bit; another seed gives another model."""
     if not stored:
         plainly(monkeypatch)
     outcomes = []
     for seed in (0, 0, 1):
         backbone = make()
-        outcomes.append(outcome(backbone, fit(backbone, data, plan(backbone, mixup=0.2, ema=True), seed=seed)))
+        outcomes.append(
+            outcome(backbone, fit(backbone, data, plan(backbone, mixup=0.2, ema=True), seed=seed))
+        )
 
     assert outcomes[0] == outcomes[1]
     assert outcomes[0]["weights"] != outcomes[2]["weights"]
@@ -69,7 +73,8 @@ def test_two_and_two_epochs_are_four(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Interrupted in the third of four epochs and called again, it ends with the bits of the uninterrupted training."""
+    """Interrupted in the third of four epochs and called again, it ends with the bits of the
+    uninterrupted training."""
     if not stored:
         plainly(monkeypatch)
     parts = {"val_index": VAL if judged else None}
@@ -86,7 +91,14 @@ def test_two_and_two_epochs_are_four(
     backbone = dropping()
     before = tensors(backbone)
     with pytest.raises(KeyboardInterrupt):
-        fit(backbone, data, training, checkpoint=tmp_path, log=stop_after(3, KeyboardInterrupt()), **parts)
+        fit(
+            backbone,
+            data,
+            training,
+            checkpoint=tmp_path,
+            log=stop_after(3, KeyboardInterrupt()),
+            **parts,
+        )
     assert all(torch.equal(before[key], tensor) for key, tensor in tensors(backbone).items())
 
     rows: list[dict[str, Any]] = []
@@ -96,14 +108,25 @@ def test_two_and_two_epochs_are_four(
     assert whole == outcome(backbone, resumed)
 
 
-def train_shapes(folder: Path, checkpoint: Path, log: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+def train_shapes(
+    folder: Path, checkpoint: Path, log: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """What the killed process, the one that goes on and the undisturbed one all do."""
     torch.set_num_threads(1)
     backbone, source = make(), images.load(folder)
     index = np.random.default_rng(0).permutation(len(source))
     training = plan(backbone, epochs=4, ema=True)
     return outcome(
-        backbone, fit(backbone, source, training, train_index=index[:48], val_index=index[48:], checkpoint=checkpoint, log=log)
+        backbone,
+        fit(
+            backbone,
+            source,
+            training,
+            train_index=index[:48],
+            val_index=index[48:],
+            checkpoint=checkpoint,
+            log=log,
+        ),
     )
 
 
@@ -113,12 +136,26 @@ def die(row: dict[str, Any]) -> None:
 
 
 def test_a_killed_process_goes_on(shapes: Path, tmp_path: Path) -> None:
-    """After kill -9 in the third of four epochs, a new process ends with the bits of one that was never killed."""
+    """After kill -9 in the third of four epochs, a new process ends with the bits of one that was
+    never killed."""
     here = Path(__file__).resolve()
-    code = f"import test_checkpoints as t; t.train_shapes(t.Path({str(shapes)!r}), t.Path({str(tmp_path / 'a')!r}), t.die)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parents[1]), str(here.parents[2])])}
+    code = (
+        f"import test_checkpoints as t; t.train_shapes(t.Path({str(shapes)!r}), "
+        f"t.Path({str(tmp_path / 'a')!r}), t.die)"
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            [str(here.parent), str(here.parents[1]), str(here.parents[2])]
+        ),
+    }
     killed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=environment,
     )
 
     assert -signal.SIGKILL == killed.returncode, killed.stderr
@@ -139,7 +176,8 @@ def test_a_finished_training_is_not_repeated(data: ImageSet, tmp_path: Path) -> 
 
 
 def test_a_checkpoint_of_another_training_is_refused(data: ImageSet, tmp_path: Path) -> None:
-    """Another plan, seed, set of images or starting weights do not go on from it; the error says which file."""
+    """Another plan, seed, set of images or starting weights do not go on from it; the error says
+    which file."""
     fit(make(), data, checkpoint=tmp_path)
     other = make()
     with torch.no_grad():
@@ -149,7 +187,13 @@ def test_a_checkpoint_of_another_training_is_refused(data: ImageSet, tmp_path: P
         lambda: fit(make(), data, checkpoint=tmp_path, seed=1),
         lambda: fit(make(), data, checkpoint=tmp_path, train_index=TRAIN[1:]),
         lambda: fit(other, data, checkpoint=tmp_path),
-        lambda: fit(make(), data.subset(np.arange(60)[::-1]), checkpoint=tmp_path, train_index=59 - TRAIN, val_index=59 - VAL),
+        lambda: fit(
+            make(),
+            data.subset(np.arange(60)[::-1]),
+            checkpoint=tmp_path,
+            train_index=59 - TRAIN,
+            val_index=59 - VAL,
+        ),
         lambda: fit(make(), data, checkpoint=tmp_path, class_weights=[1, 2, 1]),
     ]
     for call in cases:

@@ -33,9 +33,12 @@ def sample_of(backbone: Backbone, count: int = 3) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("family", "moving"), [(f, k) for f in FAMILIES for k in (0, 1, 2) if (f, k) != ("resnet", 0)])
+@pytest.mark.parametrize(
+    ("family", "moving"), [(f, k) for f in FAMILIES for k in (0, 1, 2) if (f, k) != ("resnet", 0)]
+)
 def test_the_tail_gives_what_the_whole_network_gives(family: str, moving: int) -> None:
-    """At every boundary the network, started behind it, gives the features and the gradients of the whole."""
+    """At every boundary the network, started behind it, gives the features and the gradients of the
+    whole."""
     backbone = make(family)
     trainable = stages.last_stages(backbone, moving)
     stages.freeze(backbone, trainable)
@@ -53,7 +56,11 @@ def test_the_tail_gives_what_the_whole_network_gives(family: str, moving: int) -
     assert torch.allclose(whole, found, rtol=1e-5, atol=1e-6)
     for a, b in zip(expected, gradients, strict=True):
         assert (a is None) == (b is None)
-        assert a is None or b is None or torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()))
+        assert (
+            a is None
+            or b is None
+            or torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(a.abs().max()))
+        )
 
 
 def test_the_tail_works_on_lite0_with_real_weights() -> None:
@@ -64,8 +71,11 @@ def test_the_tail_works_on_lite0_with_real_weights() -> None:
         assert tails.tail_works(backbone, "blocks.5", sample_of(backbone, 1)) is False
 
 
-def test_storing_changes_where_the_time_goes_not_what_is_learned(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 and without augmentation the stored and the plain loop learn the same weights up to rounding."""
+def test_storing_changes_where_the_time_goes_not_what_is_learned(
+    data: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 and without augmentation the stored and the plain loop learn the same weights up
+    to rounding."""
     results = []
     for _ in range(2):
         backbone = make()
@@ -76,16 +86,21 @@ def test_storing_changes_where_the_time_goes_not_what_is_learned(data: ImageSet,
 
     assert () == tuple(w for w in stored.warnings if "every epoch" in w)
     assert stored.head_weight == pytest.approx(plain.head_weight, rel=1e-2, abs=1e-3)
-    assert [row["val/loss"] for row in stored.history] == pytest.approx([row["val/loss"] for row in plain.history], rel=1e-3)
+    assert [row["val/loss"] for row in stored.history] == pytest.approx(
+        [row["val/loss"] for row in plain.history], rel=1e-3
+    )
     for key in first:
         assert torch.allclose(first[key].float(), second[key].float(), rtol=1e-2, atol=1e-3), key
 
 
 def test_the_frozen_stages_run_once_a_view(data: ImageSet) -> None:
-    """However many epochs, the stem sees each view of each image once (and the few images of the comparison)."""
+    """However many epochs, the stem sees each view of each image once (and the few images of the
+    comparison)."""
     backbone = make()
     seen: list[int] = []
-    hook = backbone.module.get_submodule("blocks.0").register_forward_hook(lambda _m, inputs, _o: seen.append(len(inputs[0])))
+    hook = backbone.module.get_submodule("blocks.0").register_forward_hook(
+        lambda _m, inputs, _o: seen.append(len(inputs[0]))
+    )
     fit(backbone, data, plan(backbone, epochs=6, views=3))
     hook.remove()
     blank = [count for count in seen if count == 1]
@@ -94,7 +109,8 @@ def test_the_frozen_stages_run_once_a_view(data: ImageSet) -> None:
 
 
 def test_every_view_is_used_and_the_first_is_clean() -> None:
-    """Over as many epochs as views each image shows each of its stored views once; without views every epoch is new."""
+    """Over as many epochs as views each image shows each of its stored views once; without views
+    every epoch is new."""
     job = type("J", (), {"training": Training((), augment="light")})()
     feed = feeding.Feed(3, lambda _: iter(()), lambda x: x, lambda _: None)
     for k in range(5):
@@ -111,7 +127,11 @@ class Leaky(nn.Module):
 
     def __init__(self, *, pair: bool = False) -> None:
         super().__init__()
-        self.layer1, self.layer2, self.layer3 = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(4, 4, 3),
+            nn.Conv2d(4, 4, 3),
+        )
         self.pair = pair
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -126,22 +146,36 @@ def test_a_network_that_cannot_be_started_in_the_middle_trains_plainly(data: Ima
     result = fit(backbone, data, plan(backbone, trainable=("stage3",)), log=rows.append)
 
     assert 0 == rows[0]["stored_views"]
-    assert any("leaky gives something else when it is started behind layer2" in warning for warning in result.warnings)
+    assert any(
+        "leaky gives something else when it is started behind layer2" in warning
+        for warning in result.warnings
+    )
 
 
-def test_activations_that_do_not_fit_are_not_stored(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the stated limit, or the free disk, the loop runs plainly and says how much it would have taken."""
-    for name, value, words in (("STORE_LIMIT", 1000, "that is the limit"), ("FREE_SHARE", 0.0, "of the disk may be filled")):
+def test_activations_that_do_not_fit_are_not_stored(
+    data: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above the stated limit, or the free disk, the loop runs plainly and says how much it would
+    have taken."""
+    for name, value, words in (
+        ("STORE_LIMIT", 1000, "that is the limit"),
+        ("FREE_SHARE", 0.0, "of the disk may be filled"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(feeding, name, value)
             backbone = make()
             result = fit(backbone, data, plan(backbone, epochs=1))
 
-        assert any("GiB of activations" in warning and words in warning for warning in result.warnings), result.warnings
+        assert any(
+            "GiB of activations" in warning and words in warning for warning in result.warnings
+        ), result.warnings
 
 
-def test_a_disk_that_fills_up_is_a_user_error(data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No room while the activations are written: an error that says what to do, and nothing is left behind."""
+def test_a_disk_that_fills_up_is_a_user_error(
+    data: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No room while the activations are written: an error that says what to do, and nothing is left
+    behind."""
 
     class Full(io.BytesIO):
         def write(self, _data: Any) -> int:

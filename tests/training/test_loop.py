@@ -30,7 +30,7 @@ from finetune.training import partial_forward as tails
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# ------------------------------------------------------------------------------------------------------------ freezing
+# ----------------------------------------------------------------------------------------- freezing
 
 
 @pytest.mark.parametrize("norm_moves", [False, True])
@@ -39,7 +39,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_frozen_stages_do_not_move_by_a_bit(
     family: str, stored: bool, norm_moves: bool, data: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parameters and buffers of frozen stages are bit-identical after training, with stored activations and without."""
+    """Parameters and buffers of frozen stages are bit-identical after training, with stored
+    activations and without."""
     if not stored:
         plainly(monkeypatch)
     backbone = make(family)
@@ -49,13 +50,18 @@ def test_frozen_stages_do_not_move_by_a_bit(
     after, moving = tensors(backbone), keys_of(backbone, training.trainable)
 
     assert (1 if stored else 0) == rows[0]["stored_views"]
-    assert [] == [key for key in after if key not in moving and not torch.equal(before[key], after[key])]
+    assert [] == [
+        key for key in after if key not in moving and not torch.equal(before[key], after[key])
+    ]
     assert [] != [key for key in moving if not torch.equal(before[key], after[key])]
 
 
 @pytest.mark.parametrize("norm_moves", [False, True])
-def test_running_statistics_of_trainable_stages_move_only_when_asked(norm_moves: bool, data: ImageSet) -> None:
-    """BatchNorm in trainable stages keeps its statistics unless `norm_moves`; its weights learn either way."""
+def test_running_statistics_of_trainable_stages_move_only_when_asked(
+    norm_moves: bool, data: ImageSet
+) -> None:
+    """BatchNorm in trainable stages keeps its statistics unless `norm_moves`; its weights learn
+    either way."""
     backbone = make("resnet")
     training = plan(backbone, norm_moves=norm_moves)
     before = tensors(backbone)
@@ -69,7 +75,8 @@ def test_running_statistics_of_trainable_stages_move_only_when_asked(norm_moves:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_module_is_whole_again_afterwards(family: str, data: ImageSet) -> None:
-    """After training no forward is replaced, no hook or gradient is left, the layout is torch's usual one, and it is in eval."""
+    """After training no forward is replaced, no hook or gradient is left, the layout is torch's
+    usual one, and it is in eval."""
     backbone = make(family)
     fit(backbone, data, plan(backbone, epochs=1), val_index=None)
     for path, part in backbone.module.named_modules():
@@ -93,32 +100,57 @@ def test_the_callers_random_numbers_are_left_alone(data: ImageSet) -> None:
     assert torch.equal(expected, torch.rand(3))
 
 
-# --------------------------------------------------------------------------------------------------------- learning
+# ----------------------------------------------------------------------------------------- learning
 
 
 def test_it_learns_what_is_there_and_judges_by_validation(data: ImageSet) -> None:
-    """On three colours the classes are learned from a zero head; rows carry the promised keys; the best epoch is kept."""
+    """On three colours the classes are learned from a zero head; rows carry the promised keys; the
+    best epoch is kept."""
     backbone = make()
-    result = fit(backbone, data, plan(backbone, head_init="zero", epochs=12, trunk_lr_scale=1.0, ema=False, patience=0))
+    result = fit(
+        backbone,
+        data,
+        plan(backbone, head_init="zero", epochs=12, trunk_lr_scale=1.0, ema=False, patience=0),
+    )
     losses = [result.start["val/loss"], *(row["val/loss"] for row in result.history)]
     row = result.history[0]
 
     assert result.history[-1]["val/top1"] >= 0.9
     assert int(np.argmin(losses)) == result.best_epoch
-    assert {"epoch", "step", "train/loss", "val/loss", "val/top1", "seconds", "lr/head", "update_ratio/stage5"} <= set(row)
+    assert {
+        "epoch",
+        "step",
+        "train/loss",
+        "val/loss",
+        "val/top1",
+        "seconds",
+        "lr/head",
+        "update_ratio/stage5",
+    } <= set(row)
     assert 12 * 3 == result.steps
     assert "all 12 epochs" == result.stopped
     json.dumps(result.history, allow_nan=False)
 
 
-def test_twelve_images_are_learned_by_heart(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random labels on a few images reach a loss near zero: nothing between pixels and loss is cut."""
+def test_twelve_images_are_learned_by_heart(
+    data: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random labels on a few images reach a loss near zero: nothing between pixels and loss is
+    cut."""
     plainly(monkeypatch)
     rng = np.random.default_rng(1)
     wrong = dataclasses.replace(data, labels=rng.integers(0, 3, 60))
     backbone = make()
     every = tuple(stage.name for stage in backbone.stages)
-    training = plan(backbone, trainable=every, epochs=40, batch_size=4, augment="none", trunk_lr_scale=0.3, head_init="zero")
+    training = plan(
+        backbone,
+        trainable=every,
+        epochs=40,
+        batch_size=4,
+        augment="none",
+        trunk_lr_scale=0.3,
+        head_init="zero",
+    )
     result = fit(backbone, wrong, training, train_index=np.arange(12), val_index=None)
 
     assert result.history[-1]["train/loss"] < 0.05
@@ -140,17 +172,22 @@ def test_the_result_is_the_model_that_was_judged(data: ImageSet) -> None:
     reader = extractor.Reader(backbone, ())
     from finetune.data import decode
 
-    pixels = np.stack([decode.to_input(data.read(int(i)), backbone.network.preprocess) for i in VAL])
+    pixels = np.stack(
+        [decode.to_input(data.read(int(i)), backbone.network.preprocess) for i in VAL]
+    )
     with torch.no_grad():
         features = backbone.module(reader.normalise(torch.from_numpy(pixels))).flatten(1).numpy()
 
     assert result.val_scores is not None
     assert (15, 3) == result.val_scores.shape
-    assert result.val_scores == pytest.approx(features @ result.head_weight.T + result.head_bias, rel=1e-3, abs=1e-3)
+    assert result.val_scores == pytest.approx(
+        features @ result.head_weight.T + result.head_bias, rel=1e-3, abs=1e-3
+    )
 
 
 def test_a_zero_head_starts_at_ln_c(data: ImageSet) -> None:
-    """The first loss is ln C, with label smoothing and class weights too; before the first step validation has it as well."""
+    """The first loss is ln C, with label smoothing and class weights too; before the first step
+    validation has it as well."""
     backbone = make()
     training = plan(backbone, head_init="zero", label_smoothing=0.1, class_weight="balanced")
     result = fit(backbone, data, training)
@@ -164,7 +201,10 @@ def test_a_head_can_be_given(data: ImageSet) -> None:
     backbone = make()
     width = backbone.network.widths["pooled"]
     rng = np.random.default_rng(0)
-    weight, bias = rng.normal(size=(3, width)).astype(np.float32), rng.normal(size=3).astype(np.float32)
+    weight, bias = (
+        rng.normal(size=(3, width)).astype(np.float32),
+        rng.normal(size=3).astype(np.float32),
+    )
     before = tensors(backbone)
     result = fit(backbone, data, plan(backbone, epochs=0), head_start=(weight, bias))
 
@@ -181,7 +221,9 @@ def test_without_epochs_the_probe_is_the_result(data: ImageSet) -> None:
     reader = extractor.Reader(backbone, (home.Tap("pooled"),))
     from finetune.data import decode
 
-    pixels = np.stack([decode.to_input(data.read(int(i)), backbone.network.preprocess) for i in TRAIN])
+    pixels = np.stack(
+        [decode.to_input(data.read(int(i)), backbone.network.preprocess) for i in TRAIN]
+    )
     with torch.no_grad():
         (features,) = reader(torch.from_numpy(pixels))
     weight, bias = probe.probe(features.numpy(), data.labels[TRAIN], 3)
@@ -191,28 +233,38 @@ def test_without_epochs_the_probe_is_the_result(data: ImageSet) -> None:
 
 
 def test_the_probe_is_scikit_learns_logistic_regression() -> None:
-    """Scores on raw features equal those of LogisticRegression behind a StandardScaler; a constant feature does no harm."""
+    """Scores on raw features equal those of LogisticRegression behind a StandardScaler; a constant
+    feature does no harm."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     rng = np.random.default_rng(0)
     y = rng.integers(0, 4, 120)
-    x = (rng.normal(size=(120, 10)) + rng.normal(size=(4, 10))[y]) * rng.uniform(0.5, 4, 10) + rng.normal(size=10)
+    x = (rng.normal(size=(120, 10)) + rng.normal(size=(4, 10))[y]) * rng.uniform(
+        0.5, 4, 10
+    ) + rng.normal(size=10)
     x[:, 3] = 2.5
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000, tol=1e-8)).fit(x, y)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=5000, tol=1e-8)).fit(
+        x, y
+    )
     weight, bias = probe.probe(x, y, 4, C=0.1)
     scores, expected = x @ weight.T + bias, model.decision_function(x)
 
-    assert expected - expected.mean(1, keepdims=True) == pytest.approx(scores - scores.mean(1, keepdims=True), abs=1e-3)
+    assert expected - expected.mean(1, keepdims=True) == pytest.approx(
+        scores - scores.mean(1, keepdims=True), abs=1e-3
+    )
     assert np.float32 == weight.dtype == bias.dtype
 
 
 def test_nothing_but_the_head_can_learn(data: ImageSet) -> None:
-    """With no trainable stage the pooled features are stored, and the whole trunk stays as it was."""
+    """With no trainable stage the pooled features are stored, and the whole trunk stays as it
+    was."""
     backbone = make()
     before, rows = tensors(backbone), list[dict[str, Any]]()
-    result = fit(backbone, data, plan(backbone, trainable=(), head_init="zero", epochs=8), log=rows.append)
+    result = fit(
+        backbone, data, plan(backbone, trainable=(), head_init="zero", epochs=8), log=rows.append
+    )
 
     assert all(torch.equal(before[key], tensor) for key, tensor in tensors(backbone).items())
     assert ["head", "head/no-decay"] == [group["name"] for group in rows[0]["groups"]]
@@ -220,13 +272,20 @@ def test_nothing_but_the_head_can_learn(data: ImageSet) -> None:
 
 
 def test_rates_and_ratios_are_logged_by_group(data: ImageSet) -> None:
-    """The ratio of two groups' learning rates never changes; a zero head is warming in a first epoch of one step."""
+    """The ratio of two groups' learning rates never changes; a zero head is warming in a first
+    epoch of one step."""
     backbone = make()
-    result = fit(backbone, data, plan(backbone, head_init="zero", batch_size=64, epochs=3, trunk_lr_scale=0.5))
+    result = fit(
+        backbone,
+        data,
+        plan(backbone, head_init="zero", batch_size=64, epochs=3, trunk_lr_scale=0.5),
+    )
     ratios = [row["lr/stage5"] / row["lr/head"] for row in result.history]
     factor = optim.schedule(plan(backbone), 3)
 
-    assert [0.01 * factor(step) for step in range(3)] == pytest.approx([row["lr/head"] for row in result.history])
+    assert [0.01 * factor(step) for step in range(3)] == pytest.approx(
+        [row["lr/head"] for row in result.history]
+    )
     assert [0.5 * 0.8] * 3 == pytest.approx(ratios)
     assert "warming" == result.history[0]["update_ratio/head"]
     assert 0 < result.history[1]["update_ratio/head"]
@@ -239,14 +298,25 @@ def test_l2_sp_keeps_the_trunk_near_its_start(data: ImageSet) -> None:
     for strength in (0.0, 300.0):
         backbone = make()
         before = tensors(backbone)
-        fit(backbone, data, plan(backbone, l2_sp=strength, epochs=4, optimizer="sgd", clip=0.0, lr=0.005), val_index=None)
-        distances.append(sum(float((t - before[key]).float().square().sum()) for key, t in tensors(backbone).items()))
+        fit(
+            backbone,
+            data,
+            plan(backbone, l2_sp=strength, epochs=4, optimizer="sgd", clip=0.0, lr=0.005),
+            val_index=None,
+        )
+        distances.append(
+            sum(
+                float((t - before[key]).float().square().sum())
+                for key, t in tensors(backbone).items()
+            )
+        )
 
     assert distances[1] < 0.5 * distances[0]
 
 
 @pytest.mark.parametrize(
-    "changes", [{"mixup": 0.2}, {"label_smoothing": 0.1}, {"augment": "strong", "flip": False}, {"ema": True}]
+    "changes",
+    [{"mixup": 0.2}, {"label_smoothing": 0.1}, {"augment": "strong", "flip": False}, {"ema": True}],
 )
 @pytest.mark.parametrize("stored", [True, False])
 def test_options_change_the_weights(
@@ -266,22 +336,40 @@ def test_options_change_the_weights(
 
 
 def test_clipping_bounds_the_step(data: ImageSet) -> None:
-    """With a tiny largest norm and no momentum yet, one step of SGD moves all weights together by lr times that norm."""
+    """With a tiny largest norm and no momentum yet, one step of SGD moves all weights together by
+    lr times that norm."""
     backbone = make()
     training = plan(
-        backbone, optimizer="sgd", clip=1e-3, epochs=1, batch_size=64, trunk_lr_scale=1.0, layer_decay=1.0, weight_decay=0.0
+        backbone,
+        optimizer="sgd",
+        clip=1e-3,
+        epochs=1,
+        batch_size=64,
+        trunk_lr_scale=1.0,
+        layer_decay=1.0,
+        weight_decay=0.0,
     )
     width = backbone.network.widths["pooled"]
     before = tensors(backbone)
-    result = fit(backbone, data, training, head_start=(np.zeros((3, width)), np.zeros(3)), val_index=None)
-    moved = [(t - before[key]).double().square().sum().item() for key, t in tensors(backbone).items() if t.is_floating_point()]
-    head = np.square(result.head_weight, dtype=np.float64).sum() + np.square(result.head_bias, dtype=np.float64).sum()
+    result = fit(
+        backbone, data, training, head_start=(np.zeros((3, width)), np.zeros(3)), val_index=None
+    )
+    moved = [
+        (t - before[key]).double().square().sum().item()
+        for key, t in tensors(backbone).items()
+        if t.is_floating_point()
+    ]
+    head = (
+        np.square(result.head_weight, dtype=np.float64).sum()
+        + np.square(result.head_bias, dtype=np.float64).sum()
+    )
 
     assert 0.01 * 1e-3 == pytest.approx(math.sqrt(sum(moved) + head), rel=1e-2)
 
 
 def test_the_average_is_what_is_kept(data: ImageSet) -> None:
-    """A run of one step has nothing to average; over more steps the kept weights are neither the last nor the first."""
+    """A run of one step has nothing to average; over more steps the kept weights are neither the
+    last nor the first."""
     heads = {}
     for ema, size in itertools.product((True, False), (64, 4)):
         backbone = make()
@@ -293,8 +381,11 @@ def test_the_average_is_what_is_kept(data: ImageSet) -> None:
 
 
 def test_class_weights_favour_their_class(data: ImageSet) -> None:
-    """A heavy class is predicted more often; balanced weights are n / (C n_c); bad ones are refused."""
-    uneven = np.concatenate([np.flatnonzero(data.labels[TRAIN] == 0), np.flatnonzero(data.labels[TRAIN] == 1)[:3]])
+    """A heavy class is predicted more often; balanced weights are n / (C n_c); bad ones are
+    refused."""
+    uneven = np.concatenate(
+        [np.flatnonzero(data.labels[TRAIN] == 0), np.flatnonzero(data.labels[TRAIN] == 1)[:3]]
+    )
     backbone = make()
     training = plan(backbone, class_weight="balanced")
     weights = loop._class_weights(data.labels[uneven], 3, training, None)
@@ -307,13 +398,14 @@ def test_class_weights_favour_their_class(data: ImageSet) -> None:
         fit(backbone, data, class_weights=[1, 0, 1])
 
 
-# ------------------------------------------------------------------------------------------------------ batches and ends
+# --------------------------------------------------------------------------------- batches and ends
 
 
 @pytest.mark.parametrize("count", [1, 3, 17])
 @pytest.mark.parametrize("norm_moves", [False, True])
 def test_small_sets_train(count: int, norm_moves: bool, data: ImageSet) -> None:
-    """Fewer images than a batch, or one more than fits, take steps; a single one cannot move BatchNorm and says so."""
+    """Fewer images than a batch, or one more than fits, take steps; a single one cannot move
+    BatchNorm and says so."""
     backbone = make()
     training = plan(backbone, norm_moves=norm_moves, head_init="zero")
     if norm_moves and count == 1:
@@ -339,7 +431,8 @@ def test_batches_hold_every_item_once_and_are_even() -> None:
 
 
 def test_patience_ends_the_training_and_the_start_can_win(data: ImageSet) -> None:
-    """Without gain it stops after `patience` epochs, keeps the weights from before the first step, and says both."""
+    """Without gain it stops after `patience` epochs, keeps the weights from before the first step,
+    and says both."""
     backbone = make()
     before = tensors(backbone)
     result = fit(backbone, data, plan(backbone, lr=1e-12, epochs=9, patience=2))
@@ -356,16 +449,22 @@ def test_patience_ends_the_training_and_the_start_can_win(data: ImageSet) -> Non
 
 
 def test_a_gain_within_the_noise_is_pointed_out() -> None:
-    """A better top-1 that is less than one binomial standard error away is called so, with its size; a real one is not."""
-    state = checkpoints.State(start={"val/loss": 1.0, "val/top1": 0.80}, history=[{"val/loss": 0.9, "val/top1": 0.82}])
+    """A better top-1 that is less than one binomial standard error away is called so, with its
+    size; a real one is not."""
+    state = checkpoints.State(
+        start={"val/loss": 1.0, "val/top1": 0.80}, history=[{"val/loss": 0.9, "val/top1": 0.82}]
+    )
     (doubt,) = loop._doubts(state, 1, 100)
 
-    assert "from 80.0% to 82.0%: less than one binomial standard error (3.8% with 100 images)" in doubt
+    assert (
+        "from 80.0% to 82.0%: less than one binomial standard error (3.8% with 100 images)" in doubt
+    )
     assert [] == loop._doubts(state, 1, 10_000)
 
 
 def test_bad_input_is_refused_by_name(data: ImageSet) -> None:
-    """No images, unlabelled images, shared parts and unknown words give errors that say what is wrong."""
+    """No images, unlabelled images, shared parts and unknown words give errors that say what is
+    wrong."""
     backbone = make()
     unlabelled = dataclasses.replace(data, labels=np.where(np.arange(60) == 7, -1, data.labels))
     cases: list[tuple[str, Callable[[], Any]]] = [
@@ -387,13 +486,16 @@ def test_bad_input_is_refused_by_name(data: ImageSet) -> None:
 
 def test_a_bad_image_is_named(data: ImageSet) -> None:
     """An image that cannot be decoded stops the training with its path."""
-    broken = dataclasses.replace(data, source=lambda path: data.source(path)[: 90 if path == "9.png" else None])  # type: ignore[misc]
+    broken = dataclasses.replace(
+        data, source=lambda path: data.source(path)[: 90 if path == "9.png" else None]
+    )  # type: ignore[misc]
     with pytest.raises(UserError, match=r"colours/9\.png: (truncated|damaged)"):
         fit(make(), broken)
 
 
 def test_progress_counts_to_its_end(data: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Progress never goes back and ends at the total that it named: images stored, and images trained on."""
+    """Progress never goes back and ends at the total that it named: images stored, and images
+    trained on."""
     for expected in (2 * 45 + 15 + 2 * 45, 2 * 45):
         calls: list[tuple[int, int]] = []
         fit(make(), data, progress=lambda done, total, calls=calls: calls.append((done, total)))
@@ -404,11 +506,12 @@ def test_progress_counts_to_its_end(data: ImageSet, monkeypatch: pytest.MonkeyPa
         plainly(monkeypatch)
 
 
-# --------------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 def test_slow_bf16_convolutions_run_in_float32() -> None:
-    """Under autocast, strided and wide depthwise convolutions give bf16 of the float32 result; others are left alone."""
+    """Under autocast, strided and wide depthwise convolutions give bf16 of the float32 result;
+    others are left alone."""
     torch.manual_seed(0)
     parts = {
         "wide": nn.Conv2d(8, 8, 5, padding=2, groups=8),
@@ -433,13 +536,15 @@ def test_bf16_learns_what_float32_learns(data: ImageSet) -> None:
     losses = {}
     for precision in ("float32", "bf16"):
         backbone, rows = make(), list[dict[str, Any]]()
-        result = fit(backbone, data, plan(backbone, augment="none"), precision=precision, log=rows.append)
+        result = fit(
+            backbone, data, plan(backbone, augment="none"), precision=precision, log=rows.append
+        )
         losses[rows[0]["bf16"]] = result.history[-1]["val/loss"]
 
     assert losses[False] == pytest.approx(losses[True], abs=0.05)
 
 
-# ------------------------------------------------------------------------------------------------- no longer finite
+# --------------------------------------------------------------------------------- no longer finite
 
 
 def poisoned(backbone: Backbone, key: str, at_step: int) -> None:
@@ -447,15 +552,24 @@ def poisoned(backbone: Backbone, key: str, at_step: int) -> None:
     steps = itertools.count(1)
     parameter = backbone.module.get_parameter(key)
     parameter.requires_grad_(True)
-    parameter.register_hook(lambda gradient: gradient * math.nan if next(steps) == at_step else gradient)
+    parameter.register_hook(
+        lambda gradient: gradient * math.nan if next(steps) == at_step else gradient
+    )
 
 
 def test_a_nan_gradient_stops_with_step_and_group(data: ImageSet, tmp_path: Path) -> None:
-    """NaN in one group in the fifth step: the error names both, and the model is that of the last finished epoch."""
+    """NaN in one group in the fifth step: the error names both, and the model is that of the last
+    finished epoch."""
     backbone = make()
-    key = next(key for key, p in backbone.module.named_parameters() if key.startswith("blocks.4") and p.ndim > 1)
+    key = next(
+        key
+        for key, p in backbone.module.named_parameters()
+        if key.startswith("blocks.4") and p.ndim > 1
+    )
     poisoned(backbone, key, at_step=5)
-    with pytest.raises(UserError, match=r"at step 5 \(epoch 2\); not finite: gradients of stage5 *\n"):
+    with pytest.raises(
+        UserError, match=r"at step 5 \(epoch 2\); not finite: gradients of stage5 *\n"
+    ):
         fit(backbone, data, checkpoint=tmp_path)
     good = safetensors.torch.load_file(tmp_path / "last.safetensors")
 
@@ -472,7 +586,9 @@ def test_broken_weights_are_named_before_gradients(data: ImageSet) -> None:
     with torch.no_grad():
         backbone.module.get_parameter("blocks.4.0.conv_pw.weight").view(-1)[0] = math.nan
     head = (np.zeros((3, backbone.network.widths["pooled"])), np.zeros(3))
-    with pytest.raises(UserError, match=r"at step 1 \(epoch 1\); not finite: weights of stage5 *\n"):
+    with pytest.raises(
+        UserError, match=r"at step 1 \(epoch 1\); not finite: weights of stage5 *\n"
+    ):
         fit(backbone, data, head_start=head, val_index=None)
 
 
@@ -488,7 +604,9 @@ def test_a_learning_rate_that_explodes_is_noticed(data: ImageSet) -> None:
 def test_folders_train_too(shapes: Path) -> None:
     """An image folder from disk goes through the same door."""
     backbone, source = make(), images.load(shapes)
-    result = fit(backbone, source, train_index=np.arange(0, 60, 2), val_index=np.arange(1, 60, 2), seed=3)
+    result = fit(
+        backbone, source, train_index=np.arange(0, 60, 2), val_index=np.arange(1, 60, 2), seed=3
+    )
 
     assert 2 == len(result.history)
     assert optim.MIN_DELTA > 0

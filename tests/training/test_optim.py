@@ -1,4 +1,5 @@
-"""Parameter groups, schedules against torch's own, moving averages, L2-SP, the loss, and when training stops."""
+"""Parameter groups, schedules against torch's own, moving averages, L2-SP, the loss, and when
+training stops."""
 
 from __future__ import annotations
 
@@ -42,14 +43,17 @@ def everything(backbone: Backbone, **changes: Any) -> tuple[list[optim.Group], n
     return optim.param_groups(backbone, head, training), head, training
 
 
-# ------------------------------------------------------------------------------------------------------------- groups
+# ------------------------------------------------------------------------------------------- groups
 
 
 def test_groups_hold_every_trainable_parameter_once(any_backbone: Backbone) -> None:
-    """Tokens, position tables and layer scales included: the union of the groups is the model and its head."""
+    """Tokens, position tables and layer scales included: the union of the groups is the model and
+    its head."""
     groups, head, _ = everything(any_backbone)
     members = [id(parameter) for group in groups for parameter in group["params"]]
-    expected = {id(parameter) for parameter in (*any_backbone.module.parameters(), *head.parameters())}
+    expected = {
+        id(parameter) for parameter in (*any_backbone.module.parameters(), *head.parameters())
+    }
 
     assert len(members) == len(set(members))
     assert expected == set(members)
@@ -67,7 +71,8 @@ def test_groups_leave_frozen_stages_out(any_backbone: Backbone) -> None:
 
 
 def test_vectors_and_tokens_are_not_decayed(any_backbone: Backbone) -> None:
-    """Biases, norms, layer scales, tokens and position tables stand in groups without weight decay, and only those."""
+    """Biases, norms, layer scales, tokens and position tables stand in groups without weight decay,
+    and only those."""
     groups, _, _ = everything(any_backbone, weight_decay=0.05)
     named = getattr(any_backbone.module, "no_weight_decay", set)()
     spared = {id(p) for key, p in any_backbone.module.named_parameters() if key in named}
@@ -79,7 +84,8 @@ def test_vectors_and_tokens_are_not_decayed(any_backbone: Backbone) -> None:
 
 
 def test_a_vit_names_its_tokens() -> None:
-    """The class token and the position table of a ViT are in a group without decay, though they have three dimensions."""
+    """The class token and the position table of a ViT are in a group without decay, though they
+    have three dimensions."""
     backbone = home.load("test_vit", "random")
     groups, _, _ = everything(backbone)
     plain = {id(p) for group in groups if group["name"] == "stem/no-decay" for p in group["params"]}
@@ -88,18 +94,22 @@ def test_a_vit_names_its_tokens() -> None:
 
 
 def test_learning_rates_fall_by_stage(any_backbone: Backbone) -> None:
-    """The head has the plan's rate; the stage next to it the trunk's share, and each further one a factor less."""
+    """The head has the plan's rate; the stage next to it the trunk's share, and each further one a
+    factor less."""
     groups, _, _ = everything(any_backbone, lr=0.01, trunk_lr_scale=0.5, layer_decay=0.8)
     order = [stage.name for stage in any_backbone.stages]
     for group in groups:
         stage = group["name"].partition("/")[0]
-        expected = 0.01 if stage == "head" else 0.01 * 0.5 * 0.8 ** (len(order) - 1 - order.index(stage))
+        expected = (
+            0.01 if stage == "head" else 0.01 * 0.5 * 0.8 ** (len(order) - 1 - order.index(stage))
+        )
 
         assert expected == pytest.approx(group["lr"]), stage
 
 
 def test_l2_sp_replaces_weight_decay_in_the_trunk(small: Backbone) -> None:
-    """What pulls to the start and what pulls to zero do not both act on the trunk; the head is still decayed."""
+    """What pulls to the start and what pulls to zero do not both act on the trunk; the head is
+    still decayed."""
     groups, _, _ = everything(small, weight_decay=0.05, l2_sp=0.01)
 
     assert {0.0} == {group["weight_decay"] for group in groups if group["name"] != "head"}
@@ -112,13 +122,22 @@ def test_the_table_says_what_every_group_holds(small: Backbone) -> None:
     table = optim.group_table(groups)
 
     assert [group["name"] for group in groups] == [row["name"] for row in table]
-    assert sum(p.numel() for p in (*small.module.parameters(), *head.parameters())) == sum(row["parameters"] for row in table)
-    assert {"name": "head", "tensors": 1, "parameters": head.weight.numel(), "lr": 0.01, "weight_decay": 1e-4} == table[-2]
+    assert sum(p.numel() for p in (*small.module.parameters(), *head.parameters())) == sum(
+        row["parameters"] for row in table
+    )
+    assert {
+        "name": "head",
+        "tensors": 1,
+        "parameters": head.weight.numel(),
+        "lr": 0.01,
+        "weight_decay": 1e-4,
+    } == table[-2]
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_group_rates_keep_their_ratios_under_a_schedule(small: Backbone, name: str) -> None:
-    """The rate of every group that the optimizer uses is its own times the factor, at every step."""
+    """The rate of every group that the optimizer uses is its own times the factor, at every
+    step."""
     groups, _, training = everything(small, optimizer=name, schedule="cosine", warmup=0.2)
     optimizer, factor = optim.optimizer(groups, training), optim.schedule(training, 10)
     for step in range(10):
@@ -128,7 +147,8 @@ def test_group_rates_keep_their_ratios_under_a_schedule(small: Backbone, name: s
 
 
 def test_adamw_steps_as_torchs_default_does() -> None:
-    """The fused kernel moves a weight as the plain implementation does, decay and rate of the group included."""
+    """The fused kernel moves a weight as the plain implementation does, decay and rate of the group
+    included."""
     start = torch.linspace(-1, 1, 12).view(3, 4)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     group = {"name": "w", "params": [ours], "lr": 0.05, "base_lr": 0.05, "weight_decay": 0.1}
@@ -152,7 +172,7 @@ def test_unknown_names_are_refused(small: Backbone) -> None:
         optim.schedule(dataclasses.replace(training, schedule="cosin"), 10)
 
 
-# ---------------------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 
 def factors(total: int, **changes: Any) -> list[float]:
@@ -183,15 +203,22 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_schedules_are_those_of_torch(shape: str) -> None:
     """Without warm-up, cosine, linear, step and constant are torch's schedulers."""
-    assert reference(SHAPES[shape], 30) == pytest.approx(factors(30, schedule=shape, warmup=0.0), abs=1e-9)
+    assert reference(SHAPES[shape], 30) == pytest.approx(
+        factors(30, schedule=shape, warmup=0.0), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_warm_up_is_torchs_linear_one(shape: str) -> None:
-    """A quarter of warm-up is LinearLR up to 1, and the schedule then runs over the rest as if it began there."""
-    warm = reference(lambda o: lr_scheduler.LinearLR(o, start_factor=0.1, end_factor=1.0, total_iters=9), 10)
+    """A quarter of warm-up is LinearLR up to 1, and the schedule then runs over the rest as if it
+    began there."""
+    warm = reference(
+        lambda o: lr_scheduler.LinearLR(o, start_factor=0.1, end_factor=1.0, total_iters=9), 10
+    )
 
-    assert [*warm, *reference(SHAPES[shape], 30)] == pytest.approx(factors(40, schedule=shape, warmup=0.25), abs=1e-9)
+    assert [*warm, *reference(SHAPES[shape], 30)] == pytest.approx(
+        factors(40, schedule=shape, warmup=0.25), abs=1e-9
+    )
 
 
 def test_inverse_square_root_is_the_formula() -> None:
@@ -199,19 +226,22 @@ def test_inverse_square_root_is_the_formula() -> None:
     expected = [min(s / 10, math.sqrt(10 / s)) for s in range(1, 41)]
 
     assert expected == pytest.approx(factors(40, schedule="rsqrt", warmup=0.25))
-    assert [math.sqrt(1 / s) for s in range(1, 6)] == pytest.approx(factors(5, schedule="rsqrt", warmup=0.0))
+    assert [math.sqrt(1 / s) for s in range(1, 6)] == pytest.approx(
+        factors(5, schedule="rsqrt", warmup=0.0)
+    )
 
 
 @settings(deadline=None)
 @given(st.sampled_from(optim.SCHEDULES), st.integers(1, 300), st.floats(0, 0.99))
 def test_factors_stay_between_zero_and_one(shape: str, total: int, warmup: float) -> None:
-    """However short a run or long its warm-up, every step has a rate above 0, and none above the planned one."""
+    """However short a run or long its warm-up, every step has a rate above 0, and none above the
+    planned one."""
     values = factors(total, schedule=shape, warmup=warmup)
 
     assert 0 < min(values) <= max(values) <= 1
 
 
-# -------------------------------------------------------------------------------------------------- averages and L2-SP
+# ------------------------------------------------------------------------------- averages and L2-SP
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 6, 20, 200, 1_000, 50_000, 1_000_000])
@@ -227,7 +257,8 @@ def test_the_average_forgets_the_initial_weights(steps: int) -> None:
 
 
 def test_averages_copy_counters() -> None:
-    """Whole numbers, such as BatchNorm's count of batches, are copied and keep their type; floats are averaged."""
+    """Whole numbers, such as BatchNorm's count of batches, are copied and keep their type; floats
+    are averaged."""
     average = {"count": torch.tensor(3), "w": torch.tensor([0.0, 4.0])}
     optim.blend(average, {"count": torch.tensor(8), "w": torch.tensor([1.0, 0.0])}, 0.75)
 
@@ -237,7 +268,8 @@ def test_averages_copy_counters() -> None:
 
 
 def test_l2_sp_is_zero_at_the_start_and_pulls_back() -> None:
-    """Where the weights stand at their start the penalty and its gradient are 0; away from it they are the formula."""
+    """Where the weights stand at their start the penalty and its gradient are 0; away from it they
+    are the formula."""
     weight, start = nn.Parameter(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0])
     penalty = optim.l2_sp([(weight, start)], 0.1)
     penalty.backward()
@@ -253,19 +285,28 @@ def test_l2_sp_is_zero_at_the_start_and_pulls_back() -> None:
     assert [0.2, -0.1] == pytest.approx(moved.grad.tolist())
 
 
-# ------------------------------------------------------------------------------------------------------ loss, stopping
+# ----------------------------------------------------------------------------------- loss, stopping
 
 
 def test_the_loss_is_torchs_cross_entropy() -> None:
-    """One-hot targets: equal to torch's loss with class weights, and to torch's with label smoothing."""
+    """One-hot targets: equal to torch's loss with class weights, and to torch's with label
+    smoothing."""
     torch.manual_seed(0)
-    logits, labels, weights = torch.randn(9, 4), torch.randint(4, (9,)), torch.tensor([1.0, 2.0, 0.5, 3.0])
+    logits, labels, weights = (
+        torch.randn(9, 4),
+        torch.randint(4, (9,)),
+        torch.tensor([1.0, 2.0, 0.5, 3.0]),
+    )
     targets, even = nn.functional.one_hot(labels, 4).float(), torch.ones(4)
     weighted = nn.functional.cross_entropy(logits, labels, weight=weights)
     smoothed = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
 
-    assert weighted.item() == pytest.approx(optim.soft_cross_entropy(logits, targets, weights).item(), rel=1e-5)
-    assert smoothed.item() == pytest.approx(optim.soft_cross_entropy(logits, targets, even, 0.1).item(), rel=1e-5)
+    assert weighted.item() == pytest.approx(
+        optim.soft_cross_entropy(logits, targets, weights).item(), rel=1e-5
+    )
+    assert smoothed.item() == pytest.approx(
+        optim.soft_cross_entropy(logits, targets, even, 0.1).item(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
@@ -274,7 +315,9 @@ def test_a_zero_head_loses_ln_c(classes: int) -> None:
     mixed = torch.full((3, classes), 1 / classes)
     weights = torch.rand(classes) + 0.1
 
-    assert math.log(classes) == pytest.approx(optim.soft_cross_entropy(torch.zeros(3, classes), mixed, weights, 0.1).item())
+    assert math.log(classes) == pytest.approx(
+        optim.soft_cross_entropy(torch.zeros(3, classes), mixed, weights, 0.1).item()
+    )
 
 
 def test_stopping_follows_the_curve() -> None:
@@ -289,7 +332,8 @@ def test_stopping_follows_the_curve() -> None:
 
 
 def test_gains_below_the_minimum_do_not_count_alone() -> None:
-    """Crumbs smaller than min_delta keep the best weights moving but not the training; a slow, steady descent goes on."""
+    """Crumbs smaller than min_delta keep the best weights moving but not the training; a slow,
+    steady descent goes on."""
     crumbs = [1.0, 0.9999, 0.9998, 0.9997]
     steady = [1.0 - 0.0004 * k for k in range(12)]
 
@@ -297,7 +341,7 @@ def test_gains_below_the_minimum_do_not_count_alone() -> None:
     assert (11, False) == optim.early_stop(steady, 4, min_delta=0.001)
 
 
-# ------------------------------------------------------------------------------------------------------ health of a step
+# --------------------------------------------------------------------------------- health of a step
 
 
 def group(name: str, *tensors: torch.Tensor) -> optim.Group:
@@ -306,7 +350,11 @@ def group(name: str, *tensors: torch.Tensor) -> optim.Group:
 
 def test_broken_groups_are_named() -> None:
     """NaN in a weight and infinity in a gradient are found, each in its group."""
-    groups = [group("stage1", torch.ones(2)), group("stage2", torch.tensor([1.0, math.nan])), group("head", torch.ones(2))]
+    groups = [
+        group("stage1", torch.ones(2)),
+        group("stage2", torch.tensor([1.0, math.nan])),
+        group("head", torch.ones(2)),
+    ]
     groups[2]["params"][0].grad = torch.tensor([0.0, math.inf])
 
     assert ["stage2"] == optim.broken_groups(groups, gradients=False)
@@ -323,7 +371,8 @@ def test_update_ratios_are_by_hand() -> None:
 
 
 def test_a_head_of_zeros_is_warming() -> None:
-    """Nothing is divided by zero: zero tensors are left out, and a group of nothing else is called warming."""
+    """Nothing is divided by zero: zero tensors are left out, and a group of nothing else is called
+    warming."""
     groups = [group("head", torch.zeros(3)), group("stage1", torch.zeros(2), torch.tensor([2.0]))]
     before = optim.copies(groups)
     for parameter in itertools.chain.from_iterable(g["params"] for g in groups):

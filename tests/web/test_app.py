@@ -25,14 +25,20 @@ from retrieval.gallery import Gallery
 from retrieval.web import api, security
 from retrieval.web.thumbnails import Thumbs
 
-# ------------------------------------------------------------------------------------------------------------ searching
+# ---------------------------------------------------------------------------------------- searching
 
 
 def test_info(site: Site) -> None:
     """The page learns what is served, and what may be sent."""
     about = site.get("/api/info").json()
-    assert ("photos.index", 12, 13, 0) == tuple(about[key] for key in ("name", "images", "paths", "unreadable"))
-    assert (api.UPLOAD, api.PICTURES, api.MOST) == (about["max_upload"], about["max_pictures"], about["max_k"])
+    assert ("photos.index", 12, 13, 0) == tuple(
+        about[key] for key in ("name", "images", "paths", "unreadable")
+    )
+    assert (api.UPLOAD, api.PICTURES, api.MOST) == (
+        about["max_upload"],
+        about["max_pictures"],
+        about["max_k"],
+    )
 
 
 def test_an_upload_of_a_known_picture(site: Site) -> None:
@@ -42,13 +48,19 @@ def test_an_upload_of_a_known_picture(site: Site) -> None:
         found = site.search(("x.png", data), k=3, **how).json()
         assert [{"name": "x.png", "id": site.id_of("0000.png")}] == found["query"]
         best = found["results"][0]
-        assert ("0000.png", ["more/copy.png"], True, 1.0) == (best["path"], best["also"], best["same"], best["score"])
+        assert ("0000.png", ["more/copy.png"], True, 1.0) == (
+            best["path"],
+            best["also"],
+            best["same"],
+            best["score"],
+        )
         assert not any(one["same"] for one in found["results"][1:])
     assert 12 == found["images"]
 
 
 def test_an_upload_answers_as_the_library_does(site: Site, tmp_path: Path) -> None:
-    """Scores, order and further paths are those of `Gallery.query`, also with a threshold and an expansion."""
+    """Scores, order and further paths are those of `Gallery.query`, also with a threshold and an
+    expansion."""
     from finetune.data import images
 
     (tmp_path / "new.png").write_bytes(png((1, 2, 3)))
@@ -57,7 +69,8 @@ def test_an_upload_answers_as_the_library_does(site: Site, tmp_path: Path) -> No
         found = site.search(("new.png", png((1, 2, 3))), **how).json()
         assert [None] == [one["id"] for one in found["query"]]
         assert [(hit.id, hit.path, hit.score, list(hit.also)) for hit in expected.hits] == [
-            (hit["id"], hit["path"], pytest.approx(hit["score"]), hit["also"]) for hit in found["results"]
+            (hit["id"], hit["path"], pytest.approx(hit["score"]), hit["also"])
+            for hit in found["results"]
         ]
 
 
@@ -66,9 +79,15 @@ def test_several_pictures_are_one_query(site: Site) -> None:
     from finetune.data import images
 
     chosen = [site.photos / name for name in ("0005.png", "0006.png")]
-    (expected,), _ = site.gallery.query(images.load_unlabelled(chosen), 12, together=True, keep_self=True)
+    (expected,), _ = site.gallery.query(
+        images.load_unlabelled(chosen), 12, together=True, keep_self=True
+    )
     found = site.search(*((path.name, path.read_bytes()) for path in chosen), k=12).json()
-    assert (2, 12, [True, True, False]) == (len(found["query"]), len(found["results"]), [r["same"] for r in found["results"][:3]])
+    assert (2, 12, [True, True, False]) == (
+        len(found["query"]),
+        len(found["results"]),
+        [r["same"] for r in found["results"][:3]],
+    )
     assert [(hit.id, pytest.approx(hit.score)) for hit in expected.hits] == [
         (hit["id"], hit["score"]) for hit in found["results"]
     ]
@@ -80,13 +99,23 @@ def test_similar_to_an_image(site: Site) -> None:
     before = len(site.asked.contents)
     found = site.get(f"/api/images/{number}/similar?k=50").json()
     assert (11, number) == (len(found["results"]), found["query"][0]["id"])
-    assert "0007.png" == site.get(f"/api/images/{number}/similar?k=1&keep_self=true").json()["results"][0]["path"]
+    assert (
+        "0007.png"
+        == site.get(f"/api/images/{number}/similar?k=1&keep_self=true").json()["results"][0]["path"]
+    )
     least = found["results"][2]["score"]
-    assert 3 == len(site.get(f"/api/images/{number}/similar?k=50&threshold={least}").json()["results"])
+    assert 3 == len(
+        site.get(f"/api/images/{number}/similar?k=50&threshold={least}").json()["results"]
+    )
     assert before == len(site.asked.contents)
     double = site.id_of("0000.png")
     first = site.get(f"/api/images/{double}/similar?k=5").json()["results"][0]
-    assert (double, "more/copy.png", [], True) == (first["id"], first["path"], first["also"], first["same"])
+    assert (double, "more/copy.png", [], True) == (
+        first["id"],
+        first["path"],
+        first["also"],
+        first["same"],
+    )
 
 
 def test_files_that_went_are_marked(site: Site) -> None:
@@ -95,10 +124,19 @@ def test_files_that_went_are_marked(site: Site) -> None:
     (site.photos / "0000.png").unlink()
     with (site.photos / "0006.png").open("ab") as file:
         file.write(b"more")
-    found = {one["path"]: one for one in site.search(("x.png", png((1, 2, 3))), k=12).json()["results"]}
-    marks = {path: (one["missing"], one["changed"], one["missing_paths"], one["changed_paths"]) for path, one in found.items()}
+    found = {
+        one["path"]: one for one in site.search(("x.png", png((1, 2, 3))), k=12).json()["results"]
+    }
+    marks = {
+        path: (one["missing"], one["changed"], one["missing_paths"], one["changed_paths"])
+        for path, one in found.items()
+    }
     assert (True, False, ["0005.png"], []) == marks["0005.png"]
-    assert (True, ["more/copy.png"], ["0000.png"]) == (marks["0000.png"][0], found["0000.png"]["also"], marks["0000.png"][2])
+    assert (True, ["more/copy.png"], ["0000.png"]) == (
+        marks["0000.png"][0],
+        found["0000.png"]["also"],
+        marks["0000.png"][2],
+    )
     assert (False, True, [], ["0006.png"]) == marks["0006.png"]
     assert (False, False, [], []) == marks["0007.png"]
 
@@ -110,7 +148,9 @@ def test_browsing(site: Site) -> None:
         assert [12, 12, 12, 12] == [part["total"] for part in parts]
         ids = [image["id"] for part in parts for image in part["images"]]
         assert (12, 12) == (len(ids), len(set(ids)))
-    assert ["more/copy.png"] == next(i["also"] for part in parts for i in part["images"] if i["path"] == "0000.png")
+    assert ["more/copy.png"] == next(
+        i["also"] for part in parts for i in part["images"] if i["path"] == "0000.png"
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 36, 1000])
@@ -141,7 +181,7 @@ def test_the_gallery_may_go_meanwhile(site: Site) -> None:
     assert (503, True) == (answer.status_code, "no such folder" in answer.json()["detail"])
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -170,10 +210,34 @@ def test_broken_uploads(site: Site, data: bytes, status: int, words: str) -> Non
         ("GET", "/api/images/3/similar?k=501", {}, 422, "k: must be at most 500, not '501'"),
         ("GET", "/api/images/3/similar?k=1e9", {}, 422, "k: must be a whole number, not '1e9'"),
         ("GET", "/api/images/3/similar?k=many", {}, 422, "k: must be a whole number, not 'many'"),
-        ("GET", "/api/images/3/similar?threshold=nan", {}, 422, "threshold: must be at most 1, not 'nan'"),
-        ("GET", "/api/images/3/similar?threshold=x", {}, 422, "threshold: must be a number, not 'x'"),
-        ("GET", "/api/images/3/similar?keep_self=x", {}, 422, "keep_self: must be true or false, not 'x'"),
-        ("GET", "/api/images?limit=0&offset=x", {}, 422, "offset: must be a whole number, not 'x'; limit: must be at least 1"),
+        (
+            "GET",
+            "/api/images/3/similar?threshold=nan",
+            {},
+            422,
+            "threshold: must be at most 1, not 'nan'",
+        ),
+        (
+            "GET",
+            "/api/images/3/similar?threshold=x",
+            {},
+            422,
+            "threshold: must be a number, not 'x'",
+        ),
+        (
+            "GET",
+            "/api/images/3/similar?keep_self=x",
+            {},
+            422,
+            "keep_self: must be true or false, not 'x'",
+        ),
+        (
+            "GET",
+            "/api/images?limit=0&offset=x",
+            {},
+            422,
+            "offset: must be a whole number, not 'x'; limit: must be at least 1",
+        ),
         ("GET", "/api/images/99", {}, 404, "no image 99"),
         ("GET", "/api/images/99/similar", {}, 404, "no image 99"),
         ("GET", "/thumbs/99", {}, 404, "no image 99"),
@@ -184,39 +248,104 @@ def test_broken_uploads(site: Site, data: bytes, status: int, words: str) -> Non
         ("DELETE", "/api/info", {}, 405, "only GET, HEAD can be done here, not DELETE"),
         ("GET", "/api/search", {}, 405, "only POST can be done here, not GET"),
         ("POST", "/api/search", {}, 415, "multipart/form-data"),
-        ("POST", "/api/search", {"json": {"k": 3}}, 415, "send pictures as multipart/form-data, not application/json"),
-        ("POST", "/api/search", {"files": {"other": b"x"}}, 422, "files: missing: send multipart/form-data"),
-        ("POST", "/api/search", {"files": {"files": (None, b"text")}}, 422, "files: must be pictures as files, not text: send"),
-        ("POST", "/api/search", {"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "cannot be read"),
-        ("POST", "/api/search", {"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, "send"),
+        (
+            "POST",
+            "/api/search",
+            {"json": {"k": 3}},
+            415,
+            "send pictures as multipart/form-data, not application/json",
+        ),
+        (
+            "POST",
+            "/api/search",
+            {"files": {"other": b"x"}},
+            422,
+            "files: missing: send multipart/form-data",
+        ),
+        (
+            "POST",
+            "/api/search",
+            {"files": {"files": (None, b"text")}},
+            422,
+            "files: must be pictures as files, not text: send",
+        ),
+        (
+            "POST",
+            "/api/search",
+            {"content": b"x", "headers": {"content-type": "multipart/form-data"}},
+            400,
+            "cannot be read",
+        ),
+        (
+            "POST",
+            "/api/search",
+            {"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}},
+            400,
+            "send",
+        ),
         ("POST", "/api/search", {"files": [("files", b"x")] * 1001}, 400, "holds too much"),
-        ("POST", "/api/search", {"files": {"files": b"x"}, "data": {"k": "501"}}, 422, "k: must be at most 500"),
-        ("POST", "/api/search", {"files": {"files": b"x"}, "data": {"k": "9" * 9999}}, 422, f"not '{'9' * 60}…'"),
-        ("POST", "/api/search", {"files": {"files": b"x", "k": b"3"}}, 422, "k: must be a whole number, not a file"),
+        (
+            "POST",
+            "/api/search",
+            {"files": {"files": b"x"}, "data": {"k": "501"}},
+            422,
+            "k: must be at most 500",
+        ),
+        (
+            "POST",
+            "/api/search",
+            {"files": {"files": b"x"}, "data": {"k": "9" * 9999}},
+            422,
+            f"not '{'9' * 60}…'",
+        ),
+        (
+            "POST",
+            "/api/search",
+            {"files": {"files": b"x", "k": b"3"}},
+            422,
+            "k: must be a whole number, not a file",
+        ),
         ("POST", "/api/search", {"files": [("files", b"x")] * 17}, 422, "17 pictures are too many"),
     ],
 )
-def test_errors_are_words(site: Site, method: str, url: str, how: dict[str, Any], status: int, words: str) -> None:
-    """Every error has its code, and a text of our own that names what is wrong and what would be right."""
+def test_errors_are_words(
+    site: Site, method: str, url: str, how: dict[str, Any], status: int, words: str
+) -> None:
+    """Every error has its code, and a text of our own that names what is wrong and what would be
+    right."""
     answer = ask(site.app, method, url, **how)
     assert status == answer.status_code, answer.text
     assert ["detail"] == list(answer.json())
     assert words in answer.json()["detail"]
-    assert not any(word in answer.text.lower() for word in ("input should", "uploadfile", "<class", "string"))
+    assert not any(
+        word in answer.text.lower() for word in ("input should", "uploadfile", "<class", "string")
+    )
 
 
 @pytest.mark.parametrize(
     "url",
     [
-        "/", "/page.css", "/page.js", "/openapi.json", "/api/info", "/api/images", "/api/images/3", "/api/images/3/similar",
-        "/thumbs/3", "/files/3", "/thumbs/99", "/nothing", "/api/search",
+        "/",
+        "/page.css",
+        "/page.js",
+        "/openapi.json",
+        "/api/info",
+        "/api/images",
+        "/api/images/3",
+        "/api/images/3/similar",
+        "/thumbs/3",
+        "/files/3",
+        "/thumbs/99",
+        "/nothing",
+        "/api/search",
     ],
-)  # fmt: skip
+)
 def test_head_is_get_without_a_body(site: Site, url: str) -> None:
     """HEAD, as uptime checks ask it, has the status and the headers of GET, and no body."""
     head, get = ask(site.app, "HEAD", url), site.get(url)
     assert (get.status_code, b"") == (head.status_code, head.content)
-    changing = ("content-length",) if url.endswith("similar") else ()  # it holds the seconds that it took
+    # it holds the seconds that it took
+    changing = ("content-length",) if url.endswith("similar") else ()
     assert {k: v for k, v in get.headers.items() if k not in changing} == {
         k: v for k, v in head.headers.items() if k not in changing
     }
@@ -224,7 +353,8 @@ def test_head_is_get_without_a_body(site: Site, url: str) -> None:
 
 
 def test_too_many_bytes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that is too large is refused by its announced length, and where it lies about it, as soon as it is."""
+    """A request that is too large is refused by its announced length, and where it lies about it,
+    as soon as it is."""
     monkeypatch.setattr(api, "UPLOAD", 1000)
     monkeypatch.setattr(security, "OVERHEAD", 500)
     small = api.create(site.desk)
@@ -237,7 +367,13 @@ def test_too_many_bytes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
             sent.append(1)
             yield bytes(100)
 
-    answer = ask(small, "POST", "/api/search", content=stream(), headers={"content-type": "multipart/form-data; boundary=b"})
+    answer = ask(
+        small,
+        "POST",
+        "/api/search",
+        content=stream(),
+        headers={"content-type": "multipart/form-data; boundary=b"},
+    )
     assert (413, True) == (answer.status_code, "too large" in answer.json()["detail"])
     assert len(sent) < 20
     assert 415 == ask(small, "POST", "/api/search", files={"files": bytes(900)}).status_code
@@ -252,47 +388,72 @@ def test_a_bug_is_an_answer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_openapi(site: Site) -> None:
-    """The description names every route of the API with the type of its answer, and the page draws on nothing else."""
+    """The description names every route of the API with the type of its answer, and the page draws
+    on nothing else."""
     described = site.get("/openapi.json").json()["paths"]
-    expected = {"/api/info", "/api/images", "/api/search", "/api/images/{number}/similar", "/api/images/{number}"}
+    expected = {
+        "/api/info",
+        "/api/images",
+        "/api/search",
+        "/api/images/{number}/similar",
+        "/api/images/{number}",
+    }
     assert expected | {"/thumbs/{number}", "/files/{number}"} == set(described)
     for path in expected:
         (operation,) = described[path].values()
         assert "$ref" in operation["responses"]["200"]["content"]["application/json"]["schema"]
         problem = "#/components/schemas/Problem"
-        errors = {code: one["content"]["application/json"]["schema"]["$ref"] for code, one in operation["responses"].items()}
+        errors = {
+            code: one["content"]["application/json"]["schema"]["$ref"]
+            for code, one in operation["responses"].items()
+        }
         assert {problem} == {schema for code, schema in errors.items() if code != "200"}
         assert {"401", "404", "422", "503"} <= set(errors)
 
 
-# -------------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def test_details(site: Site) -> None:
     """An image has its paths, digest, and what its file is."""
     about = site.get(f"/api/images/{site.id_of('0000.png')}").json()
     data = (site.photos / "0000.png").read_bytes()
-    assert ("0000.png", ["more/copy.png"], hashlib.sha256(data).hexdigest()) == (about["path"], about["also"], about["digest"])
-    assert ("PNG", 40, 30, len(data), None) == tuple(about[key] for key in ("format", "width", "height", "bytes", "problem"))
+    assert ("0000.png", ["more/copy.png"], hashlib.sha256(data).hexdigest()) == (
+        about["path"],
+        about["also"],
+        about["digest"],
+    )
+    assert ("PNG", 40, 30, len(data), None) == tuple(
+        about[key] for key in ("format", "width", "height", "bytes", "problem")
+    )
 
 
 def test_files_come_as_they_are(site: Site) -> None:
     """The bytes of the file, under a type that says what they are, and nothing that may run."""
     answer = site.get(f"/files/{site.id_of('0003.png')}")
     assert (site.photos / "0003.png").read_bytes() == answer.content
-    assert ("image/png", "nosniff") == (answer.headers["content-type"], answer.headers["x-content-type-options"])
+    assert ("image/png", "nosniff") == (
+        answer.headers["content-type"],
+        answer.headers["x-content-type-options"],
+    )
     assert "sandbox" in answer.headers["content-security-policy"]
 
 
 def test_thumbs_are_made_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small picture is kept in the cache by content: another server does not decode again, and a browser asks shortly."""
+    """A small picture is kept in the cache by content: another server does not decode again, and a
+    browser asks shortly."""
     number = site.id_of("0004.png")
     first = site.get(f"/thumbs/{number}")
-    assert ("image/png", (40, 30)) == (first.headers["content-type"], Image.open(io.BytesIO(first.content)).size)
+    assert ("image/png", (40, 30)) == (
+        first.headers["content-type"],
+        Image.open(io.BytesIO(first.content)).size,
+    )
     monkeypatch.setattr("retrieval.web.thumbnails.shrink", lambda *_: 1 / 0)
     again = api.create(site.desk)
     assert first.content == ask(again, "GET", f"/thumbs/{number}").content
-    answer = ask(again, "GET", f"/thumbs/{number}", headers={"if-none-match": first.headers["etag"]})
+    answer = ask(
+        again, "GET", f"/thumbs/{number}", headers={"if-none-match": first.headers["etag"]}
+    )
     assert (304, b"") == (answer.status_code, answer.content)
 
 
@@ -308,20 +469,26 @@ def test_a_damaged_thumb_is_made_again(tmp_path: Path, damage: str) -> None:
         path.unlink()
         path.mkdir()
     else:
-        path.write_bytes({"cut": whole[:-20], "empty": b"", "changed": changed, "no picture": b"hello"}[damage])
+        path.write_bytes(
+            {"cut": whole[:-20], "empty": b"", "changed": changed, "no picture": b"hello"}[damage]
+        )
 
     assert expected == thumbs.get("ab" * 32, "small", lambda: data)
     if damage != "a folder":
         assert expected == thumbs.get("ab" * 32, "small", lambda: b"not asked for")
 
 
-def test_without_a_cache_pictures_are_made_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_pictures_are_made_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The page is whole where nothing can be kept."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REGRAFT_CACHE", str(tmp_path / "file"))
     thumbs, data = Thumbs(), png((1, 2, 3))
 
-    assert thumbs.get("ab" * 32, "small", lambda: data) == thumbs.get("ab" * 32, "small", lambda: data)
+    assert thumbs.get("ab" * 32, "small", lambda: data) == thumbs.get(
+        "ab" * 32, "small", lambda: data
+    )
     assert thumbs.folder is None
 
 
@@ -339,14 +506,18 @@ def test_large_pictures_become_small(tmp_path: Path) -> None:
         thumbs.get("cd" * 32, "small", lambda: b"hello")
 
 
-def test_thumbs_are_made_by_the_cores_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many pictures are decoded at once as this process has cores, not as many as the machine has."""
+def test_thumbs_are_made_by_the_cores_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many pictures are decoded at once as this process has cores, not as many as the machine
+    has."""
     monkeypatch.setattr("finetune.hardware.cores", lambda: 3)
     assert 3 == Thumbs(tmp_path)._places._initial_value
 
 
 def test_thumbs_are_bounded(tmp_path: Path) -> None:
-    """Beyond the limit the longest unused go; a cache that cannot be written costs nothing but time."""
+    """Beyond the limit the longest unused go; a cache that cannot be written costs nothing but
+    time."""
     size = len(png((0, 0, 0)))
     thumbs = Thumbs(tmp_path, limit=10 * size)
     for i in range(30):
@@ -362,20 +533,25 @@ def test_thumbs_are_bounded(tmp_path: Path) -> None:
 
 
 def test_a_file_that_went(site: Site) -> None:
-    """A file that is gone is a 404 in words, small and whole; another path of the same bytes takes its place."""
+    """A file that is gone is a 404 in words, small and whole; another path of the same bytes takes
+    its place."""
     number, double = site.id_of("0008.png"), site.id_of("0000.png")
     site.get(f"/thumbs/{number}")
     (site.photos / "0008.png").unlink()
     (site.photos / "0000.png").unlink()
     for url in (f"/thumbs/{number}", f"/files/{number}"):
         answer = site.get(url)
-        assert (404, "0008.png is not there any more") == (answer.status_code, answer.json()["detail"].partition(":")[0])
+        assert (404, "0008.png is not there any more") == (
+            answer.status_code,
+            answer.json()["detail"].partition(":")[0],
+        )
     assert "not there any more" in site.get(f"/api/images/{number}").json()["problem"]
     assert 200 == site.get(f"/files/{double}").status_code
 
 
 def test_only_the_gallerys_bytes_get_out(site: Site, tmp_path: Path) -> None:
-    """What was put in the place of a file since the build is not served: other files, or links out of the folder."""
+    """What was put in the place of a file since the build is not served: other files, or links out
+    of the folder."""
     secret = tmp_path / "secret.png"
     secret.write_bytes(png((250, 0, 0)))
     numbers = [site.id_of(f"{i:04d}.png") for i in (3, 4, 5)]
@@ -394,10 +570,22 @@ def test_only_the_gallerys_bytes_get_out(site: Site, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e/%2e%2e/etc/passwd", "%2e%2e%2f%2e%2e%2fetc/passwd", "//etc/passwd",
-        "%2fetc%2fpasswd", "/etc/passwd", "..%5c..%5cetc", "1/../../etc/passwd", "%00", "0003.png", "-1", "1.0", "１",
+        "../../etc/passwd",
+        "..%2f..%2fetc%2fpasswd",
+        "%2e%2e/%2e%2e/etc/passwd",
+        "%2e%2e%2f%2e%2e%2fetc/passwd",
+        "//etc/passwd",
+        "%2fetc%2fpasswd",
+        "/etc/passwd",
+        "..%5c..%5cetc",
+        "1/../../etc/passwd",
+        "%00",
+        "0003.png",
+        "-1",
+        "1.0",
+        "１",
     ],
-)  # fmt: skip
+)
 def test_no_path_is_served(site: Site, path: str) -> None:
     """Pictures are asked for by number: no path, however written, reaches a file."""
     for folder in ("files", "thumbs", "page.css", "."):
@@ -412,7 +600,11 @@ def test_the_page_is_self_contained(site: Site) -> None:
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    for url, kind in (("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")):
+    for url, kind in (
+        ("/", "text/html"),
+        ("/page.css", "text/css"),
+        ("/page.js", "text/javascript"),
+    ):
         answer = site.get(url)
         assert (200, True) == (answer.status_code, answer.headers["content-type"].startswith(kind))
         assert "http" not in answer.text.replace("http://www.w3.org/2000/svg", "")
@@ -420,21 +612,32 @@ def test_the_page_is_self_contained(site: Site) -> None:
         assert " onclick=" not in answer.text
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_the_command(site: Site, times: int) -> None:
-    """The address is printed once it answers, a search over it works, and Ctrl-C (also twice) ends it at once, and well."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import webs; webs.install(setattr)\n"
+    """The address is printed once it answers, a search over it works, and Ctrl-C (also twice) ends
+    it at once, and well."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); "
+        f"import webs; webs.install(setattr)\n"
+    )
     code += HEARS_CTRL_C + "from retrieval.cli import main; main()"
     words = [sys.executable, "-c", code, "serve", str(site.index), "--port", "0"]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as server:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    ) as server:
         assert server.stdout is not None
         address = next(word for word in server.stdout.readline().split() if word.startswith("http"))
         data = (site.photos / "0003.png").read_bytes()
-        found = httpx.post(f"{address}api/search", files={"files": data}, data={"keep_self": "true"}, trust_env=False).json()
+        found = httpx.post(
+            f"{address}api/search",
+            files={"files": data},
+            data={"keep_self": "true"},
+            trust_env=False,
+        ).json()
         for _ in range(times):
             server.send_signal(signal.SIGINT)
         out, err = server.communicate(timeout=20)
@@ -448,11 +651,12 @@ def test_the_cache_says_what_it_holds() -> None:
     assert "thumbs/" in (files.cache_dir() / "README.txt").read_text()
 
 
-# --------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
 def test_files_of_any_name_are_found_again(site: Site) -> None:
-    """The API shows a name in its printable form, and gives the picture, the file and what is like it by its id."""
+    """The API shows a name in its printable form, and gives the picture, the file and what is like
+    it by its id."""
     odd.need(site.photos / "try")
     for i, name in enumerate(odd.NAMES):
         (site.photos / name).write_bytes(png((i, 255 - i, 7 * i)))
@@ -468,4 +672,7 @@ def test_files_of_any_name_are_found_again(site: Site) -> None:
     assert names.shown(odd.NAMES[0]) == found["query"][0]["name"]
     assert set(odd.NAMES[1:]) <= {names.meant(hit["path"]) for hit in found["results"]}
     (site.photos / odd.NAMES[0]).unlink()
-    assert rf"{names.shown(odd.NAMES[0])} is not there" in site.get(f"/files/{number}").json()["detail"]
+    assert (
+        rf"{names.shown(odd.NAMES[0])} is not there"
+        in site.get(f"/files/{number}").json()["detail"]
+    )

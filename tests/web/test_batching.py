@@ -22,19 +22,25 @@ from retrieval.web.batching import Desk, Query
 
 
 def test_a_thousand_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,000 uploads over real connections, 64 at a time: each gets its own picture, and few runs of the network serve all."""
+    """1,000 uploads over real connections, 64 at a time: each gets its own picture, and few runs of
+    the network serve all."""
     asked = webs.install(monkeypatch.setattr)
     photos = galleries.pictures(tmp_path / "photos", 300)
     index = tmp_path / "photos.index"
     maintenance.build([tmp_path / "photos"], index, ENCODER)
-    fresh = {i: png((i, 255 - i, 7)) for i in range(100)}  # not in the gallery: these go through the network
+    # not in the gallery: these go through the network
+    fresh = {i: png((i, 255 - i, 7)) for i in range(100)}
     with Gallery(index) as gallery, Desk(gallery) as desk, webs.running(api.create(desk)) as base:
-        expected = {i: desk.ask(Query((("x", data),), k=2)).result().hits for i, data in fresh.items()}
+        expected = {
+            i: desk.ask(Query((("x", data),), k=2)).result().hits for i, data in fresh.items()
+        }
         asked.contents.clear()
         runs: list[int] = []
         plain = Gallery.encode
         monkeypatch.setattr(
-            Gallery, "encode", lambda self, source, *more: (runs.append(len(source)), plain(self, source, *more))[1]
+            Gallery,
+            "encode",
+            lambda self, source, *more: (runs.append(len(source)), plain(self, source, *more))[1],
         )
 
         async def one(client: httpx.AsyncClient, gate: asyncio.Semaphore, i: int) -> None:
@@ -42,15 +48,24 @@ def test_a_thousand_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             data = fresh[i // 10] if i % 10 == 0 else photos[i % 300].read_bytes()
             async with gate:
                 form = {"k": "2", "keep_self": "true"}
-                answer = await client.post("/api/search", files={"files": (f"{i}.png", data)}, data=form)
+                answer = await client.post(
+                    "/api/search", files={"files": (f"{i}.png", data)}, data=form
+                )
             found = answer.json()
-            assert (200, f"{i}.png", 2) == (answer.status_code, found["query"][0]["name"], len(found["results"]))
+            assert (200, f"{i}.png", 2) == (
+                answer.status_code,
+                found["query"][0]["name"],
+                len(found["results"]),
+            )
             if i % 10 == 0:
                 assert [(hit.id, hit.score) for hit in expected[i // 10]] == [
                     (hit["id"], hit["score"]) for hit in found["results"]
                 ]
             else:
-                assert (name, pytest.approx(1.0)) == (found["results"][0]["path"], found["results"][0]["score"])
+                assert (name, pytest.approx(1.0)) == (
+                    found["results"][0]["path"],
+                    found["results"][0]["score"],
+                )
 
         async def everybody() -> None:
             gate = asyncio.Semaphore(64)
@@ -63,13 +78,20 @@ def test_a_thousand_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_waiting_queries_are_one_batch(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits while the desk is busy is answered together, by one run of the network and one search a way of asking."""
+    """What waits while the desk is busy is answered together, by one run of the network and one
+    search a way of asking."""
     runs: list[int] = []
     searches: list[int] = []
     encode, search = Gallery.encode, Gallery.search
-    monkeypatch.setattr(Gallery, "encode", lambda self, source, *more: (runs.append(len(source)), encode(self, source, *more))[1])
     monkeypatch.setattr(
-        Gallery, "search", lambda self, v, *more, **how: (searches.append(len(v)), search(self, v, *more, **how))[1]
+        Gallery,
+        "encode",
+        lambda self, source, *more: (runs.append(len(source)), encode(self, source, *more))[1],
+    )
+    monkeypatch.setattr(
+        Gallery,
+        "search",
+        lambda self, v, *more, **how: (searches.append(len(v)), search(self, v, *more, **how))[1],
     )
     started, busy = threading.Event(), threading.Event()
     held = site.desk.call(lambda _: (started.set(), busy.wait(10))[1])
@@ -83,7 +105,8 @@ def test_waiting_queries_are_one_batch(site: Site, monkeypatch: pytest.MonkeyPat
 
 
 def test_one_bad_query_spoils_no_other(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a batch fails as a whole, each is answered alone, and only the culprit gets the error."""
+    """Where a batch fails as a whole, each is answered alone, and only the culprit gets the
+    error."""
     encode = Gallery.encode
 
     def failing(self: Gallery, source: Any, *more: Any) -> Any:

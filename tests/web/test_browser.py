@@ -1,4 +1,5 @@
-"""The page in a real browser: headless Chromium, as a person uses it with a mouse, with the keyboard, and on a phone."""
+"""The page in a real browser: headless Chromium, as a person uses it with a mouse, with the
+keyboard, and on a phone."""
 
 from __future__ import annotations
 
@@ -18,12 +19,18 @@ from retrieval.web import api, app
 from retrieval.web.batching import Desk
 
 webdriver = pytest.importorskip("selenium.webdriver")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 DRIVER = shutil.which("chromedriver")
 if CHROMIUM is None or DRIVER is None:  # the whole file, so that it is told in one line
-    pytest.skip("no Chromium with its driver here: apt-get install chromium chromium-driver", allow_module_level=True)
+    pytest.skip(
+        "no Chromium with its driver here: apt-get install chromium chromium-driver",
+        allow_module_level=True,
+    )
 FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-extensions"
 )
 WAIT = 5  # seconds, at most
@@ -41,7 +48,11 @@ def address(photos: Path) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         webs.install(patch.setattr)
         index = webs.make(photos, 60)
-        with Gallery(index) as gallery, Desk(gallery) as desk, webs.running(api.create(desk, hosts=app.LOOPBACK)) as base:
+        with (
+            Gallery(index) as gallery,
+            Desk(gallery) as desk,
+            webs.running(api.create(desk, hosts=app.LOOPBACK)) as base,
+        ):
             yield base
 
 
@@ -62,11 +73,15 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def page(chromium: Browser, address: str) -> Iterator[Browser]:
-    """The start of the page on a desk; at the end, no script has complained, and nothing came from elsewhere."""
+    """The start of the page on a desk; at the end, no script has complained, and nothing came from
+    elsewhere."""
     chromium.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 1200, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 1200, "height": 800, "deviceScaleFactor": 1, "mobile": False},
     )
-    chromium.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": address, "storageTypes": "local_storage"})
+    chromium.execute_cdp_cmd(
+        "Storage.clearDataForOrigin", {"origin": address, "storageTypes": "local_storage"}
+    )
     chromium.get("about:blank")
     for kind in ("browser", "performance"):
         chromium.get_log(kind)
@@ -76,7 +91,11 @@ def page(chromium: Browser, address: str) -> Iterator[Browser]:
     complaints = [line["message"] for line in chromium.get_log("browser")]
     assert [] == [text for text in complaints if "Failed to load resource" not in text]
     events = [json.loads(line["message"])["message"] for line in chromium.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
     assert asked
     assert [] == [url for url in asked if not url.startswith((address, "data:", f"blob:{address}"))]
 
@@ -101,7 +120,9 @@ def tiles(browser: Browser) -> list[Any]:
 
 
 def titles(browser: Browser) -> list[str]:
-    return js(browser, "[...document.querySelectorAll('.tile:not([hidden]) .pick')].map(one => one.title)")
+    return js(
+        browser, "[...document.querySelectorAll('.tile:not([hidden]) .pick')].map(one => one.title)"
+    )
 
 
 def text(browser: Browser, name: str) -> str:
@@ -127,11 +148,17 @@ def press(browser: Browser, *keys: str) -> None:
 
 
 def test_start(page: Browser) -> None:
-    """The start shows pictures from all over the gallery, all of them loaded, and more on demand."""
+    """The start shows pictures from all over the gallery, all of them loaded, and more on
+    demand."""
     assert "photos.index" in until(page, lambda: page.title if "photos" in page.title else "")
     assert "60 images" in text(page, "status")
     until(
-        page, lambda: js(page, "[...document.querySelectorAll('.frame img')].slice(0, 8).every(one => one.naturalWidth === 40)")
+        page,
+        lambda: js(
+            page,
+            "[...document.querySelectorAll('.frame img')].slice(0, "
+            "8).every(one => one.naturalWidth === 40)",
+        ),
     )
     by_id(page, "more").click()
     until(page, lambda: len(tiles(page)) == 60)
@@ -140,7 +167,8 @@ def test_start(page: Browser) -> None:
 
 
 def test_upload_and_click_on(page: Browser, photos: Path) -> None:
-    """An upload gives scored results beside the query; a click on one searches on with it; back leads back."""
+    """An upload gives scored results beside the query; a click on one searches on with it; back
+    leads back."""
     upload(page, photos / "photos" / "0010.png")
     searched(page)
     assert 24 == len(tiles(page))
@@ -148,7 +176,9 @@ def test_upload_and_click_on(page: Browser, photos: Path) -> None:
     assert "0010.png" == text(page, "asked")
     assert "in the gallery itself" in text(page, "note")
     assert js(page, "document.querySelector('#pictures img').naturalWidth") == 40
-    scores = js(page, "[...document.querySelectorAll('.score')].map(one => Number(one.textContent))")
+    scores = js(
+        page, "[...document.querySelectorAll('.score')].map(one => Number(one.textContent))"
+    )
     assert sorted(scores, reverse=True) == scores
     second = titles(page)[1]
     tiles(page)[1].click()
@@ -163,7 +193,8 @@ def test_upload_and_click_on(page: Browser, photos: Path) -> None:
 
 
 def test_a_new_picture_by_drop_and_paste(page: Browser, photos: Path, tmp_path: Path) -> None:
-    """A picture that is dropped, or pasted, is searched with; a pasted text is answered in words."""
+    """A picture that is dropped, or pasted, is searched with; a pasted text is answered in
+    words."""
     give = """
         const canvas = new OffscreenCanvas(30, 30); canvas.getContext('2d').fillRect(0, 0, 20, 20);
         const [kind, done] = arguments;
@@ -171,7 +202,8 @@ def test_a_new_picture_by_drop_and_paste(page: Browser, photos: Path, tmp_path: 
           const data = new DataTransfer();
           if (kind === 'text') data.setData('text/plain', 'hello');
           else data.items.add(new File([blob], `${kind}.png`, {type: 'image/png'}));
-          const event = kind === 'drop' ? new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})
+          const event = kind === 'drop'
+            ? new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})
             : new ClipboardEvent('paste', {clipboardData: data, bubbles: true});
           document.body.dispatchEvent(event);
           done();
@@ -197,11 +229,18 @@ def test_controls(page: Browser, tmp_path: Path) -> None:
     (tmp_path / "new.png").write_bytes(webs.png((7, 7, 7)))
     upload(page, tmp_path / "new.png")
     searched(page)
-    js(page, "(k => { k.value = '48'; k.dispatchEvent(new Event('change')) })(document.querySelector('#k'))")
+    js(
+        page,
+        "(k => { k.value = '48'; k.dispatchEvent(new Event('change')) "
+        "})(document.querySelector('#k'))",
+    )
     until(page, lambda: len(tiles(page)) == 48)
     searched(page)
     fifth = float(js(page, "document.querySelectorAll('.score')[4].textContent"))
-    move = "(t => { t.value = arguments[0]; t.dispatchEvent(new Event('input')) })(document.querySelector('#threshold'))"
+    move = (
+        "(t => { t.value = arguments[0]; t.dispatchEvent(new Event('input')) "
+        "})(document.querySelector('#threshold'))"
+    )
     js(page, move, round(fifth - 0.005, 2))
     assert 5 <= len(tiles(page)) < 48
     js(page, move, 1)
@@ -213,7 +252,8 @@ def test_controls(page: Browser, tmp_path: Path) -> None:
 
 
 def test_keyboard(page: Browser, photos: Path) -> None:
-    """Arrows move a visible focus, Enter opens, arrows turn over, Escape closes, Space searches, / goes to the upload."""
+    """Arrows move a visible focus, Enter opens, arrows turn over, Escape closes, Space searches, /
+    goes to the upload."""
     from selenium.webdriver.common.keys import Keys
 
     def at() -> int:
@@ -239,7 +279,8 @@ def test_keyboard(page: Browser, photos: Path) -> None:
     assert following.rpartition("/")[2] == text(page, "detail-name")
     press(page, Keys.ESCAPE)
     until(page, lambda: not js(page, "document.querySelector('#detail').open"))
-    until(page, lambda: at() == 2)  # the browser gives the focus back first, and tells the page of the closing then
+    # the browser gives the focus back first, and tells the page of the closing then
+    until(page, lambda: at() == 2)
     press(page, Keys.SPACE)
     until(page, lambda: text(page, "asked") == following.rpartition("/")[2])
     searched(page)
@@ -254,10 +295,18 @@ def test_detail(page: Browser) -> None:
     """The detail view has the other paths of the same bytes, and searches with its picture."""
     page.get(f"{page.current_url}?id=5")
     searched(page)
-    js(page, "(k => { k.value = '96'; k.dispatchEvent(new Event('change')) })(document.querySelector('#k'))")
+    js(
+        page,
+        "(k => { k.value = '96'; k.dispatchEvent(new Event('change')) "
+        "})(document.querySelector('#k'))",
+    )
     until(page, lambda: len(tiles(page)) == 59)
     searched(page)
-    js(page, "document.querySelectorAll('.look')[arguments[0]].click()", titles(page).index("0000.png"))
+    js(
+        page,
+        "document.querySelectorAll('.look')[arguments[0]].click()",
+        titles(page).index("0000.png"),
+    )
     until(page, lambda: js(page, "document.querySelector('#detail').open"))
     assert "more/copy.png" == text(page, "detail-paths")
     assert "Score" in text(page, "detail-facts")
@@ -277,7 +326,8 @@ def test_detail(page: Browser) -> None:
     ],
 )
 def test_broken_uploads(page: Browser, tmp_path: Path, data: bytes, words: str) -> None:
-    """An empty, foreign, broken or huge file is answered in words that name it, and the next search works."""
+    """An empty, foreign, broken or huge file is answered in words that name it, and the next search
+    works."""
     (tmp_path / "bad.png").write_bytes(data)
     upload(page, tmp_path / "bad.png")
     until(page, lambda: words in text(page, "message-text"))
@@ -307,7 +357,8 @@ def test_a_picture_that_went(page: Browser, photos: Path) -> None:
 
 
 def test_marks_of_results(page: Browser, photos: Path) -> None:
-    """Results are marked where their file went or changed, for the eye and for a screen reader, and so are further paths."""
+    """Results are marked where their file went or changed, for the eye and for a screen reader, and
+    so are further paths."""
     gone, copy = photos / "photos" / "0020.png", photos / "photos" / "more" / "copy.png"
     data, before = gone.read_bytes(), copy.read_bytes()
     gone.unlink()
@@ -315,10 +366,18 @@ def test_marks_of_results(page: Browser, photos: Path) -> None:
     try:
         upload(page, photos / "photos" / "0000.png")
         searched(page)
-        js(page, "(k => { k.value = '96'; k.dispatchEvent(new Event('change')) })(document.querySelector('#k'))")
+        js(
+            page,
+            "(k => { k.value = '96'; k.dispatchEvent(new Event('change')) "
+            "})(document.querySelector('#k'))",
+        )
         until(page, lambda: len(tiles(page)) == 60)
         assert ["the same file", "missing"] == marks(page)
-        label = js(page, "arguments[0].getAttribute('aria-label')", tiles(page)[titles(page).index("0020.png")])
+        label = js(
+            page,
+            "arguments[0].getAttribute('aria-label')",
+            tiles(page)[titles(page).index("0020.png")],
+        )
         assert ", missing: search with it" in label
         js(page, "document.querySelector('.look').click()")
         until(page, lambda: "Note" in text(page, "detail-facts"))
@@ -335,7 +394,11 @@ def test_names_are_text(page: Browser) -> None:
     until(page, lambda: len(tiles(page)) == 60)
     assert {webs.EVIL, f"more/{webs.HANDLER}"} <= set(titles(page))
     for name in (webs.EVIL, f"more/{webs.HANDLER}"):
-        js(page, "document.querySelectorAll('.look')[arguments[0]].click()", titles(page).index(name))
+        js(
+            page,
+            "document.querySelectorAll('.look')[arguments[0]].click()",
+            titles(page).index(name),
+        )
         assert name.rpartition("/")[2] == text(page, "detail-name")
         by_id(page, "close").click()
     assert 0 == js(page, "document.querySelectorAll('body script, main [onerror]').length")
@@ -351,7 +414,10 @@ def test_phone(page: Browser, photos: Path, width: int) -> None:
     upload(page, photos / "photos" / "0010.png")
     searched(page)
     assert [width, width] == js(page, wide)
-    assert 2 == js(page, "getComputedStyle(document.querySelector('#grid')).gridTemplateColumns.split(' ').length")
+    assert 2 == js(
+        page,
+        "getComputedStyle(document.querySelector('#grid')).gridTemplateColumns.split(' ').length",
+    )
     js(page, "document.querySelector('.look').click()")
     until(page, lambda: "pixels" in text(page, "detail-facts"))
     assert [width, width] == js(page, wide)
@@ -365,7 +431,10 @@ def test_themes(page: Browser) -> None:
         return js(page, "getComputedStyle(document.body).backgroundColor")
 
     bright = ground()
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]})
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": "dark"}]},
+    )
     try:
         dark = ground()
         assert bright != dark
@@ -389,13 +458,16 @@ def test_no_server(page: Browser, photos: Path) -> None:
         until(page, lambda: "does not answer" in text(page, "message-text"))
     finally:
         page.execute_cdp_cmd(
-            "Network.emulateNetworkConditions", {**offline, "offline": False, "downloadThroughput": -1, "uploadThroughput": -1}
+            "Network.emulateNetworkConditions",
+            {**offline, "offline": False, "downloadThroughput": -1, "uploadThroughput": -1},
         )
     by_id(page, "message-act").click()
     searched(page)
 
 
-def test_the_token_leaves_the_address(chromium: Browser, address: str, photos: Path, tmp_path: Path) -> None:
+def test_the_token_leaves_the_address(
+    chromium: Browser, address: str, photos: Path, tmp_path: Path
+) -> None:
     """A link with the token opens the page, which goes on by its cookie and hides the token."""
     with (
         Gallery(photos / "photos.index") as gallery,

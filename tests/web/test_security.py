@@ -14,14 +14,24 @@ from finetune.errors import UserError
 from retrieval.web import app
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "localhost", "[::1]:8000", "LOCALHOST:1"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:8000", "localhost:8000", "localhost", "[::1]:8000", "LOCALHOST:1"]
+)
 def test_own_hosts(site: Site, host: str) -> None:
     """This machine's own names are answered."""
     assert 200 == site.get("/api/info", headers={"host": host}).status_code
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "127.0.0.1.evil.example", "evil.example:8000", "", "localhost@evil.example", "[::1"]
+    "host",
+    [
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "evil.example:8000",
+        "",
+        "localhost@evil.example",
+        "[::1",
+    ],
 )
 def test_foreign_hosts(site: Site, host: str) -> None:
     """A foreign name that points at this machine is refused, whatever is asked for."""
@@ -40,21 +50,41 @@ def test_foreign_pages(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["/", "/page.css", "/page.js", "/api/info", "/api/images", "/thumbs/1", "/files/1", "/openapi.json", "/x"]
+    "url",
+    [
+        "/",
+        "/page.css",
+        "/page.js",
+        "/api/info",
+        "/api/images",
+        "/thumbs/1",
+        "/files/1",
+        "/openapi.json",
+        "/x",
+    ],
 )
 def test_every_route_needs_the_token(site: Site, url: str) -> None:
     """Without the token nothing is answered; with it as a bearer, everything."""
     door = locked(site)
-    for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "open sesame"}, {"cookie": "regraft-1=open sesame"}):
+    for headers in (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "open sesame"},
+        {"cookie": "regraft-1=open sesame"},
+    ):
         answer = ask(door, "GET", url, headers=headers)
         assert (401, "Bearer") == (answer.status_code, answer.headers["www-authenticate"])
     assert 401 == ask(door, "GET", f"{url}?token=wrong").status_code
     answer = ask(door, "GET", url, headers={"authorization": "Bearer open sesame"})
-    assert (404 if url == "/x" else 200, False) == (answer.status_code, "set-cookie" in answer.headers)
+    assert (404 if url == "/x" else 200, False) == (
+        answer.status_code,
+        "set-cookie" in answer.headers,
+    )
 
 
 def test_the_token_becomes_a_cookie(site: Site) -> None:
-    """?token= once, then a cookie that scripts cannot read, that other sites cannot send, and that is not the token."""
+    """?token= once, then a cookie that scripts cannot read, that other sites cannot send, and that
+    is not the token."""
     door = locked(site, "ключ 1")
     first = ask(door, "GET", "/", params={"token": "ключ 1"})
     text = first.headers["set-cookie"]
@@ -63,7 +93,10 @@ def test_the_token_becomes_a_cookie(site: Site) -> None:
     pair = text.partition(";")[0]
     for others in ("", 'odd="x; [y]=1; '):
         assert 200 == ask(door, "GET", "/api/info", headers={"cookie": others + pair}).status_code
-    assert 401 == ask(locked(site, "another"), "GET", "/api/info", headers={"cookie": pair}).status_code
+    assert (
+        401
+        == ask(locked(site, "another"), "GET", "/api/info", headers={"cookie": pair}).status_code
+    )
     assert 401 == ask(door, "GET", "/api/info", headers={"cookie": pair[:-1]}).status_code
 
 
@@ -72,7 +105,9 @@ def test_a_person_is_asked_for_the_token(site: Site) -> None:
     door = locked(site)
     answer = ask(door, "GET", "/", headers={"accept": "text/html"})
     assert (401, True) == (answer.status_code, "name=token" in answer.text)
-    assert "not the right one" in ask(door, "GET", "/?token=x", headers={"accept": "text/html"}).text
+    assert (
+        "not the right one" in ask(door, "GET", "/?token=x", headers={"accept": "text/html"}).text
+    )
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org", ""])
