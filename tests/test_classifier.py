@@ -154,7 +154,7 @@ def test_a_row_of_zeros_stays_zero_and_is_scored_by_the_bias() -> None:
 
 def test_scores_are_the_products_that_they_are_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear and RBF scores by their formulas, in blocks of any size, for no row at all too."""
-    monkeypatch.setattr(classifier, "ROWS", 3)
+    monkeypatch.setattr("finetune.heads.head.ROWS", 3)
     random = np.random.default_rng(0)
     x, weight, bias = (
         random.normal(size=shape).astype(np.float32) for shape in ((8, 5), (3, 5), (3,))
@@ -459,7 +459,7 @@ def test_engine_and_precision_may_be_overridden(
 
     assert "torch" == classifier.load(folder, engine_name="torch").engine
     assert "bf16" == classifier.load(folder, precision="bf16").precision
-    monkeypatch.setattr(classifier.engine, "has_openvino", lambda: False)
+    monkeypatch.setattr("finetune.device.has_openvino", lambda: False)
     assert "torch" == classifier.load(folder).engine
 
 

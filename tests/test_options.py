@@ -211,7 +211,7 @@ def test_bf16_without_hardware_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     about = settings("backbone.precision=bf16", "backbone.engine=torch")
     for best, count in (("float32", 1), ("bf16", 0)):
         monkeypatch.setattr(
-            options.engine, "resolve", lambda engine, precision, best=best: (engine, best)
+            options.device, "resolve", lambda engine, precision, best=best: (engine, best)
         )
         assert count == len(options.of_machine(about))
 

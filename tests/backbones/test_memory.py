@@ -52,7 +52,8 @@ def test_attention_makes_no_matrix_of_all_tokens() -> None:
 def test_the_reckoning_is_near_what_is_taken(engine_name: str, images: float) -> None:
     """The peak memory of a process between two sizes grows by what was reckoned, within a half."""
     code = (
-        "import sys, resource, numpy as np\nfrom finetune import backbone, engine\nfrom "
+        "import sys, resource, numpy as np\nfrom finetune.backbones import create as backbone\n"
+        "from finetune.features import engine\nfrom "
         "finetune.network import Tap\n"
         "side = int(sys.argv[1]); made = backbone.load('tf_efficientnet_lite0', 'random', side)\n"
         f"run = engine.open_runner(made.network, (Tap('pooled'),), lambda: made, "

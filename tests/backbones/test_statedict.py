@@ -189,7 +189,7 @@ def test_a_large_checkpoint_is_not_read_whole(tmp_path: Path, tiny: Backbone) ->
         tmp_path / "x.pth",
     )
     code = (
-        "import sys, torch; from pathlib import Path; from finetune import statedict\n"
+        "import sys, torch; from pathlib import Path; from finetune.backbones import statedict\n"
         "def peak(): return "
         "int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
         "before = peak(); statedict.read(Path(sys.argv[1])); print(peak() - before)"

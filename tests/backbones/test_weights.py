@@ -116,7 +116,7 @@ def test_the_cache_of_the_hub_is_found_without_the_network(
 def test_finding_weights_needs_no_torch() -> None:
     """A process that only asks where the default weights are does not pay for importing torch."""
     code = (
-        "import sys; from finetune import weights\n"
+        "import sys; from finetune.backbones import weights\n"
         f"assert weights.find({LITE0!r}).kind == 'package'\n"
         "assert not {'torch', 'timm'} & set(sys.modules)"
     )

@@ -221,7 +221,7 @@ def test_batches_do_not_depend_on_order_or_threads(monkeypatch: pytest.MonkeyPat
     (together,) = augment.batches(
         images, [[(i, 1) for i in range(6)]], PRE, "medium", flip=True, seed=7
     )
-    monkeypatch.setattr(augment.machine, "cores", lambda: 1)
+    monkeypatch.setattr(augment.hardware, "cores", lambda: 1)
     plan = [[(5, 1), (3, 1)], [(1, 1)], [(0, 1), (2, 1), (4, 1)]]
     apart = list(augment.batches(images, plan, PRE, "medium", flip=True, seed=7))
 

@@ -297,7 +297,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_store import ABOUT, WIDTH, found, ids, rows
-from finetune.store import Store
+from finetune.features.store import Store
 store = Store(Path(sys.argv[1]))
 space = store.space(ABOUT, WIDTH)
 assert rows(*range(10)).tolist() == found(store, space, *range(10)).tolist()
@@ -307,8 +307,8 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_store import ABOUT, WIDTH, ids
-from finetune import checksums
-from finetune.store import Store
+from finetune.features import checksums
+from finetune.features.store import Store
 put = checksums.put
 def kill(*args, **how):
     put(*args, **how)

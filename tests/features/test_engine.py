@@ -43,7 +43,8 @@ def refuse(*args, **kwargs):
 socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refuse
 socket.create_connection = socket.getaddrinfo = refuse
 import numpy as np
-from finetune import backbone, engine
+from finetune.backbones import create as backbone
+from finetune.features import engine
 from finetune.network import Tap
 found = backbone.load("test_efficientnet", sys.argv[1])
 size = found.network.preprocess.size
@@ -57,7 +58,8 @@ OPEN = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from finetune import classifier, engine, features
+from finetune import classifier
+from finetune.features import engine, extraction as features
 from finetune.network import Network, Tap
 def never():
     raise SystemExit("the torch backbone was asked for")

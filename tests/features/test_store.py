@@ -233,7 +233,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_store import ABOUT, WIDTH, ids, rows
-from finetune.store import Store
+from finetune.features.store import Store
 store = Store(Path(sys.argv[1]))
 space = store.space(ABOUT, WIDTH)
 store.append([space], ids(1), [rows(1)])
@@ -245,7 +245,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_store import ABOUT, WIDTH, ids, rows
-from finetune.store import Store
+from finetune.features.store import Store
 store = Store(Path(sys.argv[1]))
 start = int(sys.argv[3])
 for i in range(start, start + 40, 2):

@@ -623,7 +623,7 @@ def test_rendering_loads_nothing_heavy() -> None:
     it."""
     heavy = "{'torch', 'matplotlib', 'sklearn', 'timm'}"
     code = (
-        f"import sys; from finetune import report; report._template(); "
+        f"import sys; from finetune.report import render; render._template(); "
         f"print(sys.modules.keys() & {heavy})"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(finetune.__file__).parent.parent)}

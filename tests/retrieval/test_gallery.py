@@ -342,7 +342,7 @@ def test_a_missing_engine_is_refused(
     maintenance.build(
         [photos], tmp_path / "v.index", encode.dataclasses.replace(ENCODER, engine="openvino")
     )
-    monkeypatch.setattr(encode.engine, "has_openvino", lambda: False)
+    monkeypatch.setattr("finetune.device.has_openvino", lambda: False)
     query = write(tmp_path, {"query.png": "new"}) / "query.png"
     with Gallery(tmp_path / "v.index") as gallery:
         message = refusal(ask, gallery, query)

@@ -235,9 +235,9 @@ def test_only_files_that_differ_are_read(
         os.utime(path, (1e9, 1e9))
     maintenance.sync(index)
     read: list[str] = []
-    digests = diff.features.digests
+    digests = diff.extraction.digests
     monkeypatch.setattr(
-        diff.features,
+        diff.extraction,
         "digests",
         lambda source, store: read.extend(source.paths) or digests(source, store),
     )
