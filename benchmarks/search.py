@@ -40,8 +40,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune import hardware
-from retrieval import index
-from retrieval.spec import inverted
+from retrieval.index import build, nearest
+from retrieval.index.spec import inverted
 from retrieval.vectors import Rows, prepare
 
 D, K, BATCH = 256, 10, 256
@@ -54,16 +54,16 @@ CHILD = """
 import sys
 from pathlib import Path
 import numpy as np
-from retrieval import index
+from retrieval.index import nearest
 
 def resident():
     text = Path("/proc/self/status").read_text()
     return int(text.split("VmRSS:")[1].split()[0]) * 1024
 
 Q = np.load(sys.argv[2])
-index.exact(Q, Q, 10)
+nearest.exact(Q, Q, 10)
 before = resident()
-opened = index.load(Path(sys.argv[1]), mmap=False)
+opened = nearest.load(Path(sys.argv[1]), mmap=False)
 opened.search(Q, 10)
 print(resident() - before)
 """
@@ -151,7 +151,7 @@ def best(call: Callable[[], object]) -> float:
 
 
 def duel(
-    built: index.Index, flat: faiss.Index, Q: Rows, rounds: int, one_by_one: tuple[int, int]
+    built: nearest.Index, flat: faiss.Index, Q: Rows, rounds: int, one_by_one: tuple[int, int]
 ) -> dict[str, dict[str, float]]:
     """Milliseconds a query and ratios, `rounds` rounds of A B A B …, new queries in each."""
     theirs: dict[str, list[float]] = {"one by one": [], f"batches of {BATCH}": []}
@@ -199,7 +199,7 @@ def recall(found: NDArray[np.int64], true: NDArray[np.int64]) -> float:
     )
 
 
-def memory(built: index.Index, Q: Rows) -> tuple[int, int]:
+def memory(built: nearest.Index, Q: Rows) -> tuple[int, int]:
     """(bytes that a fresh process grows by, bytes in the file)."""
     with tempfile.TemporaryDirectory() as folder:
         path, queries = Path(folder) / "index", Path(folder) / "queries.npy"
@@ -239,12 +239,12 @@ def main() -> None:
     X, Q = table[:n], table[n:]
     flat = faiss.IndexFlatIP(D)
     flat.add(X)
-    true = index.exact(X, Q, K)[1]
+    true = nearest.exact(X, Q, K)[1]
     for factory in given.factory or [
         "auto" if n * D > 128_000_000 else f"{inverted(n, D)},Refine(SQfp16)"
     ]:
         took = time.perf_counter()
-        built = index.build(X, factory=factory)
+        built = build.build(X, factory=factory)
         took = time.perf_counter() - took
         found = recall(built.search(Q, K)[1], true)
         print(
@@ -281,7 +281,7 @@ def main() -> None:
             )
 
 
-def code_bytes(built: index.Index) -> int:
+def code_bytes(built: nearest.Index) -> int:
     """Bytes of the vectors' codes alone, every layer's."""
     total, layer = 0, faiss.downcast_index(built._faiss)
     while True:

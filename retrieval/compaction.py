@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from retrieval import segments, spec
-from retrieval.segments import Ints, Rows, Snapshot, Stored
+from retrieval import segments
+from retrieval.index import spec
+from retrieval.segments import Snapshot, Stored
+from retrieval.vectors import Ints, Rows
 from retrieval.writer import Writer
 
 MOST_SEGMENTS = 16
@@ -144,9 +146,9 @@ def index_file(
     factory = _factory(table.shape[0], table.shape[1], settings)
     if factory == EXACT:
         return None
-    from retrieval import index
+    from retrieval.index import build
 
-    made = index.build(
+    made = build.build(
         table, factory=factory, recall=settings["recall"], k=MEASURED_AT, progress=progress
     )
     name = f"search/{writer.meta['generation'] + 1}.faiss"

@@ -24,7 +24,7 @@ from finetune.features import extraction
 from finetune.features.store import Store
 from finetune.names import from_database, to_database
 from finetune.progress import Bar
-from retrieval import segments
+from retrieval import database
 from retrieval.encode import Encoded
 from retrieval.segments import Stored
 from retrieval.writer import Writer
@@ -154,7 +154,7 @@ def compare(
             "path.image where path in ({marks})"
         )
         paths = [to_database(path) for path in (*gone, *(one.path for one in found))]
-        for value, image, digest, size, mtime in segments.select(writer.db, query, paths):
+        for value, image, digest, size, mtime in database.select(writer.db, query, paths):
             path = from_database(value)
             known[path], stats[path] = (image, digest.hex()), (size, mtime)
         if on_bad == "skip":
@@ -181,7 +181,7 @@ def compare(
             digests = extraction.digests(image_set(root, fresh), store)
     if writer is not None:
         values = [bytes.fromhex(digest) for digest in dict.fromkeys(digests)]
-        rows = segments.select(
+        rows = database.select(
             writer.db, "select digest, id from image where digest in ({marks})", values
         )
         have = {digest.hex(): number for digest, number in rows}
@@ -276,7 +276,7 @@ def commit(
             [(to_database(source),) for source in sources],
         )
         for prefix in forget:
-            condition, values = segments.below(prefix)
+            condition, values = database.below(prefix)
             db.execute(f"delete from source where {condition}", values)
         writer.drop_segments(old)
         return _counted(writer, plan, bad, len(made.images) if made else 0)
@@ -310,7 +310,7 @@ def _write_paths(
     values = [bytes.fromhex(digest) for digest in dict.fromkeys(digest for _, digest in good)]
     number = {
         d.hex(): i
-        for d, i in segments.select(
+        for d, i in database.select(
             db, "select digest, id from image where digest in ({marks})", values
         )
     }

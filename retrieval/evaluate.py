@@ -27,8 +27,7 @@ from retrieval import hits, metrics
 from retrieval.frame import first_folder
 from retrieval.gallery import FILL, NO_IMAGES, Gallery
 from retrieval.metrics import Summary
-from retrieval.segments import Ints, Rows
-from retrieval.vectors import near_duplicates
+from retrieval.vectors import Ints, Rows, near_duplicates
 
 FULL = 20_000  # images: up to here the whole ranking is judged
 DEPTH = 1000  # results judged in larger galleries

@@ -32,7 +32,7 @@ from finetune.errors import UserError
 from finetune.features.store import Store
 from finetune.network import Preprocess
 from retrieval import encode, metrics
-from retrieval.encode import Encoder
+from retrieval.encoder import Encoder
 from retrieval.vectors import Ints, Rows
 
 # as users write them → as `catalog.framed` calls them

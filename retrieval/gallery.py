@@ -9,7 +9,6 @@ image with two paths. Hits are ranked by exact cosine, also where a search index
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,13 +25,20 @@ from finetune.features import extraction
 from finetune.features.engine import Runner
 from finetune.names import from_database, shown
 from finetune.progress import Progress
-from retrieval import encode, hits, segments
-from retrieval.encode import Encoder, unit
+from retrieval import database, encode, hits, segments
+from retrieval.encoder import (
+    Encoder,
+    check_manifest,
+    frame_words,
+    from_manifest,
+    run_digest,
+)
 from retrieval.hits import Answer, Hit
-from retrieval.segments import Ints, Rows, Snapshot
+from retrieval.segments import Snapshot, find_root
+from retrieval.vectors import Ints, Rows, unit
 
 if TYPE_CHECKING:
-    from retrieval.index import Index
+    from retrieval.index.nearest import Index
 
 SLACK = (
     8  # candidates beyond those needed: near-ties change places between float32 and exact scores
@@ -96,11 +102,11 @@ class Gallery:
         with self._lock:
             before = self.now
             with (
-                contextlib.closing(segments.open_database(self.folder)) as db,
-                segments.database_errors(self.folder),
+                contextlib.closing(database.open_database(self.folder)) as db,
+                database.database_errors(self.folder),
             ):
                 # the usual case: no file is looked at
-                if segments.read_meta(db, self.folder) == before.meta:
+                if database.read_meta(db, self.folder) == before.meta:
                     return False
             fresh, index = _read(self.folder)
             self._show(fresh, index)
@@ -121,7 +127,7 @@ class Gallery:
 
     def ids(self) -> list[int]:
         """The ids of all images, in the order in which they came."""
-        with self._lock, segments.database_errors(self.folder):
+        with self._lock, database.database_errors(self.folder):
             return [
                 number
                 for (number,) in self.now.db.execute(
@@ -265,7 +271,7 @@ class Gallery:
         manifest = self.manifest
         with self._opening:
             if self._network is None or self._network[0] != manifest:
-                encoder = encode.from_manifest(self.folder, manifest)
+                encoder = from_manifest(self.folder, manifest)
                 self._network = (manifest, encoder, encode.open_runners(encoder))
             return self._network[1:]
 
@@ -286,11 +292,11 @@ class Gallery:
         first. Only scores of at least `threshold` count. With `collapse`, a hit whose cosine to a
         better one is at least that is put under it. `expand` is average query expansion: search
         again with the mean of the query and its first `expand` hits (Chum et al., ICCV 2007).
-        `made_by` describes the vectors (`encode.describe`); what was made otherwise is refused.
+        `made_by` describes the vectors (`describe`); what was made otherwise is refused.
         Fewer than k come back only where the gallery has no more.
         """
         if made_by is not None:
-            encode.check_manifest(self.manifest["vector"], made_by, self.folder)
+            check_manifest(self.manifest["vector"], made_by, self.folder)
         vectors = self._checked(vectors)
         own = own if own is not None else [NOTHING] * len(vectors)
         with self._lock:
@@ -478,7 +484,7 @@ class Gallery:
         empty = () if len(self) else (f"{NO_IMAGES}: {FILL}",)
         run = self.manifest.get("run")
         path = Path(run["path"]) if run else Path()
-        if run and (path / "run.json").is_file() and encode.run_digest(path) != run["digest"]:
+        if run and (path / "run.json").is_file() and run_digest(path) != run["digest"]:
             stale = (
                 f"stale: the run {shown(path)} was trained again after this "
                 f"index was built; build it again with --force"
@@ -505,7 +511,7 @@ class Gallery:
                 for (path,) in now.db.execute("select path from source order by path")
             ],
             "network": f"{about['networks'][0]['name']}: {about['networks'][0]['source']}",
-            "frame": encode.frame_words(about),
+            "frame": frame_words(about),
             "width": about["width"],
             "vector": about["vector"],
             "run": {**about["run"], "path": shown(about["run"]["path"])}
@@ -565,10 +571,10 @@ def _read(folder: Path) -> tuple[Snapshot, Index | None]:
         search = now.meta.get("search")
         if not search:
             return now, None
-        from retrieval import index
+        from retrieval.index import nearest
 
         try:
-            return now, index.load(folder / search["file"])
+            return now, nearest.load(folder / search["file"])
         except UserError:
             now.close()
             with contextlib.closing(segments.read(folder)) as later:
@@ -592,14 +598,3 @@ def both(own: Sequence[Own]) -> Own:
 
 def _file(source: ImageSet, i: int) -> Path:
     return source.root / source.paths[i]
-
-
-def find_root(meta: dict[str, Any], folder: Path) -> Path:
-    """The folder of the images: by its way from the index, so that both can move together; else
-    where it was."""
-    beside = (
-        Path(os.path.normpath(folder.absolute() / meta["root"]["relative"]))
-        if meta["root"]["relative"]
-        else None
-    )
-    return beside if beside is not None and beside.is_dir() else Path(meta["root"]["absolute"])

@@ -27,13 +27,14 @@ from finetune.features.store import Store
 from finetune.lock import NO_WAIT, Wait
 from finetune.names import from_database, meant
 from finetune.progress import Bar, no_bar
-from retrieval import compaction, diff, encode, segments, vectors
+from retrieval import compaction, database, diff, encode, segments
 from retrieval import frame as framing
 from retrieval.diff import Change, Found, Plan
-from retrieval.encode import Encoded, Encoder
+from retrieval.encode import Encoded
+from retrieval.encoder import Encoder, describe, from_manifest
 from retrieval.frame import Frame
-from retrieval.gallery import find_root
-from retrieval.segments import Stored
+from retrieval.segments import Stored, find_root
+from retrieval.whitening import whiten
 from retrieval.writer import Writer, writing
 
 HERE_ALREADY = "bring it up to date with `retrieve sync`, or build it again with --force"
@@ -274,7 +275,7 @@ def _update(
         plan = diff.compare(writer, root, found, gone, store, on_bad, bad, bar)
         made = None
         if plan.new:
-            encoder = encode.from_manifest(writer.folder, writer.meta["manifest"])
+            encoder = from_manifest(writer.folder, writer.meta["manifest"])
             made = _encode(plan, encoder, store, on_bad, bar)
     segment = writer.write_vectors(made.blocks()) if made is not None and len(made.images) else None
     meta = {"root": {"absolute": str(root), "relative": diff.way(root, writer.folder)}}
@@ -341,8 +342,8 @@ def _manifest(
         name = f"network/whitening-{number}.safetensors"
         kept["whitening file"] = writer.write_file(name, whitening.save)
     manifest = {
-        "format": segments.FORMAT,
-        "vector": encode.describe(encoder),
+        "format": database.FORMAT,
+        "vector": describe(encoder),
         "width": encoder.width,
         "networks": [network.to_json() for network in encoder.networks],
         "frame": {"name": looks.name, "why": looks.why},
@@ -362,7 +363,7 @@ def _whitened(made: Encoded, dims: int) -> Encoded:
     are many."""
     step = max(1, -(-len(made.images) // WHITENING_SAMPLE))
     sample = np.concatenate(list(made.blocks(np.arange(0, len(made.images), step))))
-    encoder = dataclasses.replace(made.encoder, whitening=vectors.whiten(sample, dims))
+    encoder = dataclasses.replace(made.encoder, whitening=whiten(sample, dims))
     return dataclasses.replace(made, encoder=encoder)
 
 
@@ -383,7 +384,7 @@ def _sources(given: Sequence[str | Path], root: Path) -> list[str]:
 
 def _below(writer: Writer, text: str, table: str) -> list[str]:
     """The paths in a table (`path` or `source`) that are `text`, or lie below it."""
-    condition, values = ("true", []) if text == "." else segments.below(text)
+    condition, values = ("true", []) if text == "." else database.below(text)
     found = [
         from_database(path)
         for (path,) in writer.db.execute(f"select path from {table} where {condition}", values)

@@ -20,7 +20,7 @@ from finetune import files, lock
 from finetune.errors import UserError
 from finetune.lock import NO_WAIT, Wait
 from finetune.names import shown
-from retrieval.segments import (
+from retrieval.database import (
     DATABASE,
     FOLDERS,
     FORMAT,
@@ -28,9 +28,6 @@ from retrieval.segments import (
     MANIFEST,
     OURS,
     SEAL,
-    Rows,
-    Stored,
-    check,
     database_errors,
     has_index,
     manifest_text,
@@ -39,6 +36,8 @@ from retrieval.segments import (
     read_meta,
     seal,
 )
+from retrieval.segments import Stored, check
+from retrieval.vectors import Rows
 
 SCHEMA = (
     "create table meta (key text primary key, value text not null) without rowid",

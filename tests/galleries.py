@@ -22,7 +22,7 @@ from finetune.features import engine, extraction
 from finetune.features.extraction import Features
 from finetune.files import Digests
 from finetune.network import Network, Preprocess, Tap
-from retrieval.encode import Encoder
+from retrieval.encoder import Encoder
 
 WIDTH = 16
 PREPROCESS = Preprocess(32, 32, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

@@ -22,10 +22,9 @@ import numpy as np
 
 from finetune.data.images import Fault, ImageSet
 from finetune.errors import UserError
-from retrieval.encode import unit
 from retrieval.gallery import Gallery, Own, both
 from retrieval.hits import Hit
-from retrieval.segments import Rows
+from retrieval.vectors import Rows, unit
 
 T = TypeVar("T")
 

@@ -23,9 +23,10 @@ from finetune.features.store import Store
 from finetune.heads import head
 from finetune.network import Tap
 from retrieval import encode, maintenance
-from retrieval.encode import Encoder, unit
+from retrieval.encoder import Encoder, check_manifest, describe, from_manifest, open_named, open_run
 from retrieval.gallery import Gallery
-from retrieval.vectors import Whitening
+from retrieval.vectors import unit
+from retrieval.whitening import Whitening
 
 SMALL = "test_resnet"  # timm's smallest, with random weights: quick to make, and convolutional
 
@@ -130,12 +131,12 @@ def test_the_description_covers_everything() -> None:
         "precision": {"precision": "bf16"},
         "whitening": {"whitening": whitening},
     }
-    base = encode.describe(ENCODER)
+    base = describe(ENCODER)
     for field, change in changes.items():
-        about = encode.describe(dataclasses.replace(ENCODER, **change))  # type: ignore[arg-type]
+        about = describe(dataclasses.replace(ENCODER, **change))  # type: ignore[arg-type]
         assert base[field] != about[field]
-        assert "differs: the index has" in refusal(encode.check_manifest, base, about, "here")
-    encode.check_manifest(base, json.loads(json.dumps(base)))
+        assert "differs: the index has" in refusal(check_manifest, base, about, "here")
+    check_manifest(base, json.loads(json.dumps(base)))
 
 
 # ------------------------------------------------------------------------------------ real networks
@@ -163,7 +164,7 @@ def test_random_weights_are_carried(pictures: Path, shapes: Path, tmp_path: Path
     """An index whose weights cannot be found elsewhere carries them; with the cache gone, queries
     are made by the same ones."""
     index = tmp_path / "x.index"
-    encoder = encode.open_named(
+    encoder = open_named(
         SMALL,
         "random",
         taps=(Tap("pooled"), Tap("stage2", pool="gem")),
@@ -187,7 +188,7 @@ def test_random_weights_are_carried(pictures: Path, shapes: Path, tmp_path: Path
 def test_carried_weights_are_checked(pictures: Path, tmp_path: Path) -> None:
     """Weights in the index that were damaged, or exchanged, are refused."""
     index = tmp_path / "x.index"
-    maintenance.build([pictures], index, encode.open_named(SMALL, "random", engine_name="torch"))
+    maintenance.build([pictures], index, open_named(SMALL, "random", engine_name="torch"))
     path = next((index / "network").iterdir())
     path.write_bytes(b"\x00" + path.read_bytes()[1:])
     assert str(path) in refusal(Gallery, index)
@@ -197,12 +198,12 @@ def test_weights_that_changed_elsewhere_are_refused(pictures: Path, tmp_path: Pa
     """Where the weights of a name are no longer those of the index, a query that needs them says
     so."""
     index = tmp_path / "x.index"
-    maintenance.build([pictures], index, encode.open_named(SMALL, "random", engine_name="torch"))
+    maintenance.build([pictures], index, open_named(SMALL, "random", engine_name="torch"))
     with Gallery(index) as gallery:
         manifest = gallery.manifest
     network = manifest["networks"][0] | {"digest": "1" * 64}
     about = manifest["vector"] | {"weights": "1" * 64}
-    wrong = encode.from_manifest(index, manifest | {"networks": [network], "vector": about})
+    wrong = from_manifest(index, manifest | {"networks": [network], "vector": about})
     assert "weights differ" in refusal(wrong.loads[0])
 
 
@@ -211,7 +212,7 @@ def test_scales(pictures: Path, tmp_path: Path) -> None:
     and queries follow."""
     weights = tmp_path / "w.safetensors"
     create.save(catalog.open_named(SMALL, "random").load(), weights)
-    encoder = encode.open_named(SMALL, str(weights), scales=(1.0, 0.5), engine_name="torch")
+    encoder = open_named(SMALL, str(weights), scales=(1.0, 0.5), engine_name="torch")
     assert [160, 64] == [network.preprocess.size for network in encoder.networks]
     index = tmp_path / "x.index"
     maintenance.build([pictures], index, encoder)
@@ -227,14 +228,14 @@ def test_scales(pictures: Path, tmp_path: Path) -> None:
         _, ids = gallery.now.everything()
         assert (8, [1.0, 0.5]) == (len(ids), gallery.manifest["vector"]["scales"])
     assert "cannot be loaded a second time" in refusal(
-        encode.open_named, SMALL, "random", scales=(1.0, 0.5)
+        open_named, SMALL, "random", scales=(1.0, 0.5)
     )
 
 
 def test_unknown_taps_are_refused_before_work() -> None:
     """A tap that the network does not have is refused with those that it has."""
     assert "stage99" in refusal(
-        encode.open_named, SMALL, "random", taps=(Tap("stage99"),), engine_name="torch"
+        open_named, SMALL, "random", taps=(Tap("stage99"),), engine_name="torch"
     )
 
 
@@ -259,7 +260,7 @@ def test_a_run_goes_with_its_index(
     may go."""
     folder = finished_run(tmp_path / "run", tiny)
     index = tmp_path / "x.index"
-    encoder = encode.open_run(folder)
+    encoder = open_run(folder)
     maintenance.build([pictures], index, encoder)
     query = load_unlabelled([shapes / "circle" / "19.png"])
     expected = encode.directly(encoder, query, encode.open_runners(encoder))[0]
@@ -274,7 +275,7 @@ def test_a_run_goes_with_its_index(
         assert () == gallery.warnings()
         np.testing.assert_allclose(expected, gallery.encode(query)[0], atol=1e-5)
     assert [Tap("stage1")] == list(
-        encode.open_run(finished_run(tmp_path / "two", tiny), taps=[Tap("stage1")]).taps
+        open_run(finished_run(tmp_path / "two", tiny), taps=[Tap("stage1")]).taps
     )
 
 
@@ -318,7 +319,7 @@ def test_whitening_of_a_gallery(
     }
     maintenance.add(index, [shapes / "triangle"])
     with Gallery(index) as gallery:
-        again = encode.from_manifest(index, gallery.manifest)
+        again = from_manifest(index, gallery.manifest)
         plain = encode.directly(
             dataclasses.replace(again, whitening=None),
             load_unlabelled(pictures),

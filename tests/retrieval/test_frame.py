@@ -23,7 +23,7 @@ from finetune.features.store import Store
 from finetune.network import Tap
 from retrieval import encode, evaluate, frame, maintenance
 from retrieval.cli import cli
-from retrieval.encode import Encoder
+from retrieval.encoder import Encoder, describe, frame_words, from_manifest, open_run
 from retrieval.frame import Frame
 from retrieval.gallery import Gallery
 
@@ -236,7 +236,7 @@ def test_the_frame_is_recorded_and_followed(
             expected, gallery.now.vectors(np.array([known[i] for i in ids])), atol=1e-5
         )
         np.testing.assert_allclose(expected, gallery.encode(load_unlabelled(more))[0], atol=1e-5)
-        assert encode.describe(own) == gallery.manifest["vector"]
+        assert describe(own) == gallery.manifest["vector"]
 
 
 def test_galleries_without_a_record(encoder: Encoder, tmp_path: Path) -> None:
@@ -246,12 +246,8 @@ def test_galleries_without_a_record(encoder: Encoder, tmp_path: Path) -> None:
     maintenance.build([wide(tmp_path / "photos")], index, encoder)
     with Gallery(index) as gallery:
         manifest = {key: value for key, value in gallery.manifest.items() if key != "frame"}
-        assert "crop" == encode.frame_words(manifest)
-        assert (
-            encode.describe(encoder)
-            == manifest["vector"]
-            == encode.describe(encode.from_manifest(index, manifest))
-        )
+        assert "crop" == frame_words(manifest)
+        assert describe(encoder) == manifest["vector"] == describe(from_manifest(index, manifest))
         assert "frame" not in manifest["vector"]
 
 
@@ -260,7 +256,7 @@ def test_a_run_brings_its_frame(tiny: Backbone, tmp_path: Path) -> None:
     not."""
     network = catalog.framed(tiny.network, "whole")
     folder = finished_run(tmp_path / "run", dataclasses.replace(tiny, network=network))
-    encoder = encode.open_run(folder, scales=(1.0, 0.5), engine_name="torch")
+    encoder = open_run(folder, scales=(1.0, 0.5), engine_name="torch")
     assert [True, True] == [one.preprocess.squash for one in encoder.networks]
     photos = wide(tmp_path / "photos")
     said: list[str] = []

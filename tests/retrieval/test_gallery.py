@@ -3,6 +3,7 @@ left out."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 from galleries import ENCODER, Asked, features_of, vector_of, words, write
 
+from finetune import device
+from finetune.data import decode
 from finetune.data.images import ImageSet, load_unlabelled
 from finetune.errors import UserError
-from retrieval import encode, maintenance
 from retrieval import gallery as home
+from retrieval import maintenance
+from retrieval.encoder import run_digest
 from retrieval.gallery import Gallery
 from retrieval.hits import Answer
 
@@ -330,7 +334,7 @@ def test_a_newer_decoder_is_refused(
     """A version of this program that decodes otherwise refuses to mix its vectors with the old
     ones."""
     query = write(tmp_path, {"query.png": "new"}) / "query.png"
-    monkeypatch.setattr(encode.decode, "FORMAT", 99)
+    monkeypatch.setattr(decode, "FORMAT", 99)
     assert "decoder differs" in refusal(ask, opened, query)
 
 
@@ -340,9 +344,9 @@ def test_a_missing_engine_is_refused(
     """An index made with OpenVINO says how to get it where it is not installed; stored vectors are
     still searched."""
     maintenance.build(
-        [photos], tmp_path / "v.index", encode.dataclasses.replace(ENCODER, engine="openvino")
+        [photos], tmp_path / "v.index", dataclasses.replace(ENCODER, engine="openvino")
     )
-    monkeypatch.setattr("finetune.device.has_openvino", lambda: False)
+    monkeypatch.setattr(device, "has_openvino", lambda: False)
     query = write(tmp_path, {"query.png": "new"}) / "query.png"
     with Gallery(tmp_path / "v.index") as gallery:
         message = refusal(ask, gallery, query)
@@ -356,7 +360,7 @@ def test_a_retrained_run_makes_the_index_stale(photos: Path, tmp_path: Path) -> 
     fault."""
     run = tmp_path / "run"
     write(run, {"run.json": "{}"})
-    encoder = encode.dataclasses.replace(ENCODER, run=(str(run), encode.run_digest(run)))
+    encoder = dataclasses.replace(ENCODER, run=(str(run), run_digest(run)))
     maintenance.build([photos], tmp_path / "r.index", encoder)
     with Gallery(tmp_path / "r.index") as gallery:
         assert () == gallery.warnings()

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from finetune.errors import UserError
-from retrieval import index, vectors
-from retrieval.index import Index, build, exact
+from retrieval import vectors
+from retrieval.index import nearest
+from retrieval.index.build import build, measure
+from retrieval.index.nearest import Index, exact
 from retrieval.vectors import prepare
 
 Rows = NDArray[np.float32]
@@ -111,7 +113,7 @@ def test_exact_search_goes_block_by_block(
     gone = np.unique(whole[1][:, :3])
     left = exact(table, queries, 10, exclude=gone)
     original = vectors.blocks
-    monkeypatch.setattr(index, "blocks", lambda n, size=97: original(n, size))
+    monkeypatch.setattr(nearest, "blocks", lambda n, size=97: original(n, size))
     for pair, given_ in ((whole, None), (left, gone)):
         scores, positions = exact(table, queries, 10, exclude=given_)
         np.testing.assert_array_equal(pair[1], positions)
@@ -384,9 +386,9 @@ def held_out_at_1(X: Rows, own: Index, Q: Rows) -> float:
 def test_measure_leaves_the_row_itself_out(table: Rows, made: dict[str, Index]) -> None:
     """On rows of its own table an exact index has recall 1, inverted lists the recall of a count by
     hand."""
-    assert 1 == index.measure(made["Flat"], table, queries=200).value
+    assert 1 == measure(made["Flat"], table, queries=200).value
     own = made["IVF32,Flat"]
-    said = index.measure(own, table, queries=3000)
+    said = measure(own, table, queries=3000)
     scores = table.astype(np.float64) @ table.T.astype(np.float64)
     np.fill_diagonal(scores, -np.inf)
     last = -np.sort(-scores, axis=1)[:, 9:10]
@@ -398,7 +400,7 @@ def test_measure_leaves_the_row_itself_out(table: Rows, made: dict[str, Index]) 
 
     assert float(np.mean(shares)) == pytest.approx(said.value, abs=1e-9)
     assert said.low <= said.value <= said.high
-    assert "a table of 5 rows" in refusal(lambda: index.measure(made["Flat"], table[:5]))
+    assert "a table of 5 rows" in refusal(lambda: measure(made["Flat"], table[:5]))
 
 
 def test_the_same_seed_builds_the_same_index(table: Rows, queries: Rows) -> None:
@@ -501,7 +503,7 @@ def test_a_saved_index_answers_the_same(
     """Spec, scores and positions, bit by bit, also with rows left out."""
     own = made[name]
     own.save(tmp_path / "x.index")
-    again = index.load(tmp_path / "x.index", mmap=mmap)
+    again = nearest.load(tmp_path / "x.index", mmap=mmap)
     gone = np.arange(0, 3000, 3)
 
     assert own.spec == again.spec
@@ -527,4 +529,4 @@ def test_a_description_of_another_index_is_refused(
         tmp_path / "x.index"
     )
 
-    assert "damaged" in refusal(lambda: index.load(tmp_path / "x.index"))
+    assert "damaged" in refusal(lambda: nearest.load(tmp_path / "x.index"))

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import UserError
-from retrieval import index, indexfile
-from retrieval.index import build
+from retrieval.index import file, nearest
+from retrieval.index.build import build
 from retrieval.vectors import prepare
 
 
@@ -43,7 +43,7 @@ def test_a_flipped_bit_is_refused(
     path = tmp_path_factory.getbasetemp() / "flipped.index"
     path.write_bytes(data)
 
-    assert "flipped.index" in refusal(lambda: index.load(path))
+    assert "flipped.index" in refusal(lambda: nearest.load(path))
 
 
 @settings(max_examples=30, deadline=None)
@@ -56,7 +56,7 @@ def test_a_file_cut_short_is_refused(
     path.write_bytes(small[: int(left * len(small))])
 
     for verify in (True, False):
-        assert "short.index" in refusal(lambda verify=verify: index.load(path, verify=verify))  # type: ignore[misc]
+        assert "short.index" in refusal(lambda verify=verify: nearest.load(path, verify=verify))  # type: ignore[misc]
 
 
 def test_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
@@ -67,10 +67,10 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello" * 100)
     faiss.write_index(faiss.IndexFlatIP(4), str(tmp_path / "faiss"))
 
-    assert "no such index file" in refusal(lambda: index.load(tmp_path / "nothing"))
-    assert "no such index file" in refusal(lambda: index.load(tmp_path))
+    assert "no such index file" in refusal(lambda: nearest.load(tmp_path / "nothing"))
+    assert "no such index file" in refusal(lambda: nearest.load(tmp_path))
     for name in ("text", "faiss"):
-        assert ("no index file") in refusal(lambda name=name: index.load(tmp_path / name))  # type: ignore[misc]
+        assert ("no index file") in refusal(lambda name=name: nearest.load(tmp_path / name))  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("field", ["spec", "held", "payload bytes"])
@@ -80,7 +80,7 @@ def test_a_description_that_lacks_something_is_refused(
     """Also where its digest is right: another version may have written it."""
     path = tmp_path / "x.index"
     path.write_bytes(small)
-    about = indexfile.read(path)
+    about = file.read(path)
     payload = small[: about["payload bytes"]]
     del about[field]
     text = json.dumps(about).encode()
@@ -89,7 +89,7 @@ def test_a_description_that_lacks_something_is_refused(
         + text
         + hashlib.sha256(text).digest()
         + len(text).to_bytes(8, "little")
-        + indexfile.MAGIC
+        + file.MAGIC
     )
 
-    assert "damaged" in refusal(lambda: index.load(path))
+    assert "damaged" in refusal(lambda: nearest.load(path))

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from finetune import names
 from finetune.errors import UserError
-from retrieval import compaction, diff, maintenance, segments, spec, writer
+from retrieval import compaction, diff, maintenance, segments, writer
 from retrieval.diff import Change
 from retrieval.gallery import Gallery
+from retrieval.index import spec
 
 
 @pytest.fixture(autouse=True)

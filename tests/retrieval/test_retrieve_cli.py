@@ -295,7 +295,7 @@ def test_a_change_waits_for_another(
     option that it lacks."""
     from finetune import lock
 
-    monkeypatch.setattr("retrieval.cli._encoder", lambda **_: ENCODER)
+    monkeypatch.setattr("retrieval.cli.maintain._encoder", lambda **_: ENCODER)
     held = lock.take(texts / "writer.lock", texts)
     with pytest.raises(UserError, match="another process is at work here") as caught:
         run(*words)

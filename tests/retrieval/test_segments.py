@@ -18,7 +18,9 @@ import pytest
 
 from finetune.errors import UserError
 from retrieval import segments, writer
-from retrieval.segments import DATABASE, Rows, read
+from retrieval.database import DATABASE
+from retrieval.segments import read
+from retrieval.vectors import Rows
 from retrieval.writer import Writer, writing
 
 WIDTH = 4

@@ -1,16 +1,13 @@
-"""Which kind of index serves, and how hard it must search: decided on numbers."""
+"""Which type of index serves: decided on numbers."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from finetune.errors import UserError
-from retrieval import spec
-from retrieval.spec import choose
+from retrieval.index.spec import choose
 
 
 def test_choose_takes_the_most_exact_kind_that_fits() -> None:
@@ -52,50 +49,3 @@ def test_choose_never_exceeds_the_memory(n: int, d: int, memory: float | None) -
         "Refine(SQ8)": d,
     }.get(name.split(",")[-1], 0)
     assert memory is None or n * per <= memory * 1e6
-
-
-# ------------------------------------------------------------------------------------------- effort
-
-
-def stairs(effort: spec.Effort) -> NDArray[np.float64]:
-    """Recall that follows `a` up to 64 and does not know `b`."""
-    return np.full(100, min(1.0, effort["a"] / 64))
-
-
-def test_climbing_doubles_what_helps_and_leaves_the_rest() -> None:
-    """The parameter without effect stays where it was; the climb ends at the first effort that is
-    enough."""
-    start, limits = {"a": 2, "b": 2}, {"a": 1024, "b": 1024}
-
-    assert {"a": 32, "b": 2} == spec.climb(stairs, start, limits, 0.5)
-    assert {"a": 64, "b": 2} == spec.climb(stairs, start, limits, 1.0)
-    assert {"a": 32, "b": 2} == spec.climb(stairs, start, {"a": 32, "b": 2}, 1.0)
-
-
-def test_climbing_stops_where_more_is_useless() -> None:
-    """A recall that does not move ends the climb at once, far below the limits."""
-    assert {"a": 2} == spec.climb(lambda effort: np.full(10, 0.5), {"a": 2}, {"a": 1 << 20}, 0.9)
-
-
-def test_tuning_goes_on_where_the_judges_fall_short() -> None:
-    """What was enough for the queries that chose may be too little for others."""
-    effort, seen = spec.tune(
-        lambda effort: np.full(10, min(1.0, effort["a"] / 8)),
-        lambda effort: np.full(10, min(1.0, effort["a"] / 16)),
-        {"a": 1},
-        {"a": 64},
-        0.95,
-    )
-
-    assert {"a": 16} == effort
-    assert 1 == seen.mean()
-    assert {"a": 64} == spec.tune(stairs, lambda effort: np.ones(10), {"a": 1}, {"a": 1024}, 1.0)[0]
-
-
-def test_a_search_among_few_rows_looks_wider() -> None:
-    """Lists and graphs by the share that counts, within their limits; refinement as before."""
-    wide = spec.widened(
-        {"nprobe": 4, "ef": 16, "k_factor": 8}, {"nprobe": 32, "ef": 1000, "k_factor": 1024}, 10
-    )
-
-    assert {"nprobe": 32, "ef": 160, "k_factor": 8} == wide

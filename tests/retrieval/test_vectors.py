@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from finetune.errors import UserError
 from retrieval import vectors
-from retrieval.index import build, exact
-from retrieval.vectors import BadRows, Whitening, near_duplicates, prepare, whiten
+from retrieval.index.build import build
+from retrieval.index.nearest import exact
+from retrieval.vectors import BadRows, near_duplicates, prepare
+from retrieval.whitening import Whitening, whiten
 
 
 def refusal(call: Callable[[], object]) -> str:

@@ -1,0 +1,266 @@
+"""Commands that ask a gallery: query, evaluate, duplicates, info."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from finetune.names import shown
+from retrieval.cli.options import (
+    a_path,
+    as_json,
+    bad_images,
+    index_argument,
+    print_json,
+    say_faults,
+    warn,
+)
+
+
+@click.command()
+@index_argument
+@click.argument("images", nargs=-1, required=True, type=a_path)
+@click.option("-k", type=click.IntRange(min=1), default=10, help="results a query [10]")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(-1, 1),
+    metavar="SCORE",
+    help="show only results of at least this score",
+)
+@click.option("--average", is_flag=True, help="all images together are one query")
+@click.option(
+    "--expand",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="search again with the mean of the first N results",
+)
+@click.option(
+    "--keep-self", is_flag=True, help="show the query's own path, too, where it is in the index"
+)
+@click.option(
+    "--collapse",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="SCORE",
+    help="show one of results that are this alike",
+)
+@click.option("--html", type=a_path, metavar="FILE", help="write a contact sheet with thumbnails")
+@bad_images
+@as_json
+def query(
+    index: Path,
+    images: tuple[Path, ...],
+    k: int,
+    average: bool,
+    html: Path | None,
+    on_bad: str,
+    json_: bool,
+    **how: Any,
+) -> None:
+    """The images most like each of IMAGES, best first; scores are cosines.
+
+    A file of the very same bytes comes first and is marked, whatever its name; the query's own path
+    is left out. Marked, too, are files that are missing, or changed since the index was made.
+
+    \b
+    Example:
+      retrieve query photos.index cat.jpg -k 10
+      retrieve query photos.index front.jpg back.jpg --average --html found.html
+    """
+    from finetune.data.images import load_unlabelled
+    from retrieval import hits
+    from retrieval.gallery import Gallery
+
+    with Gallery(index) as gallery:
+        warn(gallery.warnings())
+        source = load_unlabelled(images)
+        names = _as_typed(images, [source.root / path for path in source.paths])
+        answers, faults = gallery.query(
+            source, k, names=names, together=average, on_bad=on_bad, **how
+        )
+        root = gallery.root
+    say_faults(faults)
+    found = [hit for answer in answers for hit in answer.hits]
+    warn(
+        hits.advice(
+            (p for hit in found for p in hit.missing),
+            (p for hit in found for p in hit.changed),
+            index,
+        )
+    )
+    if html is not None:
+        from finetune import files
+        from retrieval import contact_sheet
+
+        title = (
+            f"{shown(index.name)}: "
+            f"{shown(answers[0].query) if len(answers) == 1 else f'{len(answers)} queries'}"
+        )
+        files.write_text(html, contact_sheet.page(answers, root, title))
+    if json_:
+        print_json([answer.to_json() for answer in answers])
+    elif html is not None:
+        click.echo(f"written to {shown(html)}")
+    else:
+        click.echo("\n\n".join(answer.to_text() for answer in answers))
+
+
+def _as_typed(given: Sequence[Path], found: Sequence[Path]) -> list[str]:
+    """Names of found files as the user would write them."""
+    import os
+
+    typed = {Path(os.path.abspath(item.expanduser())): item for item in given}
+    names = []
+    for file in found:
+        parent = next((folder for folder in (file, *file.parents) if folder in typed), None)
+        names.append(str(file) if parent is None else str(typed[parent] / file.relative_to(parent)))
+    return names
+
+
+@click.command()
+@index_argument
+@click.argument("queries", required=False, type=a_path)
+@click.option(
+    "--labels",
+    default="folder",
+    metavar="folder|CSV",
+    help="what matches: images of one folder name, or pairs [folder]",
+)
+@click.option("-k", "ks", default="1,5,10", metavar="K[,K]", help="where to measure [1,5,10]")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="of the index's own images used as queries [2000]"
+)
+@click.option("--seed", type=click.IntRange(min=0), help="which images these are [0]")
+@as_json
+def evaluate(
+    index: Path, queries: Path | None, labels: str, ks: str, json_: bool, **drawn: int | None
+) -> None:
+    """How good the answers are: recall, precision, mAP, MRR with intervals, and what the search
+    loses against exact search.
+
+    QUERIES is a folder of query images in folders named as those of the index; without it, the
+    images of the index ask for each other. A CSV has the columns query,match: one pair a line.
+
+    \b
+    Example:
+      retrieve evaluate photos.index
+      retrieve evaluate photos.index --labels pairs.csv
+    """
+    from finetune.errors import UserError
+    from retrieval import evaluate as home
+    from retrieval.gallery import Gallery
+
+    if not all(text.strip().isdecimal() and int(text) > 0 for text in ks.split(",")):
+        raise UserError(
+            f"no number of results is written {ks!r}",
+            where="-k",
+            fix="write whole numbers, as in 1,5,10",
+        )
+    cuts = sorted({int(text) for text in ks.split(",")})
+    if labels != "folder" and queries is not None:
+        raise UserError(
+            "the CSV names the queries already",
+            where="QUERIES",
+            fix="leave out QUERIES, or --labels",
+        )
+    drawing = {name: value for name, value in drawn.items() if value is not None}
+    if drawing and (labels != "folder" or queries is not None):
+        named = "the CSV" if labels != "folder" else "QUERIES"
+        what = f"it draws from the index's own images, and the queries are those of {named}"
+        raise UserError(
+            what,
+            where=f"--{min(drawing)}",
+            fix=f"leave out --{' and --'.join(sorted(drawing))}, or {named}",
+        )
+    with Gallery(index) as gallery:
+        warn(gallery.warnings())
+        if labels == "folder":
+            judged = home.by_folder(gallery, queries, ks=cuts, **drawing)
+        else:
+            judged = home.by_pairs(gallery, Path(labels), ks=cuts)
+    print_json(judged.to_json()) if json_ else click.echo(judged.to_text())
+
+
+@click.command()
+@index_argument
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    help="the score of near-duplicates [0.95]",
+)
+@as_json
+def duplicates(index: Path, threshold: float, json_: bool) -> None:
+    """Groups of images that are the same or nearly so.
+
+    \b
+    Example:
+      retrieve duplicates photos.index --threshold 0.95
+    """
+    from retrieval import evaluate as home
+    from retrieval import hits
+    from retrieval.gallery import Gallery
+
+    with Gallery(index) as gallery:
+        warn(gallery.warnings())
+        groups = home.duplicates(gallery, threshold)
+    missing, changed = (
+        {path for group in groups for path in group.get(key, ())}
+        for key in ("missing_paths", "changed_paths")
+    )
+    warn(hits.advice(missing, changed, index))
+    groups = [
+        {
+            key: list(map(shown, value)) if key.endswith("paths") else value
+            for key, value in group.items()
+        }
+        for group in groups
+    ]
+    if json_:
+        print_json(groups)
+    elif not groups:
+        click.echo(f"no two images are {threshold:g} alike")
+    else:
+        words = dict.fromkeys(map(shown, changed), f"  ({hits.CHANGED})")
+        words |= dict.fromkeys(map(shown, missing), f"  ({hits.MISSING})")
+        for group in groups:
+            click.echo(
+                "\n".join(
+                    [
+                        f"{group['score']:.3f}",
+                        *(f"  {path}{words.get(path, '')}" for path in group["paths"]),
+                    ]
+                )
+            )
+
+
+@click.command()
+@index_argument
+@click.option("--check", is_flag=True, help="read every byte, and say whether something is damaged")
+@as_json
+def info(index: Path, check: bool, json_: bool) -> None:
+    """What the index holds, and how it was made.
+
+    \b
+    Example:
+      retrieve info photos.index --check
+    """
+    from retrieval.gallery import Gallery, info_text
+
+    with Gallery(index) as gallery:
+        if check:
+            gallery.now.verify()
+            gallery.now.verify_copy()
+        about = gallery.info()
+    if check:
+        about["check"] = "every byte is as it was written"
+    warn(about["warnings"])
+    if json_:
+        print_json(about)
+        return
+    click.echo(f"{shown(index)}\n{info_text(about)}")
+    if check:
+        click.echo(f"  {'check':<9}every byte is as it was written")

@@ -1,0 +1,1 @@
+"""Indexes of vectors: which type serves, how hard it searches, what it was measured to find."""
