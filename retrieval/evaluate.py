@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from finetune.data import images
 from finetune.data.images import ImageSet
 from finetune.errors import UserError
+from finetune.features import extraction
 from finetune.names import from_database, meant, written
 from retrieval import hits, metrics
 from retrieval.frame import first_folder
-from retrieval.gallery import FILL, NO_IMAGES, Gallery
+from retrieval.gallery import Gallery
+from retrieval.info import FILL, NO_IMAGES
 from retrieval.metrics import Summary
 from retrieval.vectors import Ints, Rows, near_duplicates
 
@@ -237,10 +239,10 @@ def _read_pairs(table: Path) -> dict[str, list[tuple[str, int]]]:
 
 def _vectors(gallery: Gallery, source: ImageSet) -> tuple[Rows, Ints]:
     """Vectors of query images, and their own positions in the gallery (−1: not in it)."""
-    digests = list(images.digest_of(source, range(len(source))))
-    known = gallery.positions(digests)
-    vectors = gallery.vectors(source, digests)
-    return vectors, np.array([known.get(digest, -1) for digest in digests], dtype=np.int64)
+    found = gallery.look_up(source)
+    if found.faults:
+        extraction.refuse(list(found.faults.values()), source.name)
+    return found.vectors, found.positions
 
 
 def _labels(gallery: Gallery, ids: Sequence[int]) -> list[str | None]:

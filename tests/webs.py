@@ -24,7 +24,7 @@ from retrieval import maintenance
 from retrieval.gallery import Gallery
 from retrieval.web import api
 from retrieval.web.app import LOOPBACK
-from retrieval.web.batching import Desk
+from retrieval.web.batching import QueryBatcher
 
 BASE = "http://127.0.0.1:8000"
 # a slash cannot be in a name, its lookalike can
@@ -110,7 +110,7 @@ class Site:
 
     index: Path
     gallery: Gallery
-    desk: Desk
+    batcher: QueryBatcher
     app: Any
     asked: galleries.Asked
 
@@ -135,8 +135,8 @@ def served(folder: Path, patch: Callable[[Any, str, Any], None]) -> Iterator[Sit
     """A gallery in `folder`, open and served, for as long as the iterator is held."""
     asked = install(patch)
     index = make(folder)
-    with Gallery(index) as gallery, Desk(gallery) as desk:
-        yield Site(index, gallery, desk, api.create(desk, hosts=LOOPBACK), asked)
+    with Gallery(index) as gallery, QueryBatcher(gallery) as batcher:
+        yield Site(index, gallery, batcher, api.create(batcher, hosts=LOOPBACK), asked)
 
 
 def png(colour: tuple[int, int, int], side: int = 20) -> bytes:
@@ -146,4 +146,4 @@ def png(colour: tuple[int, int, int], side: int = 20) -> bytes:
 
 
 def locked(site: Site, token: str = "open sesame") -> Any:
-    return api.create(site.desk, token=token)
+    return api.create(site.batcher, token=token)

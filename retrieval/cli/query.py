@@ -248,7 +248,8 @@ def info(index: Path, check: bool, json_: bool) -> None:
     Example:
       retrieve info photos.index --check
     """
-    from retrieval.gallery import Gallery, info_text
+    from retrieval.gallery import Gallery
+    from retrieval.info import to_text
 
     with Gallery(index) as gallery:
         if check:
@@ -261,6 +262,6 @@ def info(index: Path, check: bool, json_: bool) -> None:
     if json_:
         print_json(about)
         return
-    click.echo(f"{shown(index)}\n{info_text(about)}")
+    click.echo(f"{shown(index)}\n{to_text(about)}")
     if check:
         click.echo(f"  {'check':<9}every byte is as it was written")

@@ -32,7 +32,7 @@ from finetune.names import shown
 from retrieval.gallery import Gallery
 from retrieval.hits import Hit
 from retrieval.web import batching, refusals, security
-from retrieval.web.batching import BadPictures, Desk, NoImage
+from retrieval.web.batching import BadPictures, NoImage, QueryBatcher
 from retrieval.web.models import (
     MOST,
     About,
@@ -61,20 +61,20 @@ STATUS = {"not an image": 415, "unsupported": 415, "too large": 413}
 
 
 def create(
-    desk: Desk,
+    batcher: QueryBatcher,
     *,
     hosts: frozenset[str] | None = None,
     token: str | None = None,
     thumbs: Thumbs | None = None,
 ) -> ASGIApp:
     """The application behind its guard: see `security.guarded`."""
-    name = hashlib.sha256(os.fsencode(desk.gallery.folder.absolute())).hexdigest()[:8]
+    name = hashlib.sha256(os.fsencode(batcher.gallery.folder.absolute())).hexdigest()[:8]
     return security.guarded(
-        routed(desk, thumbs or Thumbs()), hosts=hosts, token=token, name=name, limit=UPLOAD
+        routed(batcher, thumbs or Thumbs()), hosts=hosts, token=token, name=name, limit=UPLOAD
     )
 
 
-def routed(desk: Desk, thumbs: Thumbs) -> FastAPI:
+def routed(batcher: QueryBatcher, thumbs: Thumbs) -> FastAPI:
     """The routes alone, without a guard."""
     app = FastAPI(
         title="Regraft",
@@ -84,8 +84,8 @@ def routed(desk: Desk, thumbs: Thumbs) -> FastAPI:
         responses=refusals.EVERY,
     )
     app.include_router(page_routes())
-    app.include_router(search_routes(desk))
-    app.include_router(picture_routes(desk.gallery, thumbs))
+    app.include_router(search_routes(batcher))
+    app.include_router(picture_routes(batcher.gallery, thumbs))
     refusals.install(app)
     return app
 
@@ -109,22 +109,22 @@ def page_routes() -> APIRouter:
     return routes
 
 
-def search_routes(desk: Desk) -> APIRouter:
+def search_routes(batcher: QueryBatcher) -> APIRouter:
     """What the gallery holds, and searches in it."""
     routes = APIRouter(prefix="/api", tags=["search"])
     reading = asyncio.Semaphore(READING)
-    order: dict[int, list[int]] = {}  # generation → ids; touched by the desk's thread alone
+    order: dict[int, list[int]] = {}  # generation → ids; touched by the batcher's thread alone
 
     @routes.get("/info")
     async def info() -> About:
         """What is served, and what may be asked."""
-        about = await asyncio.wrap_future(desk.call(lambda gallery: gallery.info()))
+        about = await asyncio.wrap_future(batcher.call(lambda gallery: gallery.info()))
         known = {
             key: about[key]
             for key in ("images", "paths", "unreadable", "network", "search", "warnings")
         }
         return About(
-            name=shown(desk.gallery.folder.name),
+            name=shown(batcher.gallery.folder.name),
             max_upload=UPLOAD,
             max_pictures=PICTURES,
             max_k=MOST,
@@ -156,7 +156,7 @@ def search_routes(desk: Desk) -> APIRouter:
                 images=[item(number, paths[number]) for number in chosen],
             )
 
-        return await asyncio.wrap_future(desk.call(some))
+        return await asyncio.wrap_future(batcher.call(some))
 
     @routes.post("/search")
     async def search(
@@ -180,7 +180,9 @@ def search_routes(desk: Desk) -> APIRouter:
             )
         async with reading:
             pictures = tuple([(_name(file.filename), await file.read()) for file in files])
-            return await _ask(desk, batching.Query(pictures, None, k, threshold, expand, keep_self))
+            return await _ask(
+                batcher, batching.Query(pictures, None, k, threshold, expand, keep_self)
+            )
 
     @routes.get("/images/{number:int}/similar")
     async def similar(
@@ -191,7 +193,7 @@ def search_routes(desk: Desk) -> APIRouter:
         expand: Expand = 0,
     ) -> Results:
         """The images most like one of the gallery."""
-        return await _ask(desk, batching.Query((), number, k, threshold, expand, keep_self))
+        return await _ask(batcher, batching.Query((), number, k, threshold, expand, keep_self))
 
     return routes
 
@@ -199,16 +201,16 @@ def search_routes(desk: Desk) -> APIRouter:
 # ------------------------------------------------------------------------------------------ answers
 
 
-async def _ask(desk: Desk, query: batching.Query) -> Results:
+async def _ask(batcher: QueryBatcher, query: batching.Query) -> Results:
     start = time.perf_counter()
     try:
-        found = await asyncio.wrap_future(desk.ask(query))
+        found = await asyncio.wrap_future(batcher.ask(query))
     except NoImage as error:
         raise HTTPException(404, str(error)) from error
     except BadPictures as error:
         raise HTTPException(STATUS.get(error.kind, 422), str(error)) from error
     if query.image is not None:
-        asked = [Asked(name=shown(desk.gallery.paths(query.image)[0]), id=query.image)]
+        asked = [Asked(name=shown(batcher.gallery.paths(query.image)[0]), id=query.image)]
     else:
         asked = [
             Asked(name=name, id=number)

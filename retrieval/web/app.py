@@ -14,7 +14,7 @@ from finetune.errors import UserError
 from finetune.names import shown
 from retrieval.gallery import Gallery
 from retrieval.web import batching
-from retrieval.web.batching import Desk
+from retrieval.web.batching import QueryBatcher
 
 WAIT = 3  # seconds that answers under way have at the end
 BACKLOG = 2048  # connections that may wait to be accepted
@@ -41,7 +41,7 @@ def serve(
 
     own = is_loopback(host)
     check_token(host, token)
-    with Gallery(index) as gallery, listen(host, port) as server, Desk(gallery) as desk:
+    with Gallery(index) as gallery, listen(host, port) as server, QueryBatcher(gallery) as batcher:
         from retrieval.web import api
 
         for text in gallery.warnings():
@@ -53,7 +53,7 @@ def serve(
             if token is None
             else "open it with ?token=… at its end; Ctrl-C ends it"
         )
-        app = api.create(desk, hosts=LOOPBACK | {host.lower()} if own else None, token=token)
+        app = api.create(batcher, hosts=LOOPBACK | {host.lower()} if own else None, token=token)
         config = uvicorn.Config(
             app,
             log_level="warning",

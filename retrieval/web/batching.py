@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,10 @@ import numpy as np
 
 from finetune.data.images import Fault, ImageSet
 from finetune.errors import UserError
-from retrieval.gallery import Gallery, Own, both
+from retrieval.gallery import Gallery
 from retrieval.hits import Hit
-from retrieval.vectors import Rows, unit
+from retrieval.queries import PlannedQuery, QueryImages
+from retrieval.search import SearchOptions
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """An answer: `known` are the ids of the query's pictures (None: not in the gallery), `images`
     counts the gallery's, and `batch` the queries that were answered together."""
 
@@ -75,7 +76,7 @@ class _Job:
     future: Future[Any]
 
 
-class Desk:
+class QueryBatcher:
     """Takes queries from any thread until `close`, which answers those that wait."""
 
     def __init__(self, gallery: Gallery) -> None:
@@ -86,13 +87,13 @@ class Desk:
         self._thread = threading.Thread(target=self._run, name="search", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Desk:
+    def __enter__(self) -> QueryBatcher:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def ask(self, query: Query) -> Future[Found]:
+    def ask(self, query: Query) -> Future[SearchResult]:
         """The answer to a query. Its errors are `NoImage`, `BadPictures` and `UserError`."""
         return self._put(query)
 
@@ -167,110 +168,109 @@ def warm(gallery: Gallery) -> None:
         gallery.network()
 
 
-def answer(queries: list[Query], gallery: Gallery) -> list[Found | Exception]:
+def answer(queries: list[Query], gallery: Gallery) -> list[SearchResult | Exception]:
     """Answer queries with one run of the network, and one search for each way of searching among
     them.
 
     What is wrong with a query is its own answer: `NoImage` or `BadPictures`.
     """
-    digests = [
-        [hashlib.sha256(data).hexdigest() for _, data in query.pictures] for query in queries
-    ]
-    names = {
-        digest: one
-        for query, some in zip(queries, digests, strict=True)
-        for one, digest in zip(query.pictures, some, strict=True)
-    }
-    known = gallery.positions(list(names))
-    fresh = [digest for digest in names if digest not in known]
-    made, faults = _encoded(gallery, [names[digest][1] for digest in fresh])
-    at = {digest: i for i, digest in enumerate(fresh)}
-    answers: list[Found | Exception | None] = [None] * len(queries)
-    vectors: dict[int, Rows] = {}
-    own: dict[int, Own] = {}
-    for i, (query, some) in enumerate(zip(queries, digests, strict=True)):
-        if query.image is not None:
-            position = gallery.position(query.image)
-            if position is None:
-                answers[i] = NoImage(f"the gallery has no image {query.image}")
-                continue
-            stored = [position]
-            first = gallery.paths(query.image)[0]
-            own[i] = gallery.own(position, None if query.keep_self else gallery.root / first)
-        else:
-            bad = {
-                name: faults[at[digest]]
-                for (name, _), digest in zip(query.pictures, some, strict=True)
-                if at.get(digest) in faults
-            }
-            if bad:
-                answers[i] = BadPictures(
-                    tuple(Fault(name, fault.kind, fault.detail) for name, fault in bad.items())
-                )
-                continue
-            stored = [known[digest] for digest in some if digest in known]
-            own[i] = both([gallery.own(position, None) for position in stored])
-        rows = np.concatenate(
-            [
-                gallery.now.vectors(np.array(stored, dtype=np.int64)),
-                made[[at[d] for d in some if d in at]],
-            ]
+    pictures = _Pictures.of(queries)
+    found = gallery.look_up(pictures.images(), pictures.digests)
+    answers: dict[int, SearchResult | Exception] = {}
+    planned: dict[int, PlannedQuery] = {}
+    for i, query in enumerate(queries):
+        try:
+            if query.image is not None:
+                planned[i] = _stored(query.image, gallery, query.keep_self)
+            else:
+                planned[i] = _averaged(query, gallery, found, pictures.numbers[i])
+        except (NoImage, BadPictures) as error:
+            answers[i] = error
+    for options, group in _alike(queries, list(planned)).items():
+        results = gallery.answer([planned[i] for i in group], options)
+        for i, hits in zip(group, results, strict=True):
+            known = _ids(gallery, queries[i], found, pictures.numbers[i])
+            answers[i] = SearchResult(hits, known, len(gallery), len(queries))
+    return [answers[i] for i in range(len(queries))]
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The pictures of several queries, each content once: `data` and `digests` of the contents, and
+    for each query the numbers of its contents."""
+
+    data: tuple[bytes, ...]
+    digests: tuple[str, ...]
+    numbers: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, queries: Sequence[Query]) -> _Pictures:
+        contents: dict[str, bytes] = {}
+        digests = []
+        for query in queries:
+            own = [hashlib.sha256(data).hexdigest() for _, data in query.pictures]
+            contents |= zip(own, (data for _, data in query.pictures), strict=True)
+            digests.append(own)
+        number = {digest: i for i, digest in enumerate(contents)}
+        numbers = tuple(tuple(number[digest] for digest in own) for own in digests)
+        return cls(tuple(contents.values()), tuple(contents), numbers)
+
+    def images(self) -> ImageSet:
+        paths = tuple(str(i) for i in range(len(self.data)))
+        labels = np.full(len(paths), -1, np.int64)
+        return ImageSet(
+            "the query", Path(), paths, labels, (), source=lambda path: self.data[int(path)]
         )
-        mean = unit(rows.mean(axis=0, keepdims=True)) if len(rows) > 1 else rows
-        if not mean.any():
-            answers[i] = BadPictures(
-                (Fault(query.pictures[0][0], "no features", "the pictures cancel each other out"),)
-            )
-            continue
-        vectors[i] = mean[0]
-    for group in _alike(queries, list(vectors)):
-        how = queries[group[0]]
-        stacked = np.stack([vectors[i] for i in group])
-        found = gallery.search(
-            stacked, how.k, own=[own[i] for i in group], threshold=how.threshold, expand=how.expand
-        )  # fmt: skip
-        for i, hits in zip(group, found, strict=True):
-            answers[i] = Found(
-                hits, _ids(gallery, queries[i], digests[i], known), len(gallery), len(queries)
-            )
-    return [one for one in answers if one is not None]
 
 
-def _encoded(gallery: Gallery, data: list[bytes]) -> tuple[Rows, dict[int, Fault]]:
-    if not data:
-        return np.zeros((0, int(gallery.manifest["width"])), np.float32), {}
-    paths = tuple(str(i) for i in range(len(data)))
-    source = ImageSet(
-        "the query",
-        Path(),
-        paths,
-        np.full(len(paths), -1, np.int64),
-        (),
-        source=lambda path: data[int(path)],
-    )
-    return gallery.encode(source)
+def _stored(number: int, gallery: Gallery, keep_self: bool) -> PlannedQuery:
+    """The query for images like one of the gallery's."""
+    position = gallery.position(number)
+    if position is None:
+        raise NoImage(f"the gallery has no image {number}")
+    at = np.array([position], dtype=np.int64)
+    file = None if keep_self else gallery.root / gallery.paths(number)[0]
+    return gallery.plan(QueryImages(gallery.now.vectors(at), at, {}), [0], [file], average=False)
 
 
-def _alike(queries: list[Query], at: list[int]) -> list[list[int]]:
-    """Positions of queries that are searched for in the same way, way by way."""
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for i in at:
+def _averaged(
+    query: Query, gallery: Gallery, found: QueryImages, numbers: Sequence[int]
+) -> PlannedQuery:
+    """The query for images like the mean of pictures that are sent."""
+    bad = {
+        name: found.faults[number]
+        for (name, _), number in zip(query.pictures, numbers, strict=True)
+        if number in found.faults
+    }
+    if bad:
+        faults = [Fault(name, fault.kind, fault.detail) for name, fault in bad.items()]
+        raise BadPictures(tuple(faults))
+    # contents that the gallery has come first: the last bits of a mean depend on the order
+    group = sorted(numbers, key=lambda number: found.positions[number] < 0)
+    planned = gallery.plan(found, group, average=len(group) > 1)
+    if not planned.vector.any():
+        what = "the pictures cancel each other out"
+        raise BadPictures((Fault(query.pictures[0][0], "no features", what),))
+    return planned
+
+
+def _alike(queries: Sequence[Query], numbers: Sequence[int]) -> dict[SearchOptions, list[int]]:
+    """The numbers of queries that are searched for in the same way, way by way."""
+    groups: dict[SearchOptions, list[int]] = {}
+    for i in numbers:
         query = queries[i]
-        groups.setdefault((query.k, query.threshold, query.expand), []).append(i)
-    return list(groups.values())
+        options = SearchOptions(query.k, query.threshold, expand=query.expand)
+        groups.setdefault(options, []).append(i)
+    return groups
 
 
 def _ids(
-    gallery: Gallery, query: Query, digests: list[str], known: dict[str, int]
+    gallery: Gallery, query: Query, found: QueryImages, numbers: Sequence[int]
 ) -> tuple[int | None, ...]:
+    """The ids of a query's pictures in the gallery."""
     if query.image is not None:
         return (query.image,)
-    inside = [digest for digest in digests if digest in known]
-    ids = dict(
-        zip(
-            inside,
-            gallery.now.ids(np.array([known[digest] for digest in inside], dtype=np.int64)),
-            strict=True,
-        )
-    )
-    return tuple(ids.get(digest) for digest in digests)
+    positions = found.positions[list(numbers)]
+    inside = positions[positions >= 0]
+    ids = dict(zip(inside.tolist(), gallery.now.ids(inside), strict=True))
+    return tuple(ids.get(position) for position in positions.tolist())

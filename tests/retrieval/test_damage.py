@@ -20,7 +20,7 @@ from retrieval import maintenance
 from retrieval.cli import cli
 from retrieval.gallery import Gallery
 from retrieval.web import api, app
-from retrieval.web.batching import Desk
+from retrieval.web.batching import QueryBatcher
 
 NEEDED = (
     "gallery.sqlite",
@@ -211,8 +211,8 @@ def answers() -> object:
 def test_a_database_that_goes_while_it_is_served(base: Path) -> None:
     """The page answers in words when its database is taken away, and again when it is back."""
     path = base / "p.index" / "gallery.sqlite"
-    with Gallery(Path("p.index")) as gallery, Desk(gallery) as desk:
-        served = api.create(desk)
+    with Gallery(Path("p.index")) as gallery, QueryBatcher(gallery) as batcher:
+        served = api.create(batcher)
         data = path.read_bytes()
         path.unlink()
         answer = ask(served, "GET", "/api/info")
@@ -232,9 +232,9 @@ def test_an_index_without_images(base: Path) -> None:
         message = refusal(run, ["evaluate", *more])
         assert all(
             text in message
-            for text in ("this index holds no images", "retrieve add", "retrieve sync")
+            for text in ("this gallery holds no images", "retrieve add", "retrieve sync")
         )
-    assert "warning: this index holds no images" in run(["query", "q.png"])
+    assert "warning: this gallery holds no images" in run(["query", "q.png"])
     run(["compact"])
     run(["info", "--check"])
     assert "1 added; 1 images" in run(["add", "new.png"])

@@ -16,9 +16,8 @@ from finetune import device
 from finetune.data import decode
 from finetune.data.images import ImageSet, load_unlabelled
 from finetune.errors import UserError
-from retrieval import gallery as home
-from retrieval import maintenance
-from retrieval.encoder import run_digest
+from retrieval import maintenance, search
+from retrieval.encoder import check_manifest, run_digest
 from retrieval.gallery import Gallery
 from retrieval.hits import Answer
 
@@ -125,8 +124,8 @@ def test_blocks_do_not_show(opened: Gallery, photos: Path, monkeypatch: pytest.M
     """Exact search in small blocks finds the same."""
     files = sorted(photos.rglob("*.png"))
     expected = ask(opened, *files, k=7)
-    monkeypatch.setattr(home, "BLOCK", 1)
-    monkeypatch.setattr(home, "LEAST_ROWS", 3)
+    monkeypatch.setattr(search, "BLOCK", 1)
+    monkeypatch.setattr(search, "LEAST_ROWS", 3)
     assert expected == ask(opened, *files, k=7)
 
 
@@ -191,9 +190,9 @@ def test_a_copy_comes_first_whatever_the_search_proposes(
     from the first place."""
     query = write(tmp_path, {"renamed.png": "word 0"}) / "renamed.png"
     assert opened.query(load_unlabelled(query), 2, expand=2)[0][0].hits[0].same
-    nearest = opened.nearest
+    nearest = search.nearest
     monkeypatch.setattr(
-        opened, "nearest", lambda vectors, m: [row[row != 0] for row in nearest(vectors, m)]
+        search, "nearest", lambda *asked: [row[row != 0] for row in nearest(*asked)]
     )
     (answer,) = ask(opened, query, k=2, collapse=0.9)
     assert ("0000.png", {"near/1.png", "near/2.png"}) == (
@@ -316,14 +315,14 @@ def test_other_vectors_are_refused_by_field(opened: Gallery) -> None:
     """Vectors that were made otherwise are refused, and the message names the field and both
     values."""
     about = opened.manifest["vector"]
-    opened.search(vector_of("word 1")[None], made_by=about)
+    check_manifest(about, opened.manifest["vector"])
     for field, value in {
         "weights": "1" * 64,
         "taps": ["stage1"],
         "precision": "bf16",
         "normalisation": "none",
     }.items():
-        message = refusal(opened.search, vector_of("word 1")[None], made_by=about | {field: value})
+        message = refusal(check_manifest, about, about | {field: value})
         assert f"{field} differs" in message
         assert str(about[field])[:20].strip("[]'") in message
 

@@ -22,6 +22,7 @@ from retrieval import compaction, diff, maintenance, segments, writer
 from retrieval.diff import Change
 from retrieval.gallery import Gallery
 from retrieval.index import spec
+from retrieval.search import Corpus
 
 
 @pytest.fixture(autouse=True)
@@ -593,7 +594,7 @@ def share_of_exact(index: Path) -> float:
         asked = gallery.now.vectors(positions)
         own = [[int(position)] for position in positions]
         found = gallery.ranked(asked, 10, own)
-        gallery.index, gallery._covered = None, 0
+        gallery.corpus = Corpus(gallery.now)
         exact = gallery.ranked(asked, 10, own)
     return float(
         np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)])

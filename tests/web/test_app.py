@@ -357,7 +357,7 @@ def test_too_many_bytes(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     as soon as it is."""
     monkeypatch.setattr(api, "UPLOAD", 1000)
     monkeypatch.setattr(security, "OVERHEAD", 500)
-    small = api.create(site.desk)
+    small = api.create(site.batcher)
     assert 413 == ask(small, "POST", "/api/search", files={"files": bytes(2000)}).status_code
     sent = []
 
@@ -449,7 +449,7 @@ def test_thumbs_are_made_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> No
         Image.open(io.BytesIO(first.content)).size,
     )
     monkeypatch.setattr("retrieval.web.thumbnails.shrink", lambda *_: 1 / 0)
-    again = api.create(site.desk)
+    again = api.create(site.batcher)
     assert first.content == ask(again, "GET", f"/thumbs/{number}").content
     answer = ask(
         again, "GET", f"/thumbs/{number}", headers={"if-none-match": first.headers["etag"]}

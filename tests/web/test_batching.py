@@ -18,7 +18,7 @@ from finetune.errors import UserError
 from retrieval import maintenance
 from retrieval.gallery import Gallery
 from retrieval.web import api, batching
-from retrieval.web.batching import Desk, Query
+from retrieval.web.batching import Query, QueryBatcher
 
 
 def test_a_thousand_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,9 +30,13 @@ def test_a_thousand_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     maintenance.build([tmp_path / "photos"], index, ENCODER)
     # not in the gallery: these go through the network
     fresh = {i: png((i, 255 - i, 7)) for i in range(100)}
-    with Gallery(index) as gallery, Desk(gallery) as desk, webs.running(api.create(desk)) as base:
+    with (
+        Gallery(index) as gallery,
+        QueryBatcher(gallery) as batcher,
+        webs.running(api.create(batcher)) as base,
+    ):
         expected = {
-            i: desk.ask(Query((("x", data),), k=2)).result().hits for i, data in fresh.items()
+            i: batcher.ask(Query((("x", data),), k=2)).result().hits for i, data in fresh.items()
         }
         asked.contents.clear()
         runs: list[int] = []
@@ -78,7 +82,7 @@ def test_a_thousand_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_waiting_queries_are_one_batch(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits while the desk is busy is answered together, by one run of the network and one
+    """What waits while the batcher is busy is answered together, by one run of the network and one
     search a way of asking."""
     runs: list[int] = []
     searches: list[int] = []
@@ -94,9 +98,9 @@ def test_waiting_queries_are_one_batch(site: Site, monkeypatch: pytest.MonkeyPat
         lambda self, v, *more, **how: (searches.append(len(v)), search(self, v, *more, **how))[1],
     )
     started, busy = threading.Event(), threading.Event()
-    held = site.desk.call(lambda _: (started.set(), busy.wait(10))[1])
+    held = site.batcher.call(lambda _: (started.set(), busy.wait(10))[1])
     assert started.wait(10)
-    waiting = [site.desk.ask(Query((("x", png((i, 0, 0))),), k=1 + i % 2)) for i in range(20)]
+    waiting = [site.batcher.ask(Query((("x", png((i, 0, 0))),), k=1 + i % 2)) for i in range(20)]
     busy.set()
     assert held.result()
     assert [1 + i % 2 for i in range(20)] == [len(one.result().hits) for one in waiting]
@@ -116,9 +120,9 @@ def test_one_bad_query_spoils_no_other(site: Site, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Gallery, "encode", failing)
     busy = threading.Event()
-    site.desk.call(lambda _: busy.wait(10))
-    waiting = [site.desk.ask(Query((("x", png((i, 6, 6))),))) for i in (65, 66, 67)]
-    missing = site.desk.ask(Query(image=99))
+    site.batcher.call(lambda _: busy.wait(10))
+    waiting = [site.batcher.ask(Query((("x", png((i, 6, 6))),))) for i in (65, 66, 67)]
+    missing = site.batcher.ask(Query(image=99))
     busy.set()
     assert 10 == len(waiting[0].result().hits) == len(waiting[2].result().hits)
     with pytest.raises(UserError, match="NaN"):
@@ -127,22 +131,22 @@ def test_one_bad_query_spoils_no_other(site: Site, monkeypatch: pytest.MonkeyPat
         missing.result()
 
 
-def test_the_desk_answers_before_it_closes(site: Site) -> None:
+def test_the_batcher_answers_before_it_closes(site: Site) -> None:
     """What waits at the end is answered; what comes later is refused."""
-    desk = Desk(site.gallery)
-    waiting = [desk.ask(Query(image=1, k=2)) for _ in range(100)]
-    desk.close()
+    batcher = QueryBatcher(site.gallery)
+    waiting = [batcher.ask(Query(image=1, k=2)) for _ in range(100)]
+    batcher.close()
     assert {2} == {len(one.result().hits) for one in waiting}
     with pytest.raises(UserError, match="closing"):
-        desk.ask(Query(image=1))
+        batcher.ask(Query(image=1))
 
 
 def test_who_leaves_is_not_answered(site: Site) -> None:
     """A query that was given up while it waited costs nothing."""
     busy = threading.Event()
-    site.desk.call(lambda _: busy.wait(10))
-    left = site.desk.ask(Query((("x", png((1, 1, 9))),)))
+    site.batcher.call(lambda _: busy.wait(10))
+    left = site.batcher.ask(Query((("x", png((1, 1, 9))),)))
     assert left.cancel()
     busy.set()
-    assert site.desk.call(len).result()
+    assert site.batcher.call(len).result()
     assert not any("IHDR" in text for text in site.asked.contents[12:])

@@ -16,7 +16,7 @@ from PIL import Image
 
 from retrieval.gallery import Gallery
 from retrieval.web import api, app
-from retrieval.web.batching import Desk
+from retrieval.web.batching import QueryBatcher
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM = next(
@@ -50,8 +50,8 @@ def address(photos: Path) -> Iterator[str]:
         index = webs.make(photos, 60)
         with (
             Gallery(index) as gallery,
-            Desk(gallery) as desk,
-            webs.running(api.create(desk, hosts=app.LOOPBACK)) as base,
+            QueryBatcher(gallery) as batcher,
+            webs.running(api.create(batcher, hosts=app.LOOPBACK)) as base,
         ):
             yield base
 
@@ -471,8 +471,8 @@ def test_the_token_leaves_the_address(
     """A link with the token opens the page, which goes on by its cookie and hides the token."""
     with (
         Gallery(photos / "photos.index") as gallery,
-        Desk(gallery) as desk,
-        webs.running(api.create(desk, token="open sesame")) as base,
+        QueryBatcher(gallery) as batcher,
+        webs.running(api.create(batcher, token="open sesame")) as base,
     ):
         chromium.get(base)
         until(chromium, lambda: "locked" in chromium.page_source)
