@@ -94,7 +94,7 @@ def _why(error: Exception) -> str:
 
 
 def thumbnail(data: bytes) -> str:
-    """A JPEG of at most `SIDE` pixels a side, as base64 text. Raises `DecodeError`."""
+    """A JPEG of at most `SIDE` pixels per side, as base64 text. Raises `DecodeError`."""
     image = decode.decode(data, short_side=SIDE)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     out = BytesIO()

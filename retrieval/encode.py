@@ -19,7 +19,7 @@ from finetune.features import engine, extraction
 from finetune.features.extraction import Features
 from finetune.features.store import Store
 from finetune.heads.head import side_by_side
-from finetune.network import Network, Tap
+from finetune.network import Network
 from finetune.progress import Progress
 from retrieval.encoder import Encoder
 from retrieval.vectors import Rows, unit
@@ -112,7 +112,7 @@ def _no_direction(path: str) -> Fault:
 
 
 def open_runners(encoder: Encoder) -> tuple[engine.Runner, ...]:
-    """The networks of an encoder, ready to run: one a scale."""
+    """The networks of an encoder, ready to run: one per scale."""
     return tuple(
         engine.open_runner(
             network, encoder.taps, load, engine=encoder.engine, precision=encoder.precision
@@ -133,7 +133,7 @@ def directly(
     seen: list[list[Rows]] = []
     for network, runner in zip(encoder.networks, runners, strict=True):
         seen += [
-            _read(encoder.taps, source, network, runner, view, faults, progress)
+            _features(source, network, runner, view=view, faults=faults, progress=progress)
             for view in encoder.views
         ]
     plain = combine(dataclasses.replace(encoder, whitening=None), seen)
@@ -144,21 +144,21 @@ def directly(
     return vectors, faults
 
 
-def _read(
-    taps: Sequence[Tap],
-    source: ImageSet,
+def _features(
+    images: ImageSet,
     network: Network,
     runner: engine.Runner,
+    *,
     view: str,
     faults: dict[int, Fault],
     progress: Progress | None,
 ) -> list[Rows]:
-    """A block of features a tap, `(n, width)`; new faults join the others, the rows of all of them
-    are zero."""
-    blocks = [np.zeros((len(source), network.width(tap)), np.float32) for tap in taps]
-    todo = [i for i in range(len(source)) if i not in faults]
+    """A block of features per tap, `(n, width)`; new faults join the others, the rows of all of
+    them are zero."""
+    blocks = [np.zeros((len(images), network.width(tap)), np.float32) for tap in runner.taps]
+    todo = [i for i in range(len(images)) if i not in faults]
     for batch, outputs in extraction.stream(
-        source, todo, network, lambda: runner, faults, view=view, progress=progress
+        images, todo, network, lambda: runner, faults, view=view, progress=progress
     ):
         for block, output in zip(blocks, outputs, strict=True):
             block[batch] = output

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,8 @@ Load = Callable[[], "Backbone"]
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns images into vectors. `networks` holds one description a scale, `loads` what gives their
-    torch backbones.
+    """Turns images into vectors. `networks` holds one description per scale, `loads` what gives
+    their torch backbones.
 
     `engine` and `precision` are what is really used. `save_weights` writes the weights as
     safetensors where a query could not find them elsewhere, else it is None. `run` is (path, digest
@@ -65,36 +65,50 @@ class Encoder:
 # ------------------------------------------------------------------------------------------ opening
 
 
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How a network makes vectors: read at `taps` (none: where the network or the run says),
+    averaged over `scales` of its input, and over the mirror image with `flip`. `engine` and
+    `precision` are `auto` or None where nothing is asked for."""
+
+    taps: tuple[Tap, ...] = ()
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    engine: str | None = None
+    precision: str | None = None
+
+
+PLAIN = EncoderOptions()
+
+
 def open_named(
     name: str | None = None,
     weights: str = "auto",
     *,
     size: int | None = None,
-    taps: Sequence[Tap] = (Tap("pooled"),),
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    engine_name: str = "auto",
-    precision: str = "auto",
+    options: EncoderOptions = PLAIN,
 ) -> Encoder:
-    """The encoder of a network by name. Raises `UserError` for what does not exist or cannot be
-    had."""
+    """The encoder of a network by name, read at `pooled` where no taps are given. Raises
+    `UserError` for what does not exist or cannot be had."""
     from finetune.backbones import catalog
     from finetune.backbones import weights as home
 
     name = name or catalog.DEFAULT
     base = catalog.open_named(name, weights, size)
     kind = home.find(name, weights).kind
-    if kind == "random" and len(scales) > 1:
+    if kind == "random" and len(options.scales) > 1:
         raise UserError(
             "random weights cannot be loaded a second time",
             where="--scales",
             fix="save them, and give the file",
         )
     others = {
-        s: catalog.open_named(name, weights, _side(base.network, s)) for s in scales if s != 1.0
+        s: catalog.open_named(name, weights, _side(base.network, s))
+        for s in options.scales
+        if s != 1.0
     }
-    opened = [others.get(s, base) for s in scales]
-    used, bits = device.resolve(engine_name, precision)
+    opened = [others.get(s, base) for s in options.scales]
+    used, bits = device.resolve(options.engine or "auto", options.precision or "auto")
 
     def save(path: Path) -> None:
         from finetune.backbones import create
@@ -105,9 +119,9 @@ def open_named(
         Encoder(
             networks=tuple(one.network for one in opened),
             loads=tuple(one.load for one in opened),
-            taps=tuple(taps),
-            scales=tuple(scales),
-            views=VIEWS[flip],
+            taps=options.taps or (Tap("pooled"),),
+            scales=options.scales,
+            views=VIEWS[options.flip],
             engine=used,
             precision=bits,
             save_weights=save if kind in ("file", "random") else None,
@@ -115,25 +129,17 @@ def open_named(
     )
 
 
-def open_run(
-    path: Path,
-    *,
-    taps: Sequence[Tap] = (),
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    engine_name: str | None = None,
-    precision: str | None = None,
-) -> Encoder:
-    """The encoder of a finished run's network, read where its head reads it unless `taps` are
+def open_run(path: Path, options: EncoderOptions = PLAIN) -> Encoder:
+    """The encoder of a finished run's network, read where its head reads it where no taps are
     given."""
     from finetune import classifier, run
     from finetune.backbones import catalog
 
     folder = run.finished(path)
-    model = classifier.load(folder, engine_name=engine_name, precision=precision)
+    model = classifier.load(folder, engine_name=options.engine, precision=options.precision)
     weights = folder / "model.safetensors"
     networks, loads = [], []
-    for scale in scales:
+    for scale in options.scales:
         network, load = model.network, model.load
         if scale != 1.0:
             load = functools.cache(
@@ -149,9 +155,9 @@ def open_run(
         Encoder(
             networks=tuple(networks),
             loads=tuple(loads),
-            taps=tuple(taps) or model.head.taps,
-            scales=tuple(scales),
-            views=VIEWS[flip],
+            taps=options.taps or model.head.taps,
+            scales=options.scales,
+            views=VIEWS[options.flip],
             engine=used,
             precision=bits,
             save_weights=functools.partial(_copy, weights),
@@ -214,17 +220,17 @@ def describe(encoder: Encoder) -> dict[str, Any]:
     return json.loads(json.dumps(about))
 
 
-def check_manifest(index: dict[str, Any], other: dict[str, Any], where: object = None) -> None:
+def check_manifest(gallery: dict[str, Any], other: dict[str, Any], where: object = None) -> None:
     """Refuse to compare vectors that were made in different ways: a `UserError` names the first
     field that differs."""
-    for field in dict.fromkeys((*index, *other)):
-        a, b = index.get(field), other.get(field)
+    for field in dict.fromkeys((*gallery, *other)):
+        a, b = gallery.get(field), other.get(field)
         if a != b:
-            fix = "build the index again, or make the query as the index was made"
+            fix = "build the gallery again, or make the query as the gallery was made"
             if field == "engine" and a == "openvino":
-                fix = "pip install openvino, or build the index again with --engine torch"
+                fix = "pip install openvino, or build the gallery again with --engine torch"
             raise UserError(
-                f"{field} differs: the index has {_short(a)}, the query {_short(b)}",
+                f"{field} differs: the gallery has {_short(a)}, the query {_short(b)}",
                 where=where,
                 fix=fix,
             )
@@ -277,12 +283,12 @@ def _load_again(network: Network, source: str) -> Backbone:
     own = create.load(network.name, source, network.preprocess.size)
     if own.network.digest != network.digest:
         what = (
-            f"weights differ: the index has {network.digest[:12]} ({network.source}), "
+            f"weights differ: the gallery has {network.digest[:12]} ({network.source}), "
             f"here are {own.network.digest[:12]}"
         )
         raise UserError(
             what,
             where=network.name,
-            fix="install the weights that the index was made with, or build it again",
+            fix="install the weights that the gallery was made with, or build it again",
         )
     return dataclasses.replace(own, network=network)

@@ -39,7 +39,7 @@ KS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Judged:
-    """`metrics` by name, each a mean over queries with its interval. `depth` results a query were
+    """`metrics` by name, each a mean over queries with its interval. `depth` results per query were
     judged.
 
     `left_out` counts images that could not be queries: without a folder, or in two; `search` says
@@ -146,8 +146,8 @@ def by_folder(
 
 
 def by_pairs(gallery: Gallery, table: Path, *, ks: Sequence[int] = KS) -> Judged:
-    """Judge with a CSV of `query,match`: a line a pair, both as paths of the gallery or relative to
-    the table's folder.
+    """Judge with a CSV of `query,match`: a line per pair, both as paths of the gallery or relative
+    to the table's folder.
 
     A query may be a file that is not in the gallery; a match has to be in it.
     """

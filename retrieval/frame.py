@@ -91,6 +91,7 @@ def choose(
     digests: Sequence[str],
     folders: Sequence[str | None],
     store: Store,
+    *,
     seed: int = 0,
 ) -> Frame:
     """Crop or squash, from a sample of `source`; `folders` names the class of each image where
@@ -241,7 +242,7 @@ def _by_copies(
     encoder: Encoder, sample: ImageSet, tables: dict[str, Rows], seed: int
 ) -> tuple[bool, str]:
     """An altered copy of every picture is a query for it: by log loss, after one fitted temperature
-    a frame."""
+    per frame."""
     pre = encoder.networks[0].preprocess
     with ThreadPoolExecutor(hardware.cores()) as pool:
         made = pool.map(

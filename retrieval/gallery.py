@@ -8,6 +8,7 @@ image with two paths.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -22,32 +23,36 @@ from finetune.data.loose import Picture
 from finetune.errors import UserError
 from finetune.features import extraction
 from finetune.features.engine import Runner
-from finetune.progress import Progress
-from retrieval import database, encode, info, queries, search, segments
+from finetune.lock import Wait
+from finetune.progress import Bar, Progress, Say, no_bar, quiet
+from retrieval import encode, info, queries, search
 from retrieval.encoder import Encoder, from_manifest
 from retrieval.hits import Answer, Hit
 from retrieval.queries import NOTHING, Own, PlannedQuery, QueryImages
-from retrieval.search import Corpus, SearchOptions
-from retrieval.segments import Snapshot, find_root
+from retrieval.search import SearchOptions
+from retrieval.storage import database
+from retrieval.storage.diff import listed
+from retrieval.storage.segments import Snapshot, find_root
 from retrieval.vectors import Ints, Rows, unit
 
 if TYPE_CHECKING:
     from retrieval.index.nearest import Index
+    from retrieval.storage.commit import ChangeSummary
 
 
 class Gallery:
     """An open gallery. It shows one moment; `refresh` goes on to the present. Threads may share
     it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Open the gallery in `folder`. Raises `UserError` where there is none, and for damaged
         files."""
-        self.folder = folder
+        self.folder = Path(folder)
         self._lock = threading.RLock()
         # its own: what takes seconds must not keep others from the gallery
         self._opening = threading.Lock()
         self._network: tuple[dict[str, Any], Encoder, tuple[Runner, ...]] | None = None
-        self.corpus = _read(folder)
+        self.corpus = search.read(self.folder)
 
     def __enter__(self) -> Gallery:
         return self
@@ -72,7 +77,7 @@ class Gallery:
                 # the usual case: no file is looked at
                 if database.read_meta(db, self.folder) == before.meta:
                     return False
-            self.corpus = _read(self.folder)
+            self.corpus = search.read(self.folder)
             before.close()
             return True
 
@@ -95,6 +100,77 @@ class Gallery:
         """The folder to which paths are relative: where it lies seen from the gallery, else where
         it was."""
         return find_root(self.now.meta, self.folder)
+
+    # -------------------------------------------------------------------------------------- changes
+
+    def add(
+        self,
+        images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        *,
+        on_bad: str = "stop",
+        wait: float = 0.0,
+        bar: Bar = no_bar,
+        say: Say = quiet,
+    ) -> ChangeSummary:
+        """Add image files, and all images in folders; only contents that are new go through the
+        network.
+
+        `on_bad`, `wait` (seconds), `bar` and `say` are those of `retrieval.build`, here as below.
+        Returns the counts of what was done, in paths; this gallery shows it from now on. Raises
+        `UserError` for what a user can mend: then nothing has changed.
+        """
+        from retrieval import maintenance
+
+        given = listed(images)
+        return self._changed(
+            maintenance.add(self.folder, given, on_bad=on_bad, wait=Wait(wait, say), bar=bar)
+        )
+
+    def remove(
+        self,
+        images: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        *,
+        wait: float = 0.0,
+        say: Say = quiet,
+    ) -> ChangeSummary:
+        """Take images out: paths as answers show them, files, or folders. The files themselves
+        stay, and a later `sync` brings back what still lies in the gallery's folders."""
+        from retrieval import maintenance
+
+        given = listed(images)
+        return self._changed(maintenance.remove(self.folder, given, wait=Wait(wait, say)))
+
+    def sync(
+        self,
+        *,
+        root: str | os.PathLike[str] | None = None,
+        allow_empty: bool = False,
+        on_bad: str = "stop",
+        wait: float = 0.0,
+        bar: Bar = no_bar,
+        say: Say = quiet,
+    ) -> ChangeSummary:
+        """Follow the folders: files that came, changed, moved and went.
+
+        `root` is the folder of the images, if it was moved. That no image is left is a `UserError`
+        (a disk that is not mounted looks the same), unless `allow_empty`.
+        """
+        from retrieval import maintenance
+
+        return self._changed(
+            maintenance.sync(
+                self.folder,
+                root=None if root is None else Path(root),
+                allow_empty=allow_empty,
+                on_bad=on_bad,
+                wait=Wait(wait, say),
+                bar=bar,
+            )
+        )
+
+    def _changed(self, summary: ChangeSummary) -> ChangeSummary:
+        self.refresh()
+        return summary
 
     # -------------------------------------------------------------------------------- single images
 
@@ -175,7 +251,7 @@ class Gallery:
         found = self.look_up(images, progress=progress)
         if found.faults and on_bad == "stop":
             extraction.refuse(list(found.faults.values()), images.name)
-        files = [None if keep_self else _file(images, i) for i in range(len(images))]
+        files = [None if keep_self else queries.file_of(images, i) for i in range(len(images))]
         good = [i for i in range(len(images)) if i not in found.faults]
         groups = [good] if together and good else [[i] for i in good]
         planned = [self.plan(found, group, files, average=together) for group in groups]
@@ -192,12 +268,15 @@ class Gallery:
         progress: Progress | None = None,
     ) -> QueryImages:
         """Images as queries: those whose digests the gallery has are looked up, the others go
-        through the network. `digests` are read from the images where they are not given."""
+        through the network, which names those that cannot be read. `digests` are made from the
+        images where they are not given."""
         if digests is None:
-            digests = list(image_sets.digest_of(images, range(len(images))))
-        return queries.look_up(
-            self.now, images, digests, lambda fresh: self.encode(fresh, progress)
-        )
+            digests = image_sets.contents(images)
+        with self._lock:
+            now = self.now
+            known = queries.positions(now, digests)
+        where = np.array([known.get(digest, -1) for digest in digests], dtype=np.int64)
+        return queries.look_up(now, images, where, lambda fresh: self.encode(fresh, progress))
 
     def plan(
         self,
@@ -319,28 +398,3 @@ class Gallery:
     def info(self) -> dict[str, Any]:
         """What the gallery holds and how it was made, as JSON."""
         return info.about(self.now, self.root)
-
-
-def _read(folder: Path) -> Corpus:
-    """A gallery as it is now, with its search index. A writer that sweeps the index away meanwhile
-    is no damage."""
-    while True:
-        now = segments.read(folder)
-        search = now.meta.get("search")
-        if not search:
-            return Corpus(now)
-        from retrieval.index import nearest
-
-        try:
-            return Corpus(now, nearest.load(folder / search["file"]))
-        except UserError:
-            now.close()
-            with contextlib.closing(segments.read(folder)) as later:
-                if later.generation == now.generation:
-                    raise
-
-
-def _file(images: ImageSet, i: int) -> Path | None:
-    """The file of an image; None where it is none, but a picture in memory."""
-    file = images.root / images.paths[i]
-    return file if not images.in_memory or file.is_file() else None

@@ -1,5 +1,5 @@
-"""What a query found, and what has become of the files since: pure values, one look at the disk a
-path."""
+"""What a query found, and what has become of the files since: pure values, one look at the disk
+per path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from finetune.names import shown, typed
 
 SAME, MISSING, CHANGED = "the same file", "missing", "changed since"
-# path → bytes and time of change in ns, as an index remembers them
+# path → bytes and time of change in ns, as a gallery remembers them
 Known = Mapping[str, tuple[int, int]]
 
 
@@ -23,7 +23,7 @@ class Hit:
     `similar` the paths of near-duplicates that were collapsed into it.
 
     `same`: it has the very bytes of the query. `missing` are those of its paths where no file is
-    any more, `changed` those whose file has another size or time than the index remembers.
+    any more, `changed` those whose file has another size or time than the gallery remembers.
     """
 
     id: int
@@ -75,8 +75,8 @@ class Answer:
         return {"query": shown(self.query), "hits": [hit.to_json() for hit in self.hits]}
 
     def to_text(self) -> str:
-        """A line a hit, below it a line for each further path; what is to be known of a path stands
-        behind it."""
+        """A line per hit, below it a line for each further path; what is to be known of a path
+        stands behind it."""
         lines = [shown(self.query)]
         for hit in self.hits:
             lines.append(f"  {hit.score:6.3f}  {_marked(hit, hit.path)}")
@@ -109,14 +109,14 @@ def gone(root: Path, known: Known) -> tuple[list[str], list[str]]:
     return missing, changed
 
 
-def advice(missing: Iterable[str], changed: Iterable[str], index: Path) -> tuple[str, ...]:
-    """One line on files that are not what the index remembers; none where all are."""
+def advice(missing: Iterable[str], changed: Iterable[str], gallery: Path) -> tuple[str, ...]:
+    """One line on files that are not what the gallery remembers; none where all are."""
     counts = ((len(set(missing)), MISSING), (len(set(changed)), CHANGED))
     words = " and ".join(f"{count} {word}" for count, word in counts if count)
     return (
         (
             f"of the files shown, {words}: `retrieve sync "
-            f"{typed(index)}` brings the index up to date",
+            f"{typed(gallery)}` brings the gallery up to date",
         )
         if words
         else ()

@@ -9,7 +9,7 @@ import numpy as np
 
 from finetune.names import from_database, shown
 from retrieval.encoder import frame_words, run_digest
-from retrieval.segments import Snapshot
+from retrieval.storage.segments import Snapshot
 
 NO_IMAGES = "this gallery holds no images"
 FILL = "`retrieve add` puts some in, and `retrieve sync` those that lie in its folders"
@@ -24,7 +24,7 @@ def warnings(now: Snapshot) -> tuple[str, ...]:
     if run and (path / "run.json").is_file() and run_digest(path) != run["digest"]:
         stale = (
             f"stale: the run {shown(path)} was trained again after this "
-            f"index was built; build it again with --force"
+            f"gallery was built; build it again with --force"
         )
         return (*empty, stale)
     return empty

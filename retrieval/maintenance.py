@@ -20,22 +20,24 @@ from typing import Any
 import numpy as np
 
 from finetune.data import folders
-from finetune.data.images import Fault, list_faults
+from finetune.data.images import list_faults
 from finetune.errors import UserError
 from finetune.features import extraction
 from finetune.features.store import Store
 from finetune.lock import NO_WAIT, Wait
 from finetune.names import from_database, meant
 from finetune.progress import Bar, no_bar
-from retrieval import compaction, database, diff, encode, segments
+from retrieval import encode
 from retrieval import frame as framing
-from retrieval.diff import Change, Found, Plan
 from retrieval.encode import Encoded
 from retrieval.encoder import Encoder, describe, from_manifest
 from retrieval.frame import Frame
-from retrieval.segments import Stored, find_root
+from retrieval.storage import compaction, database, diff, segments
+from retrieval.storage.commit import ChangeSummary, Commit, alive, commit, count_paths
+from retrieval.storage.diff import FileDiff, Scan
+from retrieval.storage.segments import Stored, find_root
+from retrieval.storage.writer import Writer, writing
 from retrieval.whitening import whiten
-from retrieval.writer import Writer, writing
 
 HERE_ALREADY = "bring it up to date with `retrieve sync`, or build it again with --force"
 WHITENING_SAMPLE = 50_000  # vectors that a whitening is fitted on
@@ -58,7 +60,7 @@ def build(
     wait: Wait = NO_WAIT,
     bar: Bar = no_bar,
     say: Callable[[str], None] = lambda text: None,
-) -> Change:
+) -> ChangeSummary:
     """Make a gallery in `folder` of the images in files and folders.
 
     `frame` is `crop`, `squash` or `auto` (measured, with the reason for `say`); None looks as the
@@ -71,53 +73,37 @@ def build(
     check_build(given, folder, force)
     framing.check(encoder, frame)
     root, paths, others = folders.gather(given)
-    wait = dataclasses.replace(wait, other="choose another folder with -o")
+    other = dataclasses.replace(wait, other="choose another folder with -o")
     with (
-        writing(folder, create=True, replace=force, wait=wait) as writer,
+        writing(folder, create=True, replace=force, wait=other) as writer,
         contextlib.closing(Store()) as store,
     ):
         if not writer.is_new and not force:
-            raise UserError("an index is here already", where=folder, fix=HERE_ALREADY)
-        found, bad = diff.scan(root, paths, folder)
-        plan = diff.compare(None, root, found, (), store, on_bad, bad, bar)
-        encoder, looks = _framed(plan, encoder, frame, _sources(given, root), store, bar)
+            raise UserError("a gallery is here already", where=folder, fix=HERE_ALREADY)
+        found = diff.scan(root, paths, folder)
+        changes = diff.compare(None, found, store=store, on_bad=on_bad, bar=bar)
+        sources = _sources(given, root)
+        encoder, looks = _framed(encoder, frame, changes, sources=sources, store=store, bar=bar)
         if frame == "auto" and not encoder.run:
             say(f"frame      {looks.name}: {looks.why}")
-        made = _encode(plan, encoder, store, on_bad, bar)
+        made = _encode(changes, encoder, store, on_bad, bar)
         if made is None or not len(made.images):
-            bad = [*(fault for _, fault in diff.bad_files(plan, made)), *plan.scan_faults]
-            what = f"no image here can be read; {list_faults(bad, extraction.NAMED)}"
-            raise UserError(
-                what, where=", ".join(map(str, given)), fix="mend them, or give other images"
-            )
+            raise _none_readable(given, changes, made)
         if whiten is not None:
             made = _whitened(made, whiten)
-        number, stored = writer.write_vectors(made.blocks())
-        kept, manifest = _manifest(writer, made.encoder, looks)
+        segment = writer.write_vectors(made.blocks())
+        files, manifest = _manifest(writer, made.encoder, looks)
         settings = {"factory": factory, "recall": recall, "memory_mb": memory_mb}
-        table = segments.open_table(folder / stored.name, made.encoder.width)
-        with bar("search index") as progress:
-            search = compaction.index_file(
-                writer, table, [number], settings, lambda part, _: progress(round(100 * part), 100)
-            )
+        search = _search_index(writer, segment, made.encoder.width, settings, bar)
         meta = {
             "manifest": manifest,
             "root": {"absolute": str(root), "relative": diff.way(root, folder)},
             "search settings": settings,
             "search": search[1] if search else None,
         }
-        files = [*kept, *([search[0]] if search else [])]
-        segment = (number, stored)
-        done = diff.commit(
-            writer,
-            plan,
-            made,
-            segment,
-            meta,
-            sources=_sources(given, root),
-            files=files,
-            replace=True,
-        )
+        files = [*files, search[0]] if search else files
+        beside = Commit(meta, sources, files, replace=True)
+        done = commit(writer, changes, made, segment, beside)
         return _noted(done, folders.told(root, others))
 
 
@@ -126,8 +112,8 @@ def check_build(given: Sequence[str | Path], folder: Path, force: bool) -> None:
     root, inside, others = folders.gather(given)
     if not inside:
         raise _no_images(given, folders.told(root, others))
-    if not force and segments.is_index(folder):
-        raise UserError("an index is here already", where=folder, fix=HERE_ALREADY)
+    if not force and segments.is_gallery(folder):
+        raise UserError("a gallery is here already", where=folder, fix=HERE_ALREADY)
 
 
 def add(
@@ -137,7 +123,7 @@ def add(
     on_bad: str = "stop",
     wait: Wait = NO_WAIT,
     bar: Bar = no_bar,
-) -> Change:
+) -> ChangeSummary:
     """Add files, and all images in folders, to a gallery; what it knows already costs nothing."""
     with writing(folder, wait=wait) as writer:
         root = find_root(writer.meta, folder)
@@ -146,13 +132,12 @@ def add(
         if not inside:
             raise _no_images(given, left)
         paths = [posixpath.normpath(f"{diff.way(own, root)}/{path}") for path in inside]
-        found, bad = diff.scan(root, paths, folder)
-        return _noted(
-            _update(writer, root, found, (), on_bad, bad, bar, _sources(given, root)), left
-        )
+        beside = Commit(sources=_sources(given, root))
+        found = diff.scan(root, paths, folder)
+        return _noted(_update(writer, found, beside, on_bad=on_bad, bar=bar), left)
 
 
-def remove(folder: Path, given: Sequence[str | Path], *, wait: Wait = NO_WAIT) -> Change:
+def remove(folder: Path, given: Sequence[str | Path], *, wait: Wait = NO_WAIT) -> ChangeSummary:
     """Take images out of a gallery: paths as answers show them, or files and folders. The files
     themselves stay.
 
@@ -181,8 +166,11 @@ def remove(folder: Path, given: Sequence[str | Path], *, wait: Wait = NO_WAIT) -
                 raise UserError("not in the gallery", where=item, fix=fix)
             gone |= dict.fromkeys(_below(writer, text, "path"))
             prefixes.append(text)
-        plan = diff.compare(writer, root, (), tuple(gone), None, "stop", (), no_bar)
-        return _tended(writer, diff.commit(writer, plan, None, None, {}, forget=prefixes))
+        changes = diff.compare(
+            writer, Scan(root, gone=tuple(gone)), store=None, on_bad="stop", bar=no_bar
+        )
+        done = commit(writer, changes, None, None, Commit(forget=prefixes))
+        return _compacted_if_due(writer, done)
 
 
 def sync(
@@ -193,7 +181,7 @@ def sync(
     allow_empty: bool = False,
     wait: Wait = NO_WAIT,
     bar: Bar = no_bar,
-) -> Change:
+) -> ChangeSummary:
     """Make a gallery equal to its folders: files that came, changed, moved and went.
 
     `root` says where the folder of the images is now. A folder that is not there, or that holds no
@@ -222,79 +210,68 @@ def sync(
         paths |= dict.fromkeys(
             path for path in known if path not in paths and os.path.lexists(root / path)
         )
-        found, bad = diff.scan(root, paths, folder)
-        seen = {one.path for one in found}
+        found = diff.scan(root, paths, folder)
+        seen = {one.path for one in found.files}
         gone = tuple(path for path in known if path not in seen)
         if known and not seen and not allow_empty:
             fix = "is the disk mounted? If it is right, say so with --allow-empty"
             raise UserError(
                 f"no image is left: all {len(known)} would be removed", where=root, fix=fix
             )
-        return _noted(
-            _update(writer, root, found, gone, on_bad, bad, bar, whole=True),
-            folders.told(root, left),
-        )
+        found = dataclasses.replace(found, gone=gone)
+        done = _update(writer, found, Commit(whole=True), on_bad=on_bad, bar=bar)
+        return _noted(done, folders.told(root, left))
 
 
-def compact(folder: Path, *, wait: Wait = NO_WAIT, bar: Bar = no_bar) -> Change:
+def compact(folder: Path, *, wait: Wait = NO_WAIT, bar: Bar = no_bar) -> ChangeSummary:
     """Merge all segments into one without the removed images, and make the search index again where
     there is one."""
     with writing(folder, wait=wait) as writer, bar("compact") as progress:
         progress(0, 1)
-        compaction.tend(writer, everything=True)
-        return Change(0, 0, 0, 0, diff.count_paths(writer), 0, diff.alive(writer))
+        compaction.compact_if_due(writer, everything=True)
+        return ChangeSummary(0, 0, 0, 0, count_paths(writer), 0, alive(writer))
 
 
-def _encode(plan: Plan, encoder: Encoder, store: Store, on_bad: str, bar: Bar) -> Encoded | None:
-    """Features of the new contents of a plan, by way of the store: a killed build goes on where it
+def _encode(
+    changes: FileDiff, encoder: Encoder, store: Store, on_bad: str, bar: Bar
+) -> Encoded | None:
+    """Features of the new contents of a diff, by way of the store: a killed build goes on where it
     was."""
-    if not plan.new:
+    if not changes.new:
         return None
-    source = diff.image_set(plan.root, [plan.fresh[i] for i in plan.new])
+    images, digests = changes.new_contents()
     with bar("features") as progress:
-        made = encode.from_store(
-            encoder, source, [plan.digests[i] for i in plan.new], store, progress
-        )
+        made = encode.from_store(encoder, images, digests, store, progress)
     if made.faults and on_bad == "stop":
-        extraction.refuse([fault for _, fault in diff.bad_files(plan, made)], source.name)
+        extraction.refuse([fault for _, fault in diff.bad_files(changes, made)], images.name)
     return made
 
 
-def _update(
-    writer: Writer,
-    root: Path,
-    found: Sequence[Found],
-    gone: tuple[str, ...],
-    on_bad: str,
-    bad: Sequence[Fault],
-    bar: Bar,
-    sources: Sequence[str] = (),
-    whole: bool = False,
-) -> Change:
+def _update(writer: Writer, found: Scan, beside: Commit, *, on_bad: str, bar: Bar) -> ChangeSummary:
+    """Make a gallery follow a scan, in one commit."""
     with contextlib.closing(Store()) as store:
-        plan = diff.compare(writer, root, found, gone, store, on_bad, bad, bar)
+        changes = diff.compare(writer, found, store=store, on_bad=on_bad, bar=bar)
         made = None
-        if plan.new:
+        if changes.new:
             encoder = from_manifest(writer.folder, writer.meta["manifest"])
-            made = _encode(plan, encoder, store, on_bad, bar)
+            made = _encode(changes, encoder, store, on_bad, bar)
     segment = writer.write_vectors(made.blocks()) if made is not None and len(made.images) else None
-    meta = {"root": {"absolute": str(root), "relative": diff.way(root, writer.folder)}}
-    return _tended(
-        writer, diff.commit(writer, plan, made, segment, meta, sources=sources, whole=whole)
-    )
+    root = {"absolute": str(found.root), "relative": diff.way(found.root, writer.folder)}
+    beside = dataclasses.replace(beside, meta={"root": root})
+    return _compacted_if_due(writer, commit(writer, changes, made, segment, beside))
 
 
-def _noted(change: Change, lines: Sequence[str]) -> Change:
+def _noted(change: ChangeSummary, lines: Sequence[str]) -> ChangeSummary:
     return dataclasses.replace(change, notes=(*change.notes, *lines))
 
 
-def _tended(writer: Writer, change: Change) -> Change:
+def _compacted_if_due(writer: Writer, change: ChangeSummary) -> ChangeSummary:
     """Merge segments where it is time. The change is safe already: what goes wrong here is a note,
     not a failure."""
     try:
-        compaction.tend(writer)
+        compaction.compact_if_due(writer)
     except UserError as error:
-        return dataclasses.replace(change, notes=(f"the index was not compacted: {error}",))
+        return dataclasses.replace(change, notes=(f"the gallery was not compacted: {error}",))
     return change
 
 
@@ -302,28 +279,32 @@ def _tended(writer: Writer, change: Change) -> Change:
 
 
 def _framed(
-    plan: Plan, encoder: Encoder, asked: str | None, sources: Sequence[str], store: Store, bar: Bar
+    encoder: Encoder,
+    asked: str | None,
+    changes: FileDiff,
+    *,
+    sources: Sequence[str],
+    store: Store,
+    bar: Bar,
 ) -> tuple[Encoder, Frame]:
     """The encoder that looks at the pictures of a new gallery in the frame that was asked for, and
     why it does."""
     if encoder.run or asked is None:
-        return encoder, Frame(
-            framing.seen(encoder),
-            "as the run was trained" if encoder.run else "as the network looks",
-        )
+        why = "as the run was trained" if encoder.run else "as the network looks"
+        return encoder, Frame(framing.seen(encoder), why)
     if asked != "auto":
         encoder = framing.framed(encoder, asked)
         return encoder, Frame(framing.seen(encoder), "as was asked")
-    source = diff.image_set(plan.root, [plan.fresh[i] for i in plan.new])
+    images, digests = changes.new_contents()
     places = sorted(sources, key=len, reverse=True)
-    classes = [framing.first_folder(path, places) for path in source.paths]
+    classes = [framing.first_folder(path, places) for path in images.paths]
     with bar("frame") as progress:
         progress(0, 1)
-        looks = framing.choose(encoder, source, [plan.digests[i] for i in plan.new], classes, store)
+        looks = framing.choose(encoder, images, digests, classes, store)
         progress(1, 1)
-    return encoder if looks.name == framing.seen(encoder) else framing.framed(
-        encoder, looks.name
-    ), looks
+    if looks.name != framing.seen(encoder):
+        encoder = framing.framed(encoder, looks.name)
+    return encoder, looks
 
 
 def _manifest(
@@ -358,6 +339,19 @@ def _manifest(
     return list(kept.values()), manifest
 
 
+def _search_index(
+    writer: Writer, segment: tuple[int, Stored], width: int, settings: dict[str, Any], bar: Bar
+) -> tuple[Stored, dict[str, Any]] | None:
+    """The search index over a new segment, where one is wanted: its file, and what is known of
+    it."""
+    number, stored = segment
+    table = segments.open_table(writer.folder / stored.name, width)
+    with bar("search index") as progress:
+        return compaction.index_file(
+            writer, table, [number], settings, lambda part, _: progress(round(100 * part), 100)
+        )
+
+
 def _whitened(made: Encoded, dims: int) -> Encoded:
     """The same features under a whitening that is fitted on them, or on an even sample where they
     are many."""
@@ -365,6 +359,14 @@ def _whitened(made: Encoded, dims: int) -> Encoded:
     sample = np.concatenate(list(made.blocks(np.arange(0, len(made.images), step))))
     encoder = dataclasses.replace(made.encoder, whitening=whiten(sample, dims))
     return dataclasses.replace(made, encoder=encoder)
+
+
+def _none_readable(
+    given: Sequence[str | Path], changes: FileDiff, made: Encoded | None
+) -> UserError:
+    bad = [*(fault for _, fault in diff.bad_files(changes, made)), *changes.scan.faults]
+    what = f"no image here can be read; {list_faults(bad, extraction.NAMED)}"
+    return UserError(what, where=", ".join(map(str, given)), fix="mend them, or give other images")
 
 
 def _no_images(given: Sequence[str | Path], left: Sequence[str]) -> UserError:

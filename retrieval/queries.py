@@ -14,7 +14,7 @@ import numpy as np
 
 from finetune.data.images import Fault, ImageSet
 from retrieval import hits
-from retrieval.segments import Snapshot
+from retrieval.storage.segments import Snapshot
 from retrieval.vectors import Ints, Rows, unit
 
 # vectors of images `(n, width)`, and the faults by position
@@ -65,12 +65,9 @@ class PlannedQuery:
     own: Own
 
 
-def look_up(
-    snapshot: Snapshot, images: ImageSet, digests: Sequence[str], encode: Encode
-) -> QueryImages:
-    """Images with these digests as queries: known contents cost no run of the network."""
-    known = positions(snapshot, digests)
-    where = np.array([known.get(digest, -1) for digest in digests], dtype=np.int64)
+def look_up(snapshot: Snapshot, images: ImageSet, where: Ints, encode: Encode) -> QueryImages:
+    """Images as queries: of those with a position in `where` `(n,)`, −1 for the others, the stored
+    vectors are taken, and the others are encoded."""
     stored, fresh = np.flatnonzero(where >= 0), np.flatnonzero(where < 0)
     vectors = np.zeros((len(images), int(snapshot.meta["manifest"]["width"])), np.float32)
     vectors[stored] = snapshot.vectors(where[stored])
@@ -110,3 +107,9 @@ def own_of(snapshot: Snapshot, root: Path, position: int, file: Path | None) -> 
     paths = snapshot.paths([number])[number]
     others = paths if file is None else hits.others(paths, root, file)
     return Own(same={position: others}) if others else Own(out=(position,))
+
+
+def file_of(images: ImageSet, i: int) -> Path | None:
+    """The file of an image; None where it is none, but a picture in memory."""
+    file = images.root / images.paths[i]
+    return file if not images.in_memory or file.is_file() else None

@@ -6,6 +6,7 @@ search index proposed them. All functions are pure: no lock, no network.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.errors import UserError
 from retrieval import hits
 from retrieval.hits import Hit
 from retrieval.queries import Own
-from retrieval.segments import Snapshot
+from retrieval.storage import segments
+from retrieval.storage.segments import Snapshot
 from retrieval.vectors import Ints, Rows, unit
 
 if TYPE_CHECKING:
@@ -51,6 +54,25 @@ class Corpus:
         if self.index is None:
             return None
         return self.index.exclusion(self.snapshot.dead[: self.covered])
+
+
+def read(folder: Path) -> Corpus:
+    """A gallery as it is now, with its search index. A writer that sweeps the index away meanwhile
+    is no damage."""
+    while True:
+        now = segments.read(folder)
+        index = now.meta.get("search")
+        if not index:
+            return Corpus(now)
+        from retrieval.index import nearest
+
+        try:
+            return Corpus(now, nearest.load(folder / index["file"]))
+        except UserError:
+            now.close()
+            with contextlib.closing(segments.read(folder)) as later:
+                if later.generation == now.generation:
+                    raise
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from retrieval.cli import maintain, query, serve
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="regraft", prog_name="retrieve")
 def cli() -> None:
-    """Put in an image, get the images like it.
+    """Find the images most similar to a query image.
 
     \b
     Example:
-      retrieve build photos/ -o photos.index
-      retrieve query photos.index cat.jpg
+      retrieve build photos/ -o photos.gallery
+      retrieve query photos.gallery cat.jpg
     """
 
 

@@ -16,7 +16,7 @@ from finetune.names import shown
 if TYPE_CHECKING:
     from finetune.data.images import Fault
     from finetune.lock import Wait
-    from retrieval.diff import Change
+    from retrieval.storage.commit import ChangeSummary
 
 SHOWN = 20  # lines about unreadable files: a screen is not filled with ten thousand
 
@@ -28,21 +28,21 @@ def _wait(seconds: float) -> Wait:
 
 
 a_path = click.Path(path_type=Path)
-index_argument = click.argument("index", type=a_path)
+a_gallery = click.argument("folder", metavar="GALLERY", type=a_path)
 as_json = click.option("--json", "json_", is_flag=True, help="print one JSON value instead of text")
 bad_images = click.option(
     "--on-bad-image",
     "on_bad",
     type=click.Choice(["stop", "skip"]),
     default="stop",
-    help="what an unreadable image does [stop]",
+    help="what to do with unreadable images [stop]",
 )
 waiting = click.option(
     "--wait",
     type=click.FloatRange(min=0),
     default=0.0,
     metavar="SECONDS",
-    help="for another process that changes it [0]",
+    help="wait for another process that changes the gallery [0]",
     callback=lambda _context, _option, seconds: _wait(seconds),
 )
 
@@ -61,7 +61,7 @@ def say_faults(faults: Sequence[Fault]) -> None:
         click.echo(f"left out: {fault.to_text()}", err=True)
 
 
-def print_change(change: Change, index: Path, json_: bool) -> None:
+def print_change(change: ChangeSummary, folder: Path, json_: bool) -> None:
     say_faults(change.faults[:SHOWN])
     if len(change.faults) > SHOWN:
         click.echo(f"left out: {len(change.faults) - SHOWN} more; --json lists them all", err=True)
@@ -69,4 +69,4 @@ def print_change(change: Change, index: Path, json_: bool) -> None:
     if json_:
         print_json(change.to_json())
         return
-    click.echo(f"{shown(index)}: {change.to_text()}")
+    click.echo(f"{shown(folder)}: {change.to_text()}")

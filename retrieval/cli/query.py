@@ -10,10 +10,10 @@ import click
 
 from finetune.names import shown
 from retrieval.cli.options import (
+    a_gallery,
     a_path,
     as_json,
     bad_images,
-    index_argument,
     print_json,
     say_faults,
     warn,
@@ -21,16 +21,16 @@ from retrieval.cli.options import (
 
 
 @click.command()
-@index_argument
+@a_gallery
 @click.argument("images", nargs=-1, required=True, type=a_path)
-@click.option("-k", type=click.IntRange(min=1), default=10, help="results a query [10]")
+@click.option("-k", type=click.IntRange(min=1), default=10, help="results per query [10]")
 @click.option(
     "--threshold",
     type=click.FloatRange(-1, 1),
     metavar="SCORE",
     help="show only results of at least this score",
 )
-@click.option("--average", is_flag=True, help="all images together are one query")
+@click.option("--average", is_flag=True, help="query with the mean of all images")
 @click.option(
     "--expand",
     type=click.IntRange(min=0),
@@ -39,19 +39,19 @@ from retrieval.cli.options import (
     help="search again with the mean of the first N results",
 )
 @click.option(
-    "--keep-self", is_flag=True, help="show the query's own path, too, where it is in the index"
+    "--keep-self", is_flag=True, help="show the query's own path, too, where it is in the gallery"
 )
 @click.option(
     "--collapse",
     type=click.FloatRange(0, 1, min_open=True),
     metavar="SCORE",
-    help="show one of results that are this alike",
+    help="group results at least this similar",
 )
 @click.option("--html", type=a_path, metavar="FILE", help="write a contact sheet with thumbnails")
 @bad_images
 @as_json
 def query(
-    index: Path,
+    folder: Path,
     images: tuple[Path, ...],
     k: int,
     average: bool,
@@ -60,21 +60,21 @@ def query(
     json_: bool,
     **how: Any,
 ) -> None:
-    """The images most like each of IMAGES, best first; scores are cosines.
+    """Find the images most similar to each of IMAGES, best first; scores are cosines.
 
     A file of the very same bytes comes first and is marked, whatever its name; the query's own path
-    is left out. Marked, too, are files that are missing, or changed since the index was made.
+    is left out. Files that are missing, or changed since the gallery was made, are marked, too.
 
     \b
     Example:
-      retrieve query photos.index cat.jpg -k 10
-      retrieve query photos.index front.jpg back.jpg --average --html found.html
+      retrieve query photos.gallery cat.jpg -k 10
+      retrieve query photos.gallery front.jpg back.jpg --average --html found.html
     """
     from finetune.data.images import load_unlabelled
     from retrieval import hits
     from retrieval.gallery import Gallery
 
-    with Gallery(index) as gallery:
+    with Gallery(folder) as gallery:
         warn(gallery.warnings())
         source = load_unlabelled(images)
         names = _as_typed(images, [source.root / path for path in source.paths])
@@ -88,7 +88,7 @@ def query(
         hits.advice(
             (p for hit in found for p in hit.missing),
             (p for hit in found for p in hit.changed),
-            index,
+            folder,
         )
     )
     if html is not None:
@@ -96,7 +96,7 @@ def query(
         from retrieval import contact_sheet
 
         title = (
-            f"{shown(index.name)}: "
+            f"{shown(folder.name)}: "
             f"{shown(answers[0].query) if len(answers) == 1 else f'{len(answers)} queries'}"
         )
         files.write_text(html, contact_sheet.page(answers, root, title))
@@ -121,33 +121,35 @@ def _as_typed(given: Sequence[Path], found: Sequence[Path]) -> list[str]:
 
 
 @click.command()
-@index_argument
+@a_gallery
 @click.argument("queries", required=False, type=a_path)
 @click.option(
     "--labels",
     default="folder",
     metavar="folder|CSV",
-    help="what matches: images of one folder name, or pairs [folder]",
+    help="images that match: those with the same folder name, or pairs of a table [folder]",
 )
-@click.option("-k", "ks", default="1,5,10", metavar="K[,K]", help="where to measure [1,5,10]")
+@click.option("-k", "ks", default="1,5,10", metavar="K[,K]", help="cut-offs k [1,5,10]")
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="of the index's own images used as queries [2000]"
+    "--limit",
+    type=click.IntRange(min=1),
+    help="most images of the gallery to use as queries [2000]",
 )
-@click.option("--seed", type=click.IntRange(min=0), help="which images these are [0]")
+@click.option("--seed", type=click.IntRange(min=0), help="random seed that draws these images [0]")
 @as_json
 def evaluate(
-    index: Path, queries: Path | None, labels: str, ks: str, json_: bool, **drawn: int | None
+    folder: Path, queries: Path | None, labels: str, ks: str, json_: bool, **drawn: int | None
 ) -> None:
-    """How good the answers are: recall, precision, mAP, MRR with intervals, and what the search
-    loses against exact search.
+    """Evaluate the answers: recall, precision, mAP, MRR with intervals, and the loss of the search
+    against exact search.
 
-    QUERIES is a folder of query images in folders named as those of the index; without it, the
-    images of the index ask for each other. A CSV has the columns query,match: one pair a line.
+    QUERIES is a folder of query images in folders named as those of the gallery; without it, the
+    images of the gallery ask for each other. A CSV has the columns query,match: one pair per line.
 
     \b
     Example:
-      retrieve evaluate photos.index
-      retrieve evaluate photos.index --labels pairs.csv
+      retrieve evaluate photos.gallery
+      retrieve evaluate photos.gallery --labels pairs.csv
     """
     from finetune.errors import UserError
     from retrieval import evaluate as home
@@ -169,13 +171,13 @@ def evaluate(
     drawing = {name: value for name, value in drawn.items() if value is not None}
     if drawing and (labels != "folder" or queries is not None):
         named = "the CSV" if labels != "folder" else "QUERIES"
-        what = f"it draws from the index's own images, and the queries are those of {named}"
+        what = f"it draws from the gallery's own images, and the queries are those of {named}"
         raise UserError(
             what,
             where=f"--{min(drawing)}",
             fix=f"leave out --{' and --'.join(sorted(drawing))}, or {named}",
         )
-    with Gallery(index) as gallery:
+    with Gallery(folder) as gallery:
         warn(gallery.warnings())
         if labels == "folder":
             judged = home.by_folder(gallery, queries, ks=cuts, **drawing)
@@ -185,33 +187,33 @@ def evaluate(
 
 
 @click.command()
-@index_argument
+@a_gallery
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.95,
-    help="the score of near-duplicates [0.95]",
+    help="lowest score of near-duplicates [0.95]",
 )
 @as_json
-def duplicates(index: Path, threshold: float, json_: bool) -> None:
-    """Groups of images that are the same or nearly so.
+def duplicates(folder: Path, threshold: float, json_: bool) -> None:
+    """Find groups of images that are the same or nearly so.
 
     \b
     Example:
-      retrieve duplicates photos.index --threshold 0.95
+      retrieve duplicates photos.gallery --threshold 0.95
     """
     from retrieval import evaluate as home
     from retrieval import hits
     from retrieval.gallery import Gallery
 
-    with Gallery(index) as gallery:
+    with Gallery(folder) as gallery:
         warn(gallery.warnings())
         groups = home.duplicates(gallery, threshold)
     missing, changed = (
         {path for group in groups for path in group.get(key, ())}
         for key in ("missing_paths", "changed_paths")
     )
-    warn(hits.advice(missing, changed, index))
+    warn(hits.advice(missing, changed, folder))
     groups = [
         {
             key: list(map(shown, value)) if key.endswith("paths") else value
@@ -238,20 +240,20 @@ def duplicates(index: Path, threshold: float, json_: bool) -> None:
 
 
 @click.command()
-@index_argument
-@click.option("--check", is_flag=True, help="read every byte, and say whether something is damaged")
+@a_gallery
+@click.option("--check", is_flag=True, help="read every byte and report damage")
 @as_json
-def info(index: Path, check: bool, json_: bool) -> None:
-    """What the index holds, and how it was made.
+def info(folder: Path, check: bool, json_: bool) -> None:
+    """Describe what the gallery holds, and how it was made.
 
     \b
     Example:
-      retrieve info photos.index --check
+      retrieve info photos.gallery --check
     """
     from retrieval.gallery import Gallery
     from retrieval.info import to_text
 
-    with Gallery(index) as gallery:
+    with Gallery(folder) as gallery:
         if check:
             gallery.now.verify()
             gallery.now.verify_copy()
@@ -262,6 +264,6 @@ def info(index: Path, check: bool, json_: bool) -> None:
     if json_:
         print_json(about)
         return
-    click.echo(f"{shown(index)}\n{to_text(about)}")
+    click.echo(f"{shown(folder)}\n{to_text(about)}")
     if check:
         click.echo(f"  {'check':<9}every byte is as it was written")

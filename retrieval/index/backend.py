@@ -21,7 +21,7 @@ import numpy as np
 
 from finetune import files, hardware
 from finetune.errors import UserError
-from retrieval.index.spec import WHERE, Effort, refuse
+from retrieval.index.spec import WHERE, SearchParameters, refuse
 from retrieval.vectors import Ints, Mask, Rows, blocks
 
 faiss: Any = _faiss  # its type stubs know a part of it only
@@ -143,20 +143,20 @@ def grows(made: Any) -> bool:
     return not isinstance(layers_of(made)[-1], (faiss.IndexNSG, faiss.IndexNNDescent))
 
 
-def _parameters(layers: Sequence[Any], effort: Effort, selector: Any) -> Any:
+def _parameters(layers: Sequence[Any], parameters: SearchParameters, selector: Any) -> Any:
     """Search parameters for one search, layer by layer from inside: faiss's own fields stay
     untouched, for other threads."""
     inner: Any = None
     chosen = {} if selector is None else {"sel": selector}
     for layer in reversed(layers):
         if isinstance(layer, faiss.IndexIVF):
-            inner = faiss.SearchParametersIVF(nprobe=effort.get("nprobe", 1), **chosen)
+            inner = faiss.SearchParametersIVF(nprobe=parameters.get("nprobe", 1), **chosen)
         elif isinstance(layer, faiss.IndexHNSW):
-            inner = faiss.SearchParametersHNSW(efSearch=effort.get("ef", 16), **chosen)
+            inner = faiss.SearchParametersHNSW(efSearch=parameters.get("ef", 16), **chosen)
         elif isinstance(layer, faiss.IndexRefine):
             inside = {} if inner is None else {"base_index_params": inner}
             inner = faiss.IndexRefineSearchParameters(
-                k_factor=float(effort.get("k_factor", 1)), **inside
+                k_factor=float(parameters.get("k_factor", 1)), **inside
             )
         elif isinstance(layer, faiss.IndexPreTransform):
             inner = (
@@ -168,15 +168,18 @@ def _parameters(layers: Sequence[Any], effort: Effort, selector: Any) -> Any:
 
 
 def search(
-    layers: Sequence[Any], Q: Rows, k: int, effort: Effort, selector: Any
+    layers: Sequence[Any], Q: Rows, k: int, parameters: SearchParameters, selector: Any
 ) -> tuple[Rows, Ints]:
     """faiss's own answer, (scores, slots), −1 for what it did not find; what needs many candidates
     goes in small batches."""
-    if "k_factor" in effort:
-        effort = {**effort, "k_factor": max(1, min(effort["k_factor"], -(-layers[0].ntotal // k)))}
-    parameters = _parameters(layers, effort, selector)
-    step = max(1, CANDIDATES // (k * effort.get("k_factor", 1)))
-    parts = [layers[0].search(Q[part], k, params=parameters) for part in blocks(len(Q), step)]
+    if "k_factor" in parameters:
+        parameters = {
+            **parameters,
+            "k_factor": max(1, min(parameters["k_factor"], -(-layers[0].ntotal // k))),
+        }
+    chosen = _parameters(layers, parameters, selector)
+    step = max(1, CANDIDATES // (k * parameters.get("k_factor", 1)))
+    parts = [layers[0].search(Q[part], k, params=chosen) for part in blocks(len(Q), step)]
     return np.concatenate([D for D, _ in parts]), np.concatenate([found for _, found in parts])
 
 

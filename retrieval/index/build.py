@@ -27,11 +27,11 @@ from finetune.errors import UserError
 from finetune.metrics import Estimate, wilson
 from retrieval.index import backend
 from retrieval.index.nearest import Index, exact
-from retrieval.index.spec import Effort, Spec, choose
-from retrieval.index.tuning import cosines, shares_found, tune
+from retrieval.index.spec import SearchParameters, Spec, choose
+from retrieval.index.tuning import cosines, recall_per_query, tune
 from retrieval.vectors import Ints, Progress, Rows, check_prepared, slot_order
 
-HELD_OUT = 2000  # rows kept back to be queries, half of them for the effort and half for the figure
+HELD_OUT = 2000  # rows kept back to be queries, half of them for the search parameters
 
 
 def build(
@@ -40,14 +40,13 @@ def build(
     factory: str = "auto",
     recall: float = 0.99,
     k: int = 10,
-    memory_mb: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Index:
     """Build an index on `X` `(n, d)` (from `prepare`; may be memory-mapped).
 
-    `factory` is a faiss factory string, or `auto`: see `choose`, which `memory_mb` is for. An
-    approximate index raises its effort until recall@k on held-out queries is at least `recall`, or
+    `factory` is a faiss factory string, or `auto`: see `choose`. An
+    approximate index searches harder until recall@k on held-out queries is at least `recall`, or
     `Spec.note` says that it cannot. `progress` is called with the share done and what is being
     done. Raises `UserError` for a factory string that faiss does not know, or that these vectors
     are too few for.
@@ -61,7 +60,7 @@ def build(
     check_prepared(X)
     n, d = X.shape
     tell = progress or (lambda done, what: None)
-    name = choose(n, d, memory_mb) if factory == "auto" else factory
+    name = choose(n, d) if factory == "auto" else factory
     backend.set_threads(d, n)
     made = backend.empty(name, n, d, seed)
     if backend.is_flat(made):
@@ -113,33 +112,33 @@ def measure(index: Index, X: Rows, *, k: int = 10, queries: int = 1000, seed: in
     Q = np.ascontiguousarray(X[rows])
     true = others(exact(X, Q, k + 1)[1])
     value = float(
-        shares_found(X, Q, others(index.search(Q, k + 1)[1]), cosines(X, Q, true)[:, -1]).mean()
+        recall_per_query(X, Q, others(index.search(Q, k + 1)[1]), cosines(X, Q, true)[:, -1]).mean()
     )
     return Estimate(value, *wilson(value, len(rows)), len(rows), "wilson")
 
 
 def _measured(made: Any, X: Rows, order: Ints, held: Ints, spec: Spec) -> Spec:
-    """Raise the effort on one half of the held-out queries until the asked recall holds; report it
-    on the other half."""
-    layers, start = (
-        backend.layers_of(made),
-        {name: low for name, (low, _) in backend.knobs(made).items()},
-    )
-    limits = {name: top for name, (_, top) in backend.knobs(made).items()}
+    """Raise the search parameters on one half of the held-out queries until the target recall
+    holds; report it on the other half."""
+    layers, knobs = backend.layers_of(made), backend.knobs(made)
+    start = {name: low for name, (low, _) in knobs.items()}
+    limits = {name: top for name, (_, top) in knobs.items()}
     held = np.random.default_rng(len(held)).permutation(held)
     Q, k = np.ascontiguousarray(X[held]), min(spec.k, spec.n - len(held))
     last = exact(X, Q, k, exclude=held)[0][:, -1]
     halves = np.array_split(np.arange(len(held)), 2)
 
-    def shares(half: Ints, effort: Effort) -> NDArray[np.float64]:
-        slots = backend.search(layers, Q[half], k, effort, None)[1]
-        return shares_found(X, Q[half], np.where(slots < 0, -1, order[slots]), last[half])
+    def shares(half: Ints, parameters: SearchParameters) -> NDArray[np.float64]:
+        slots = backend.search(layers, Q[half], k, parameters, None)[1]
+        return recall_per_query(X, Q[half], np.where(slots < 0, -1, order[slots]), last[half])
 
     first, second = (functools.partial(shares, half) for half in halves)
-    effort, seen = tune(first, second, start, limits, spec.asked)
+    parameters, seen = tune(first, second, start, limits, spec.target_recall)
     value, queries = float(seen.mean()), len(seen)
     note = (
-        "" if value >= spec.asked else f"it cannot hold the recall of {spec.asked:g} that was asked"
+        ""
+        if value >= spec.target_recall
+        else f"it cannot hold the recall of {spec.target_recall:g} that was asked"
     )
     return replace(
         spec,
@@ -147,6 +146,6 @@ def _measured(made: Any, X: Rows, order: Ints, held: Ints, spec: Spec) -> Spec:
         recall=value,
         recall_low=wilson(value, queries)[0],
         queries=queries,
-        effort=effort,
+        search_parameters=parameters,
         note=note,
     )

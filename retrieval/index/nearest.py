@@ -8,7 +8,7 @@ made.
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class Index:
     def save(self, path: Path) -> None:
         """Write the index to one file, whole or not at all."""
         description = {
-            "spec": asdict(self.spec),
+            "spec": self.spec.to_json(),
             "held": self._held.tolist(),
             "faiss": backend.VERSION,
         }
@@ -110,27 +110,34 @@ class Index:
         """Whether this kind can leave rows out while it searches: seen by forbidding it its best
         answer."""
         probe = np.full((1, self.spec.d), self.spec.d**-0.5, np.float32)
-        slot = int(backend.search(self._layers, probe, 1, self.spec.effort, None)[1][0, 0])
+        slot = int(
+            backend.search(self._layers, probe, 1, self.spec.search_parameters, None)[1][0, 0]
+        )
         allowed = np.ones(self.spec.n, np.bool_)
         allowed[slot] = False
         selector = backend.selector_of(allowed)
         try:
-            return slot not in backend.search(self._layers, probe, 1, self.spec.effort, selector)[1]
+            return (
+                slot
+                not in backend.search(
+                    self._layers, probe, 1, self.spec.search_parameters, selector
+                )[1]
+            )
         except RuntimeError:  # faiss's word for "not supported by this kind"
             return False
 
     def _fetch(self, queries: Rows, k: int, gone: Exclusion | None) -> tuple[Rows, Ints]:
-        """(scores, slots) of the k best; lines that are short are searched again with more effort,
+        """(scores, slots) of the k best; lines that are short are searched again, harder,
         to the limit."""
         if gone is None:
-            D, found = backend.search(self._layers, queries, k, self.spec.effort, None)
+            D, found = backend.search(self._layers, queries, k, self.spec.search_parameters, None)
             if found.min() >= 0:
                 return D, found
         fetch, n = k, self.spec.n
-        effort = (
-            self.spec.effort
+        parameters = (
+            self.spec.search_parameters
             if gone is None
-            else widened(self.spec.effort, self._limits, n / gone.live)
+            else widened(self.spec.search_parameters, self._limits, n / gone.live)
         )
         selector = gone.selector if gone is not None and self._selects else None
         beyond = gone is not None and selector is None
@@ -142,16 +149,19 @@ class Index:
         )
         short = np.arange(len(queries))
         while True:
-            D, found = backend.search(self._layers, queries[short], fetch, effort, selector)
+            D, found = backend.search(self._layers, queries[short], fetch, parameters, selector)
             if gone is not None:
                 found[(found >= 0) & gone.slots[found] | repeated(found)] = -1
                 first = np.argsort(found < 0, axis=1, kind="stable")[:, :k]
                 D, found = np.take_along_axis(D, first, 1), np.take_along_axis(found, first, 1)
             scores[short], slots[short] = np.where(found < 0, np.nan, D), found
             short = short[(found < 0).any(axis=1)]
-            if not len(short) or (effort == self._limits and not (beyond and fetch < n)):
+            if not len(short) or (parameters == self._limits and not (beyond and fetch < n)):
                 return scores, slots
-            effort, fetch = doubled(effort, self._limits), min(2 * fetch, n) if beyond else fetch
+            parameters, fetch = (
+                doubled(parameters, self._limits),
+                min(2 * fetch, n) if beyond else fetch,
+            )
 
     def _rows(self, slots: Ints) -> Ints:
         """Positions of slots: the same but for the rows that changed places."""
@@ -201,7 +211,7 @@ def load(path: Path, *, mmap: bool = True, verify: bool = True) -> Index:
     """
     described = file.read(path, verify=verify)
     try:
-        spec = Spec(**described["spec"])
+        spec = Spec.from_json(described["spec"])
         held = np.array(described["held"], np.int64)
         made = backend.read(path, int(described["payload bytes"]), mmap)
     except (RuntimeError, MemoryError, KeyError, TypeError, ValueError) as error:

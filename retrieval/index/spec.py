@@ -4,47 +4,51 @@ library."""
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
 from finetune.errors import UserError
 
-Effort = dict[str, int]
+SearchParameters = dict[str, int]
 
 FLAT_NUMBERS = 32_000_000  # a query reads all of them: some 10 ms of one core
 HALF_NUMBERS = 128_000_000
 IVF_ROWS = 10_000  # fewer do not fill the lists
 MOST_LISTS = 16_384
 WHERE = "index factory"
+# names of `Spec` in files
+OLD_NAMES = {"target_recall": "asked", "search_parameters": "effort"}
 
 
 @dataclass(frozen=True)
 class Spec:
     """What an index is and what was measured of it.
 
-    `effort` are the search parameters in use (`nprobe`, `ef`, `k_factor`); empty where every vector
-    is compared. `recall` is the share of the true `k` nearest that were found for `queries`
+    `search_parameters` are those in use (`nprobe`, `ef`, `k_factor`); none where every vector is
+    compared. `recall` is the share of the true `k` nearest that were found for `queries`
     held-out queries, ties counted as found, and `recall_low` the lower end of its 95 % interval
     (Wilson, each query taken as one draw, which is cautious); 1 without queries for an exact index,
-    None where too few rows exist to measure it. `note` says what is short of `asked`.
+    None where too few rows exist to measure it. `note` says what is short of `target_recall`.
     """
 
     factory: str
     n: int
     d: int
     k: int
-    asked: float
+    target_recall: float
     recall: float | None = None
     recall_low: float | None = None
     queries: int = 0
-    effort: Effort = field(default_factory=dict)
+    search_parameters: SearchParameters = field(default_factory=dict)
     note: str = ""
     metric: str = "ip"
     normalised: bool = True
 
     def __str__(self) -> str:
-        effort = "".join(f", {name} {value}" for name, value in self.effort.items())
+        parameters = "".join(f", {name} {value}" for name, value in self.search_parameters.items())
         if self.recall is None:
             said = "recall not measured"
         elif not self.queries:
@@ -52,7 +56,17 @@ class Spec:
         else:
             low = f"at least {self.recall_low:.3f}"
             said = f"recall@{self.k} {self.recall:.4f} ({low}) on {self.queries} held-out queries"
-        return f"{self.factory}{effort}: {said}" + (f"; {self.note}" if self.note else "")
+        return f"{self.factory}{parameters}: {said}" + (f"; {self.note}" if self.note else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """As index files hold it; two fields go by the names of version 0.1.0."""
+        return {OLD_NAMES.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Spec:
+        """What `to_json` gave. Raises `TypeError` where something is missing or foreign."""
+        names = {old: name for name, old in OLD_NAMES.items()}
+        return cls(**{names.get(name, name): value for name, value in values.items()})
 
 
 def choose(n: int, d: int, memory_mb: float | None = None) -> str:

@@ -10,73 +10,89 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from retrieval.index.spec import Effort
+from retrieval.index.spec import SearchParameters
 from retrieval.vectors import ROUNDING, Ints, Rows
 
-USELESS = 2e-4  # a doubled effort that gains less recall than this gains nothing
+USELESS = 2e-4  # doubled parameters that gain less recall than this gain nothing
 
-Shares = Callable[[Effort], NDArray[np.float64]]
+Shares = Callable[[SearchParameters], NDArray[np.float64]]
 
 
 def tune(
-    choosing: Shares, judging: Shares, effort: Effort, limits: Effort, asked: float
-) -> tuple[Effort, NDArray[np.float64]]:
-    """The effort that holds the asked recall, and what was then found for other queries than those
-    that chose it.
+    choosing: Shares,
+    judging: Shares,
+    parameters: SearchParameters,
+    limits: SearchParameters,
+    target_recall: float,
+) -> tuple[SearchParameters, NDArray[np.float64]]:
+    """The search parameters that hold the target recall, and what was then found for other queries
+    than those that chose them.
 
-    Both functions give, for an effort, each query's share of its true neighbours. Where the second
-    set falls short the effort goes on rising while that helps.
+    Both functions give, for search parameters, each query's share of its true neighbours. Where the
+    second set falls short the parameters go on rising while that helps.
     """
-    effort = climb(choosing, effort, limits, asked)
-    seen = judging(effort)
-    while seen.mean() < asked and effort != limits:
-        more = doubled(effort, limits)
+    parameters = climb(choosing, parameters, limits, target_recall)
+    seen = judging(parameters)
+    while seen.mean() < target_recall and parameters != limits:
+        more = doubled(parameters, limits)
         better = judging(more)
         if better.mean() < seen.mean() + USELESS:
             break
-        effort, seen = more, better
-    return effort, seen
+        parameters, seen = more, better
+    return parameters, seen
 
 
-def doubled(effort: Effort, limits: Effort, only: str | None = None) -> Effort:
+def doubled(
+    parameters: SearchParameters, limits: SearchParameters, only: str | None = None
+) -> SearchParameters:
     return {
         name: min(2 * value, limits[name]) if only in (None, name) else value
-        for name, value in effort.items()
+        for name, value in parameters.items()
     }
 
 
-def widened(effort: Effort, limits: Effort, factor: float) -> Effort:
-    """The effort for a search in which only one row in `factor` counts: as many that count are
+def widened(
+    parameters: SearchParameters, limits: SearchParameters, factor: float
+) -> SearchParameters:
+    """The parameters for a search in which only one row in `factor` counts: as many that count are
     looked at as before."""
     return {
         name: value if name == "k_factor" else min(math.ceil(value * factor), limits[name])
-        for name, value in effort.items()
+        for name, value in parameters.items()
     }
 
 
-def climb(shares: Shares, effort: Effort, limits: Effort, asked: float) -> Effort:
-    """The first effort at which the mean share, less its standard error, is at least `asked`; else
-    where more is useless.
+def climb(
+    shares: Shares, parameters: SearchParameters, limits: SearchParameters, target_recall: float
+) -> SearchParameters:
+    """The first parameters at which the mean share, less its standard error, is at least
+    `target_recall`; else where more is useless.
 
     Each step doubles the one parameter that gains most, or all where none gains alone.
     """
-    now = shares(effort)
+    now = shares(parameters)
     while (
-        now.mean() - now.std() / np.sqrt(len(now)) < asked and now.mean() < 1 and effort != limits
+        now.mean() - now.std() / np.sqrt(len(now)) < target_recall
+        and now.mean() < 1
+        and parameters != limits
     ):
-        alone = [doubled(effort, limits, name) for name in effort if effort[name] < limits[name]]
+        alone = [
+            doubled(parameters, limits, name)
+            for name in parameters
+            if parameters[name] < limits[name]
+        ]
         tried = [(trial, shares(trial)) for trial in alone]
         best, values = max(tried, key=lambda one: one[1].mean())
         if values.mean() < now.mean() + USELESS:
-            best = doubled(effort, limits)
+            best = doubled(parameters, limits)
             values = shares(best)
             if values.mean() < now.mean() + USELESS:
                 break
-        effort, now = best, values
-    return effort
+        parameters, now = best, values
+    return parameters
 
 
-def shares_found(X: Rows, Q: Rows, found: Ints, last: NDArray[Any]) -> NDArray[np.float64]:
+def recall_per_query(X: Rows, Q: Rows, found: Ints, last: NDArray[Any]) -> NDArray[np.float64]:
     """Of every line of `found`, the share that is as near as the last of the true neighbours:
     `(q,)`."""
     near = (cosines(X, Q, found) >= last[:, None] - ROUNDING) & (found >= 0)

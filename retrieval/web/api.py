@@ -78,12 +78,13 @@ def routed(batcher: QueryBatcher, thumbs: Thumbs) -> FastAPI:
     """The routes alone, without a guard."""
     app = FastAPI(
         title="Regraft",
-        summary="Put in an image, get the images like it.",
+        summary="Find the images most similar to a query image.",
         docs_url=None,
         redoc_url=None,
         responses=refusals.EVERY,
     )
     app.include_router(page_routes())
+    app.include_router(list_routes(batcher))
     app.include_router(search_routes(batcher))
     app.include_router(picture_routes(batcher.gallery, thumbs))
     refusals.install(app)
@@ -109,10 +110,9 @@ def page_routes() -> APIRouter:
     return routes
 
 
-def search_routes(batcher: QueryBatcher) -> APIRouter:
-    """What the gallery holds, and searches in it."""
+def list_routes(batcher: QueryBatcher) -> APIRouter:
+    """What the gallery holds."""
     routes = APIRouter(prefix="/api", tags=["search"])
-    reading = asyncio.Semaphore(READING)
     order: dict[int, list[int]] = {}  # generation → ids; touched by the batcher's thread alone
 
     @routes.get("/info")
@@ -157,6 +157,14 @@ def search_routes(batcher: QueryBatcher) -> APIRouter:
             )
 
         return await asyncio.wrap_future(batcher.call(some))
+
+    return routes
+
+
+def search_routes(batcher: QueryBatcher) -> APIRouter:
+    """Searches in the gallery."""
+    routes = APIRouter(prefix="/api", tags=["search"])
+    reading = asyncio.Semaphore(READING)
 
     @routes.post("/search")
     async def search(

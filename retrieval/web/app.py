@@ -22,7 +22,7 @@ LOOPBACK = frozenset(("localhost", "127.0.0.1", "::1"))
 
 
 def serve(
-    index: Path, *, host: str = "127.0.0.1", port: int = 8000, token: str | None = None
+    folder: Path, *, host: str = "127.0.0.1", port: int = 8000, token: str | None = None
 ) -> None:
     """Serve the page and its API until Ctrl-C. Port 0 takes a free one.
 
@@ -41,7 +41,7 @@ def serve(
 
     own = is_loopback(host)
     check_token(host, token)
-    with Gallery(index) as gallery, listen(host, port) as server, QueryBatcher(gallery) as batcher:
+    with Gallery(folder) as gallery, listen(host, port) as server, QueryBatcher(gallery) as batcher:
         from retrieval.web import api
 
         for text in gallery.warnings():
@@ -68,7 +68,7 @@ def serve(
         threading.Thread(target=batching.warm, args=(gallery,), daemon=True).start()
         try:
             # The socket listens already: who comes from now on is answered.
-            print(f"{shown(index.name)}, {len(gallery)} images: {address}  ({how})", flush=True)
+            print(f"{shown(folder.name)}, {len(gallery)} images: {address}  ({how})", flush=True)
             uvicorn.Server(config).run(sockets=[server])
         except KeyboardInterrupt:  # how a server is meant to end
             print("ended")

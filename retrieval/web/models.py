@@ -64,7 +64,7 @@ class Result(ImageItem):
     same: bool = Field(description="it has the very bytes of the query, and comes first")
     missing: bool = Field(description="there is no file at `path` any more")
     changed: bool = Field(
-        description="the file at `path` has another size or time than the index remembers"
+        description="the file at `path` has another size or time than the gallery remembers"
     )
     missing_paths: list[str] = Field(description="of `path` and `also`")
     changed_paths: list[str] = Field(description="of `path` and `also`")

@@ -103,8 +103,8 @@ def original(gallery: Gallery, number: int) -> bytes:
         raise _gone(paths[0])
     raise HTTPException(
         404,
-        f"{shown(found)} was changed since the index was made: "
-        f"`retrieve sync` brings the index up to date",
+        f"{shown(found)} was changed since the gallery was made: "
+        f"`retrieve sync` brings the gallery up to date",
     )
 
 
@@ -117,7 +117,7 @@ def _known(gallery: Gallery, number: int) -> tuple[str, tuple[str, ...]]:
 
 def _gone(path: str) -> HTTPException:
     return HTTPException(
-        404, f"{shown(path)} is not there any more: `retrieve sync` brings the index up to date"
+        404, f"{shown(path)} is not there any more: `retrieve sync` brings the gallery up to date"
     )
 
 

@@ -1,5 +1,4 @@
-"""Who may come in, and what every answer says to the browser: host names, the token, the size of
-uploads, headers."""
+"""Access control and response headers: host names, the token, the size of uploads."""
 
 from __future__ import annotations
 
@@ -194,7 +193,7 @@ def may_enter(request: Request, secret: bytes, cookie: str, pass_: str) -> bool:
 
 
 def ask(request: Request, tried: bool) -> Response:
-    """The refusal of who does not know the token; a person gets a form."""
+    """The response to a missing or wrong token (a form for browsers)."""
     words = "This token is not the right one." if tried else "Whoever started it has the token."
     headers = {"www-authenticate": "Bearer"}
     if request.url.path == "/" and "text/html" in request.headers.get("accept", ""):

@@ -108,7 +108,7 @@ def _all(folder: Path) -> list[tuple[Path, os.stat_result]]:
 
 
 def shrink(data: bytes, side: int) -> bytes:
-    """The picture in at most `side` pixels a side, as JPEG; tiny ones as PNG. Raises
+    """The picture in at most `side` pixels per side, as JPEG; tiny ones as PNG. Raises
     `DecodeError`."""
     image = decode.decode(data, short_side=side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)

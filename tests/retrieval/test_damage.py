@@ -117,7 +117,7 @@ def test_a_needed_file(base: Path, name: str, harm: str) -> None:
         message = refusal(run, command)
         assert all(
             text in message
-            for text in (f"p.index/{name}", "damaged", "retrieve build IMAGES -o INDEX --force")
+            for text in (f"p.index/{name}", "damaged", "retrieve build IMAGES -o GALLERY --force")
         ), command
     assert f"p.index/{name}" in refusal(app.serve, Path("p.index"))
     assert {path: data for path, data in harmed.items() if path.name != "writer.lock"} == {
@@ -143,7 +143,7 @@ def test_the_copy_of_the_manifest(base: Path, harm: str) -> None:
         HARMS[harm](copy)
         message = refusal(run, ["info", "--check"])
         assert "the copy of the manifest is " in message
-        assert "retrieve compact INDEX" in message
+        assert "retrieve compact GALLERY" in message
         assert before == run(["duplicates"])
         run(["info"])
         run(["query", "q.png"])

@@ -30,7 +30,7 @@ from galleries import ENCODER, vector_of, words, write
 from finetune.errors import UserError
 from retrieval import maintenance
 from retrieval.gallery import Gallery
-from retrieval.segments import is_index
+from retrieval.storage.segments import is_gallery
 
 OPERATIONS = ("build", "rebuild", "index", "add", "sync", "compact")
 
@@ -167,7 +167,7 @@ def prepare(operation: str, base: Path) -> tuple[set[str] | None, set[str]]:
 def found(index: Path) -> set[str] | None:
     """The paths of the gallery, after query and info have been found right; None where there is no
     gallery."""
-    if not is_index(index):
+    if not is_gallery(index):
         return None
     with Gallery(index) as gallery:
         gallery.now.verify()

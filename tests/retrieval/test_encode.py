@@ -23,12 +23,21 @@ from finetune.features.store import Store
 from finetune.heads import head
 from finetune.network import Tap
 from retrieval import encode, maintenance
-from retrieval.encoder import Encoder, check_manifest, describe, from_manifest, open_named, open_run
+from retrieval.encoder import (
+    Encoder,
+    EncoderOptions,
+    check_manifest,
+    describe,
+    from_manifest,
+    open_named,
+    open_run,
+)
 from retrieval.gallery import Gallery
 from retrieval.vectors import unit
 from retrieval.whitening import Whitening
 
 SMALL = "test_resnet"  # timm's smallest, with random weights: quick to make, and convolutional
+TORCH = EncoderOptions(engine="torch")
 
 
 def refusal(call: object, *args: object, **how: object) -> str:
@@ -135,7 +144,7 @@ def test_the_description_covers_everything() -> None:
     for field, change in changes.items():
         about = describe(dataclasses.replace(ENCODER, **change))  # type: ignore[arg-type]
         assert base[field] != about[field]
-        assert "differs: the index has" in refusal(check_manifest, base, about, "here")
+        assert "differs: the gallery has" in refusal(check_manifest, base, about, "here")
     check_manifest(base, json.loads(json.dumps(base)))
 
 
@@ -167,9 +176,9 @@ def test_random_weights_are_carried(pictures: Path, shapes: Path, tmp_path: Path
     encoder = open_named(
         SMALL,
         "random",
-        taps=(Tap("pooled"), Tap("stage2", pool="gem")),
-        engine_name="torch",
-        flip=True,
+        options=EncoderOptions(
+            taps=(Tap("pooled"), Tap("stage2", pool="gem")), flip=True, engine="torch"
+        ),
     )
     maintenance.build([pictures], index, encoder)
     assert 1 == len(list((index / "network").glob("model-*.safetensors")))
@@ -188,7 +197,7 @@ def test_random_weights_are_carried(pictures: Path, shapes: Path, tmp_path: Path
 def test_carried_weights_are_checked(pictures: Path, tmp_path: Path) -> None:
     """Weights in the index that were damaged, or exchanged, are refused."""
     index = tmp_path / "x.index"
-    maintenance.build([pictures], index, open_named(SMALL, "random", engine_name="torch"))
+    maintenance.build([pictures], index, open_named(SMALL, "random", options=TORCH))
     path = next((index / "network").iterdir())
     path.write_bytes(b"\x00" + path.read_bytes()[1:])
     assert str(path) in refusal(Gallery, index)
@@ -198,7 +207,7 @@ def test_weights_that_changed_elsewhere_are_refused(pictures: Path, tmp_path: Pa
     """Where the weights of a name are no longer those of the index, a query that needs them says
     so."""
     index = tmp_path / "x.index"
-    maintenance.build([pictures], index, open_named(SMALL, "random", engine_name="torch"))
+    maintenance.build([pictures], index, open_named(SMALL, "random", options=TORCH))
     with Gallery(index) as gallery:
         manifest = gallery.manifest
     network = manifest["networks"][0] | {"digest": "1" * 64}
@@ -212,7 +221,9 @@ def test_scales(pictures: Path, tmp_path: Path) -> None:
     and queries follow."""
     weights = tmp_path / "w.safetensors"
     create.save(catalog.open_named(SMALL, "random").load(), weights)
-    encoder = open_named(SMALL, str(weights), scales=(1.0, 0.5), engine_name="torch")
+    encoder = open_named(
+        SMALL, str(weights), options=EncoderOptions(scales=(1.0, 0.5), engine="torch")
+    )
     assert [160, 64] == [network.preprocess.size for network in encoder.networks]
     index = tmp_path / "x.index"
     maintenance.build([pictures], index, encoder)
@@ -228,14 +239,14 @@ def test_scales(pictures: Path, tmp_path: Path) -> None:
         _, ids = gallery.now.everything()
         assert (8, [1.0, 0.5]) == (len(ids), gallery.manifest["vector"]["scales"])
     assert "cannot be loaded a second time" in refusal(
-        open_named, SMALL, "random", scales=(1.0, 0.5)
+        open_named, SMALL, "random", options=EncoderOptions(scales=(1.0, 0.5))
     )
 
 
 def test_unknown_taps_are_refused_before_work() -> None:
     """A tap that the network does not have is refused with those that it has."""
     assert "stage99" in refusal(
-        open_named, SMALL, "random", taps=(Tap("stage99"),), engine_name="torch"
+        open_named, SMALL, "random", options=EncoderOptions((Tap("stage99"),), engine="torch")
     )
 
 
@@ -275,7 +286,7 @@ def test_a_run_goes_with_its_index(
         assert () == gallery.warnings()
         np.testing.assert_allclose(expected, gallery.encode(query)[0], atol=1e-5)
     assert [Tap("stage1")] == list(
-        open_run(finished_run(tmp_path / "two", tiny), taps=[Tap("stage1")]).taps
+        open_run(finished_run(tmp_path / "two", tiny), EncoderOptions((Tap("stage1"),))).taps
     )
 
 

@@ -23,7 +23,14 @@ from finetune.features.store import Store
 from finetune.network import Tap
 from retrieval import encode, evaluate, frame, maintenance
 from retrieval.cli import cli
-from retrieval.encoder import Encoder, describe, frame_words, from_manifest, open_run
+from retrieval.encoder import (
+    Encoder,
+    EncoderOptions,
+    describe,
+    frame_words,
+    from_manifest,
+    open_run,
+)
 from retrieval.frame import Frame
 from retrieval.gallery import Gallery
 
@@ -256,7 +263,7 @@ def test_a_run_brings_its_frame(tiny: Backbone, tmp_path: Path) -> None:
     not."""
     network = catalog.framed(tiny.network, "whole")
     folder = finished_run(tmp_path / "run", dataclasses.replace(tiny, network=network))
-    encoder = open_run(folder, scales=(1.0, 0.5), engine_name="torch")
+    encoder = open_run(folder, EncoderOptions(scales=(1.0, 0.5), engine="torch"))
     assert [True, True] == [one.preprocess.squash for one in encoder.networks]
     photos = wide(tmp_path / "photos")
     said: list[str] = []

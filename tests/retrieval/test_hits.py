@@ -44,6 +44,6 @@ def test_the_advice_counts_each_file_once() -> None:
     assert () == hits.advice([], [], Path("photos.index"))
     (line,) = hits.advice(["a", "a", "b"], [], Path("photos.index"))
     assert (
-        "of the files shown, 2 missing: `retrieve sync photos.index` brings the index up to date"
+        "of the files shown, 2 missing: `retrieve sync photos.index` brings the gallery up to date"
         == line
     )

@@ -20,6 +20,7 @@ from retrieval import vectors
 from retrieval.index import nearest
 from retrieval.index.build import build, measure
 from retrieval.index.nearest import Index, exact
+from retrieval.index.spec import choose
 from retrieval.vectors import prepare
 
 Rows = NDArray[np.float32]
@@ -323,11 +324,11 @@ def test_the_recall_that_is_reported_is_the_recall_that_others_meet(
     assert spec.recall_low is not None
     assert spec.recall_low <= spec.recall
     assert 150 == spec.queries
-    assert (10, 0.95) == (spec.k, spec.asked)
+    assert (10, 0.95) == (spec.k, spec.target_recall)
 
 
 @pytest.mark.parametrize("name", APPROXIMATE)
-def test_the_effort_rises_until_the_recall_holds_or_the_note_says_that_it_cannot(
+def test_the_search_widens_until_the_recall_holds_or_the_note_says_that_it_cannot(
     made: dict[str, Index], name: str
 ) -> None:
     """One of the two, never neither; codes alone cannot, refined or graph searches can."""
@@ -343,21 +344,21 @@ def test_the_effort_rises_until_the_recall_holds_or_the_note_says_that_it_cannot
         assert "0.95" in spec.note
 
 
-def test_more_recall_costs_more_effort(table: Rows) -> None:
+def test_more_recall_costs_a_wider_search(table: Rows) -> None:
     """What is asked decides how many lists a query visits."""
     low, high = (build(table, factory="IVF64,Flat", recall=recall).spec for recall in (0.3, 1.0))
 
-    assert low.effort["nprobe"] < high.effort["nprobe"]
+    assert low.search_parameters["nprobe"] < high.search_parameters["nprobe"]
     assert low.recall is not None
     assert high.recall is not None
     assert 0.3 <= low.recall < high.recall
 
 
 def test_exact_kinds_say_so(made: dict[str, Index]) -> None:
-    """Flat has recall 1 without queries and no effort; half floats are measured."""
+    """Flat has recall 1 without queries and no search parameters; half floats are measured."""
     flat, half = made["Flat"].spec, made["SQfp16"].spec
 
-    assert (1.0, 0, {}, "") == (flat.recall, flat.queries, flat.effort, flat.note)
+    assert (1.0, 0, {}, "") == (flat.recall, flat.queries, flat.search_parameters, flat.note)
     assert "exact" in str(flat)
     assert half.recall is not None
     assert half.recall > 0.99
@@ -474,7 +475,7 @@ def test_auto_obeys_the_memory(table: Rows) -> None:
     """What is built is what was chosen, and as large as was allowed, but for the frame around the
     codes."""
     allowed = 2 * table.size / 1e6 + 0.001
-    own = build(table, memory_mb=allowed)
+    own = build(table, factory=choose(*table.shape, allowed))
 
     assert "SQfp16" == own.spec.factory
     assert own.nbytes <= allowed * 1e6 + 2000

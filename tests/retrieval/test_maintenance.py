@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 
 from finetune import names
 from finetune.errors import UserError
-from retrieval import compaction, diff, maintenance, segments, writer
-from retrieval.diff import Change
+from retrieval import maintenance
 from retrieval.gallery import Gallery
 from retrieval.index import spec
 from retrieval.search import Corpus
+from retrieval.storage import compaction, diff, segments, writer
+from retrieval.storage.commit import ChangeSummary
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def index(photos: Path, tmp_path: Path) -> Path:
     return tmp_path / "photos.index"
 
 
-def counts(change: Change) -> dict[str, int]:
+def counts(change: ChangeSummary) -> dict[str, int]:
     """The counts that are not zero, `images` aside."""
     names = ("added", "changed", "moved", "removed", "unchanged", "encoded")
     return {name: getattr(change, name) for name in names if getattr(change, name)}

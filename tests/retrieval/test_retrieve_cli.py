@@ -251,7 +251,7 @@ def test_stale_is_said(tmp_path: Path, texts: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["build", "photos", "-o", "photos.index"], "an index is here already"),
+        (["build", "photos", "-o", "photos.index"], "a gallery is here already"),
         (["build", "nothing", "-o", "x.index"], "no such file or folder"),
         (["build", "photos", "-o", "x.index", "--scales", "1,x"], "--scales"),
         (["build", "photos", "-o", "x.index", "--taps", "stage"], "no tap is written"),
@@ -265,7 +265,7 @@ def test_stale_is_said(tmp_path: Path, texts: Path) -> None:
             "a run brings its own network",
         ),
         (["query", "nothing.index", "photos"], "no such folder"),
-        (["query", "photos", "photos"], "no index here"),
+        (["query", "photos", "photos"], "no gallery here"),
         (["query", "photos.index", "nothing.png"], "no such file"),
         (["evaluate", "photos.index", "-k", "0"], "no number of results"),
         (["evaluate", "photos.index", "photos", "--labels", "pairs.csv"], "leave out QUERIES"),
@@ -295,7 +295,7 @@ def test_a_change_waits_for_another(
     option that it lacks."""
     from finetune import lock
 
-    monkeypatch.setattr("retrieval.cli.maintain._encoder", lambda **_: ENCODER)
+    monkeypatch.setattr("retrieval.public._encoder", lambda *_: ENCODER)
     held = lock.take(texts / "writer.lock", texts)
     with pytest.raises(UserError, match="another process is at work here") as caught:
         run(*words)

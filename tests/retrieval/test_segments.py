@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from finetune.errors import UserError
-from retrieval import segments, writer
-from retrieval.database import DATABASE
-from retrieval.segments import read
+from retrieval.storage import segments, writer
+from retrieval.storage.database import DATABASE
+from retrieval.storage.segments import read
+from retrieval.storage.writer import Writer, writing
 from retrieval.vectors import Rows
-from retrieval.writer import Writer, writing
 
 WIDTH = 4
 META = {
@@ -129,7 +129,7 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
     """A missing folder, an empty one and an unfinished build are told apart, each with what to
     do."""
     assert "no such folder" in refusal(read, tmp_path / "x.index")
-    assert "no index here\n" in refusal(read, tmp_path)
+    assert "no gallery here\n" in refusal(read, tmp_path)
     sqlite3.connect(tmp_path / DATABASE).execute("pragma journal_mode=wal").connection.close()
     assert "its build has not ended" in refusal(read, tmp_path)
 
@@ -319,7 +319,7 @@ def test_two_writers_one_process(index: Path) -> None:
 def test_two_writers_two_processes(index: Path) -> None:
     """A writer in another process is named by its id, and readers are not held up."""
     code = (
-        "import pathlib, sys; from retrieval.writer import writing\n"
+        "import pathlib, sys; from retrieval.storage.writer import writing\n"
         "with writing(pathlib.Path(sys.argv[1])): print(1, flush=True); input()"
     )
     command = [sys.executable, "-c", code, str(index)]
@@ -354,7 +354,7 @@ def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     assert "thesis.tex" in refusal(enter, tmp_path, create=True)
     assert "a file of this name" in refusal(enter, tmp_path / "thesis.tex", create=True)
-    assert "no index here" in refusal(enter, tmp_path)
+    assert "no gallery here" in refusal(enter, tmp_path)
     assert ["thesis.tex"] == [path.name for path in tmp_path.iterdir()]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.errors import UserError
-from retrieval.index.spec import choose
+from retrieval.index.spec import Spec, choose
 
 
 def test_choose_takes_the_most_exact_kind_that_fits() -> None:
@@ -49,3 +49,13 @@ def test_choose_never_exceeds_the_memory(n: int, d: int, memory: float | None) -
         "Refine(SQ8)": d,
     }.get(name.split(",")[-1], 0)
     assert memory is None or n * per <= memory * 1e6
+
+
+def test_files_keep_the_names_of_their_fields() -> None:
+    """An index file holds the description under the names of version 0.1.0, and gives it back."""
+    one = Spec("HNSW16", 9, 2, 3, 0.9, recall=0.95, search_parameters={"ef": 32})
+    written = one.to_json()
+
+    assert (0.9, {"ef": 32}) == (written["asked"], written["effort"])
+    assert not {"target_recall", "search_parameters"} & set(written)
+    assert one == Spec.from_json(written)

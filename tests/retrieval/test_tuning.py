@@ -6,16 +6,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retrieval.index import tuning
-from retrieval.index.spec import Effort
+from retrieval.index.spec import SearchParameters
 
 
-def stairs(effort: Effort) -> NDArray[np.float64]:
+def stairs(parameters: SearchParameters) -> NDArray[np.float64]:
     """Recall that follows `a` up to 64 and does not know `b`."""
-    return np.full(100, min(1.0, effort["a"] / 64))
+    return np.full(100, min(1.0, parameters["a"] / 64))
 
 
 def test_climbing_doubles_what_helps_and_leaves_the_rest() -> None:
-    """The parameter without effect stays where it was; the climb ends at the first effort that is
+    """The parameter without effect stays where it was; the climb ends at the first values that are
     enough."""
     start, limits = {"a": 2, "b": 2}, {"a": 1024, "b": 1024}
 
@@ -26,24 +26,26 @@ def test_climbing_doubles_what_helps_and_leaves_the_rest() -> None:
 
 def test_climbing_stops_where_more_is_useless() -> None:
     """A recall that does not move ends the climb at once, far below the limits."""
-    assert {"a": 2} == tuning.climb(lambda effort: np.full(10, 0.5), {"a": 2}, {"a": 1 << 20}, 0.9)
+    assert {"a": 2} == tuning.climb(
+        lambda parameters: np.full(10, 0.5), {"a": 2}, {"a": 1 << 20}, 0.9
+    )
 
 
 def test_tuning_goes_on_where_the_judges_fall_short() -> None:
     """What was enough for the queries that chose may be too little for others."""
-    effort, seen = tuning.tune(
-        lambda effort: np.full(10, min(1.0, effort["a"] / 8)),
-        lambda effort: np.full(10, min(1.0, effort["a"] / 16)),
+    parameters, seen = tuning.tune(
+        lambda parameters: np.full(10, min(1.0, parameters["a"] / 8)),
+        lambda parameters: np.full(10, min(1.0, parameters["a"] / 16)),
         {"a": 1},
         {"a": 64},
         0.95,
     )
 
-    assert {"a": 16} == effort
+    assert {"a": 16} == parameters
     assert 1 == seen.mean()
-    assert {"a": 64} == tuning.tune(stairs, lambda effort: np.ones(10), {"a": 1}, {"a": 1024}, 1.0)[
-        0
-    ]
+    assert {"a": 64} == tuning.tune(
+        stairs, lambda parameters: np.ones(10), {"a": 1}, {"a": 1024}, 1.0
+    )[0]
 
 
 def test_a_search_among_few_rows_looks_wider() -> None:

@@ -20,7 +20,7 @@ from finetune import files, lock
 from finetune.errors import UserError
 from finetune.lock import NO_WAIT, Wait
 from finetune.names import shown
-from retrieval.database import (
+from retrieval.storage.database import (
     DATABASE,
     FOLDERS,
     FORMAT,
@@ -36,7 +36,7 @@ from retrieval.database import (
     read_meta,
     seal,
 )
-from retrieval.segments import Stored, check
+from retrieval.storage.segments import Stored, check
 from retrieval.vectors import Rows
 
 SCHEMA = (
@@ -247,7 +247,7 @@ def _remove_unborn(folder: Path, existed: bool) -> None:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """A folder that holds anything but an index is not ours to write into."""
+    """A folder that holds anything but a gallery is not ours to write into."""
     if folder.exists() and not folder.is_dir():
         raise UserError(
             "a file of this name is here", where=folder, fix="choose another name with -o"
@@ -257,7 +257,7 @@ def _refuse_foreign(folder: Path) -> None:
     )
     if foreign and not (folder / DATABASE).exists():
         raise UserError(
-            f"not an index: the folder holds {shown(foreign[0])!r}",
+            f"not a gallery: the folder holds {shown(foreign[0])!r}",
             where=folder,
             fix="choose a new folder with -o",
         )

@@ -25,9 +25,9 @@ OURS = {
     *FOLDERS,
     *(name + end for name in (DATABASE, LOCK) for end in ("", "-wal", "-shm", "-journal")),
 }
-LOOKUP = 900  # bound values a query: below SQLite's limit
+LOOKUP = 900  # bound values per query: below SQLite's limit
 REBUILD = (
-    "restore the index from a copy, or build it again: `retrieve build IMAGES -o INDEX --force`"
+    "restore the gallery from a copy, or build it again: `retrieve build IMAGES -o GALLERY --force`"
 )
 
 
@@ -36,8 +36,8 @@ def open_database(folder: Path) -> sqlite3.Connection:
     if not path.is_file():
         if (folder / MANIFEST).exists():  # written after the first commit
             raise UserError("damaged: this file is missing", where=path, fix=REBUILD)
-        what = "no such folder" if not folder.exists() else "no index here"
-        raise UserError(what, where=folder, fix="make one: retrieve build IMAGES -o INDEX")
+        what = "no such folder" if not folder.exists() else "no gallery here"
+        raise UserError(what, where=folder, fix="make one: retrieve build IMAGES -o GALLERY")
     uri = path.absolute().as_uri()
     with database_errors(folder):
         try:
@@ -60,7 +60,7 @@ def _connect(uri: str, folder: Path) -> sqlite3.Connection:
             if (folder / MANIFEST).exists():
                 raise UserError("damaged: it is empty", where=folder / DATABASE, fix=REBUILD)
             fix = "the build goes on, or was stopped: run the same `retrieve build` again"
-            raise UserError("no index here yet: its build has not ended", where=folder, fix=fix)
+            raise UserError("no gallery here yet: its build has not ended", where=folder, fix=fix)
     except BaseException:
         db.close()
         raise
@@ -174,7 +174,7 @@ def database_errors(folder: Path) -> Iterator[None]:
         elif "readonly" in words or "unable to open" in words:
             what, fix = (
                 "cannot be written",
-                "mend the permissions, or copy the index to a place of your own",
+                "mend the permissions, or copy the gallery to a place of your own",
             )
         else:
             what, fix = "damaged", REBUILD

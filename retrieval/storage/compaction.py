@@ -3,23 +3,22 @@ follows.
 
 Vectors that no search index covers are compared with one by one, so that adding a few images costs
 no more than them. When there is too much of anything (removed rows, segments, rows outside of the
-index), `tend` puts it right.
+index), `compact_if_due` puts it right.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from retrieval import segments
 from retrieval.index import spec
-from retrieval.segments import Snapshot, Stored
+from retrieval.storage import segments
+from retrieval.storage.segments import Snapshot, Stored
+from retrieval.storage.writer import Writer
 from retrieval.vectors import Ints, Rows
-from retrieval.writer import Writer
 
 MOST_SEGMENTS = 16
 DEAD_SHARE = 0.2  # of all rows
@@ -29,7 +28,7 @@ EXACT = "Flat"  # the vectors are here already: an index of this kind would be a
 MEASURED_AT = 10  # the k of an approximate index's recall
 
 
-def tend(writer: Writer, *, everything: bool = False) -> None:
+def compact_if_due(writer: Writer, *, everything: bool = False) -> None:
     """Merge what is due to be merged and make the search index where it is due; all of it with
     `everything`."""
     with contextlib.closing(segments.read(writer.folder)) as now:
@@ -157,7 +156,7 @@ def index_file(
         "file": name,
         "rows": len(table),
         "segments": list(numbers),
-        "spec": asdict(made.spec),
+        "spec": made.spec.to_json(),
         "words": str(made.spec),
     }
     return stored, about

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from finetune import files
 from finetune.errors import UserError
 from finetune.names import from_database
-from retrieval.database import (
+from retrieval.storage.database import (
     MANIFEST,
     REBUILD,
     check_rows,
@@ -205,9 +205,9 @@ class Snapshot:
                 else f"not readable ({error.strerror})"
             )
         if word:
-            fix = "any change writes it again: `retrieve compact INDEX`"
+            fix = "any change writes it again: `retrieve compact GALLERY`"
             raise UserError(
-                f"the copy of the manifest is {word}; the index itself is whole",
+                f"the copy of the manifest is {word}; the gallery itself is whole",
                 where=copy,
                 fix=fix,
             )
@@ -259,12 +259,12 @@ def _load(folder: Path, db: sqlite3.Connection) -> Snapshot:
     return Snapshot(folder, db, meta, order, tables, starts[:-1], dead)
 
 
-def is_index(folder: Path) -> bool:
-    """Whether a finished index is in `folder`, damaged or not."""
+def is_gallery(folder: Path) -> bool:
+    """Whether a finished gallery is in `folder`, damaged or not."""
     try:
         open_database(folder).close()
     except UserError as error:
-        return "no index here" not in error.what and "no such folder" not in error.what
+        return "no gallery here" not in error.what and "no such folder" not in error.what
     return True
 
 
@@ -305,7 +305,7 @@ def open_table(path: Path, width: int, rows: int | None = None) -> Rows:
 
 
 def find_root(meta: dict[str, Any], folder: Path) -> Path:
-    """The folder of the images: by its way from the index, so that both can move together; else
+    """The folder of the images: by its way from the gallery, so that both can move together; else
     where it was."""
     beside = (
         Path(os.path.normpath(folder.absolute() / meta["root"]["relative"]))

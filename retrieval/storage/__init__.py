@@ -1,0 +1,1 @@
+"""What lies on the disk: files that never change, one database, one writer, and merging."""
