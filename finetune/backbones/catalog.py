@@ -143,7 +143,7 @@ def others() -> str:
     """What else can be named, in words."""
     import timm
 
-    from finetune.backbones.create import TORCHVISION
+    from finetune.backbones.architectures import TORCHVISION
 
     count = len(timm.list_models(pretrained=True))
     return (

@@ -1,39 +1,27 @@
-"""The home of timm's and torchvision's models: create, stages, taps, freezing, and the
-preprocessing of the weights."""
+"""A backbone from its name: loaded, its stages and taps found and described, saved, and timed."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 import re
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
-import timm.data
 import torch
-import torchvision.models
 from numpy.typing import NDArray
 from torch import nn
 
 from finetune import files, hardware
-from finetune.backbones import memory
+from finetune.backbones import architectures, memory
 from finetune.backbones import weights as weights_home
 from finetune.backbones.extractor import Reader, _wide_modules
 from finetune.backbones.stages import BATCH_NORMS, Backbone, Stage, split
-from finetune.errors import UserError
 from finetune.network import Network, Preprocess, Tap
 
-TORCHVISION = {
-    "alexnet": torchvision.models.AlexNet_Weights,
-    "googlenet": torchvision.models.GoogLeNet_Weights,
-}
 PHOTO_TAGS = re.compile(r"in1k|in12k|in21k|in22k")  # timm's tags for ImageNet's photographs
 
 
@@ -44,140 +32,20 @@ def load(name: str, weights: str = "auto", size: int | None = None) -> Backbone:
     `UserError` for an unknown name, weights that cannot be had and sizes that the model cannot
     take.
     """
-    if name not in TORCHVISION and not timm.is_model(name):
-        import difflib
-
-        near = difflib.get_close_matches(name, [*timm.list_models(), *TORCHVISION], n=3)
-        raise UserError(
-            f"no backbone is called {name!r}",
-            where="--backbone",
-            fix=f"did you mean {', '.join(near)}?" if near else "see `finetune backbones`",
-        )
-    source = weights_home.find(name, weights)
-    module, classifier, source = (
-        _torchvision_model(name, source) if name in TORCHVISION else _timm_model(name, source, size)
-    )
-    part: Any  # timm's and torchvision's modules carry attributes that nn.Module does not declare
-    for part in module.modules():
-        if hasattr(part, "inplace"):
-            part.inplace = (
-                False  # an in-place ReLU would rewrite the tensor that a tap before it has read
-            )
+    whole = architectures.create(name, weights_home.find(name, weights), size)
+    architectures.strip(whole)
+    module, source = whole.module, whole.source
     module.eval()
-    config = _input_config(name, module, source)
+    config = architectures.input_config(whole)
     side = size or int(config["input_size"][-1])
     try:
         memory.check(module, name, side, memory.LOADED)
         stages = _readable(module, split(module), side)
         network = _describe(name, module, stages, source, config, side)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"{name} cannot take images of {side} pixels ({str(error)[:100]})",
-            where="input size",
-            fix=f"its own size is {config['input_size'][-1]}{memory.near(module, side)}",
-        ) from error
-    return Backbone(module, network, stages, classifier)
-
-
-def _timm_model(
-    name: str, source: weights_home.Source, size: int | None
-) -> tuple[Any, str, weights_home.Source]:
-    # Networks with position tables need the size when they are created; the others take any.
-    extra: dict[str, Any] = {"img_size": size} if size and _takes_img_size(name) else {}
-    module: Any
-    if source.kind in ("hub", "cache"):
-        overlay = {"file": str(source.path)} if source.path else None
-        try:
-            if source.kind == "hub":
-                weights_home.look_up_hub()
-            module = timm.create_model(
-                name, pretrained=True, pretrained_cfg_overlay=overlay, **extra
-            )
-        except Exception as error:  # the hub's clients raise their own zoo of types
-            raise weights_home.hub_unreachable(name, error) from error
-    else:
-        with _same_random_weights():
-            module = timm.create_model(name, pretrained=False, **extra)
-    classifier = module.pretrained_cfg.get("classifier") or "head"
-    prefixes = tuple(
-        f"{p}." for p in (classifier if isinstance(classifier, (tuple, list)) else (classifier,))
-    )
-    if source.path is not None and source.kind == "package":
-        weights_home.load_package(module, name, source.path)
-    elif source.path is not None and source.kind == "file":
-        source = weights_home.load_file(module, name, source, prefixes)
-    module.reset_classifier(0)
-    return module, prefixes[0], source
-
-
-@contextlib.contextmanager
-def _same_random_weights() -> Iterator[None]:
-    """Random weights are the same at every load, as those of a file are: a run can be made again, a
-    network opened twice."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-@functools.cache
-def _takes_img_size(name: str) -> bool:
-    try:
-        timm.create_model(name, pretrained=False, img_size=224)
-    except TypeError:
-        return False
-    except Exception:  # a size that does not fit is still a model that takes one
-        return True
-    return True
-
-
-def _torchvision_model(
-    name: str, source: weights_home.Source
-) -> tuple[nn.Module, str, weights_home.Source]:
-    with warnings.catch_warnings(), _same_random_weights():
-        warnings.simplefilter("ignore")  # GoogLeNet warns about its slow initialisation
-        if name == "alexnet":
-            module, classifier = torchvision.models.alexnet(weights=None), "classifier.6."
-        else:
-            module = torchvision.models.googlenet(
-                weights=None,
-                aux_logits=False,
-                init_weights=source.kind == "random",
-                transform_input=False,
-            )
-            classifier = "fc."
-    if source.kind == "file" and source.path is not None:
-        source = weights_home.load_file(module, name, source, (classifier, "aux"))
-    elif source.kind != "random":
-        try:
-            tensors = TORCHVISION[name].DEFAULT.get_state_dict(
-                progress=False, check_hash=True, weights_only=True
-            )
-        except Exception as error:
-            raise weights_home.hub_unreachable(name, error) from error
-        module.load_state_dict(
-            {key: value for key, value in tensors.items() if not key.startswith("aux")}
-        )
-    if name == "alexnet":
-        module.classifier[6] = nn.Identity()
-    else:
-        module.fc = nn.Identity()
-    return module, classifier, source
-
-
-def _input_config(name: str, module: nn.Module, source: weights_home.Source) -> dict[str, Any]:
-    if name not in TORCHVISION:
-        return timm.data.resolve_model_data_config(module)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    if name == "googlenet" and source.kind not in ("file", "random"):
-        # these weights came from TensorFlow: torchvision's transform_input maps to this
-        mean = std = (0.5, 0.5, 0.5)
-    shape = {
-        "input_size": (3, 224, 224),
-        "crop_pct": 224 / 256,
-        "interpolation": "bilinear",
-        "crop_mode": "center",
-    }
-    return shape | {"mean": mean, "std": std}
+        own = int(config["input_size"][-1])
+        raise memory.unfit(module, name, side, own, error) from error
+    return Backbone(module, network, stages, whole.classifier)
 
 
 def _readable(module: nn.Module, stages: Sequence[Stage], side: int) -> tuple[Stage, ...]:
@@ -206,7 +74,7 @@ def _describe(
     config: dict[str, Any],
     side: int,
 ) -> Network:
-    tag = "in1k" if name in TORCHVISION else str(module.pretrained_cfg.get("tag") or "in1k")
+    tag = str(getattr(module, "pretrained_cfg", {}).get("tag") or "in1k")
     pretraining = {"random": "random", "file": "other"}.get(source.kind) or (
         "imagenet" if PHOTO_TAGS.search(tag) else "other"
     )
@@ -275,9 +143,3 @@ def forward_seconds(backbone: Backbone, batch: int = 8) -> float:
         start = time.perf_counter()
         backbone.module(pixels)
     return (time.perf_counter() - start) / batch
-
-
-# --------------------------------------------------------------------------------------------- taps
-
-
-# ----------------------------------------------------------------------------------------- freezing

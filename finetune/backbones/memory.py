@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune import hardware
+from finetune.errors import UserError
 
 CONVERTED = 2.1  # an image of the batch that OpenVINO's graph is traced with
 RUN = 1.4  # an image of a batch in torch
@@ -71,11 +72,21 @@ def near(module: Any, side: int) -> str:
     return ""
 
 
+def unfit(module: Any, name: str, side: int, own: int, error: Exception) -> UserError:
+    """The refusal of an input size at which the network failed: its own size, and the nearest that
+    it takes."""
+    return UserError(
+        f"{name} cannot take images of {side} pixels ({str(error)[:100]})",
+        where="input size",
+        fix=f"its own size is {own}{near(module, side)}",
+    )
+
+
 def largest(module: nn.Module, side: int) -> int:
     """Bytes that the largest operation on one image of `side` pixels reads and writes, without
     doing it."""
     given = {
-        name: torch.empty_like(value, device="meta") for name, value in _tensors(module).items()
+        name: torch.empty_like(value, device="meta") for name, value in tensors_of(module).items()
     }
     seen = _Largest()
     with torch.inference_mode(), _Attention(), seen:
@@ -83,7 +94,8 @@ def largest(module: nn.Module, side: int) -> int:
     return seen.most
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a module, by its key."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 

@@ -165,6 +165,11 @@ def _still_modules(backbone: Backbone, trainable: set[str], norm_moves: bool) ->
     return still
 
 
+def position_of(module: nn.Module) -> Callable[[str], str]:
+    """The stage in which a module stands, by its path; the classifier counts to the last."""
+    return _by_position(module)[1]
+
+
 def group_of(backbone: Backbone) -> Callable[[str], str]:
     """The stage of a parameter or buffer, by its key; one that was added after loading belongs
     where its module stands."""

@@ -1,4 +1,4 @@
-"""Commands on images and networks before a run: check, extract, backbones, cache."""
+"""Commands on images before a run: check, extract, cache."""
 
 from __future__ import annotations
 
@@ -74,26 +74,6 @@ def check(data: str, seed: int, json_: bool, **given: Any) -> None:
         click.echo(found.to_text())
     if found.faults:
         raise SystemExit(1)
-
-
-@click.command()
-@as_json
-def backbones(json_: bool) -> None:
-    """Backbones that load on this machine, with or without the network.
-
-    \b
-    Example:
-      finetune backbones
-    """
-    from finetune.backbones import catalog
-
-    rows = catalog.here()
-    if json_:
-        print_json(rows)
-        return
-    for row in rows:
-        click.echo(f"{'✓' if row['here'] else '·'} {row['name']:<28} {row['weights']}")
-    click.echo(f"\n{catalog.others()}")
 
 
 @click.command()
