@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import socket
 import sys
 import urllib.parse
@@ -190,7 +191,7 @@ def load_file(module: nn.Module, name: str, source: Source, classifier: tuple[st
     arch = (found.arch or "").rpartition("/")[2].partition(".")[0]
     if differs := _is_other_model(arch, name):
         notes.append(f"saved as {arch}, not {name}")
-    for adapt in (_for_colours, _as_timm_adapts):
+    for adapt in (_for_colours, _as_timm_adapts, _for_attention_pooling):
         if _misfits(tensors, own, classifier):
             tensors, said = adapt(module, tensors)
             notes += said
@@ -274,6 +275,24 @@ def _as_timm_adapts(module: nn.Module, tensors: Tensors) -> tuple[Tensors, list[
     )
     if set(result) != set(tensors):
         notes.append("names converted as timm does")
+    return result, notes
+
+
+def _for_attention_pooling(module: nn.Module, tensors: Tensors) -> tuple[Tensors, list[str]]:
+    """The position table of CLIP's pooling `(1 + places, width)` for another input size, resampled
+    as its layer does it while it runs; timm's loader resamples those of transformers alone."""
+    from timm.layers import resample_abs_pos_embed
+
+    own, result, notes = module.state_dict(), dict(tensors), []
+    for key, value in tensors.items():
+        if not key.endswith("pos_embed") or value.ndim != 2 or key not in own:
+            continue
+        if value.shape == own[key].shape or value.shape[1:] != own[key].shape[1:]:
+            continue
+        before, after = (math.isqrt(len(table) - 1) for table in (value, own[key]))
+        sizes = [after, after], [before, before]
+        result[key] = resample_abs_pos_embed(value[None], *sizes, num_prefix_tokens=1)[0]
+        notes.append(f"{key} resampled for this input size")
     return result, notes
 
 

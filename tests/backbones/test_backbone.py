@@ -234,11 +234,12 @@ def test_fc7_is_after_the_relu_and_fc7_pre_before_it(name: str) -> None:
     assert torch.equal(fc7, pooled)
 
 
-def test_a_tap_before_a_relu_is_not_rewritten_by_it() -> None:
+@pytest.mark.parametrize("name", ["vgg11", "alexnet"])
+def test_a_tap_before_a_relu_is_not_rewritten_by_it(name: str) -> None:
     """In-place activations would change, behind our back, the tensor that a hook has seen."""
     assert [] == [
         path
-        for path, part in shared("alexnet").module.named_modules()
+        for path, part in shared(name).module.named_modules()
         if getattr(part, "inplace", False)
     ]
 
