@@ -106,7 +106,7 @@ def open_named(
         s: catalog.open_named(name, weights, _side(base.network, s)) for s in scales if s != 1.0
     }
     opened = [others.get(s, base) for s in scales]
-    used, bits = device.resolve(engine_name, precision)
+    way = engine.fastest(base.network, taps, base.load, engine_name, precision)
 
     def save(path: Path) -> None:
         from finetune.backbones import create
@@ -120,8 +120,8 @@ def open_named(
             taps=tuple(taps),
             scales=tuple(scales),
             views=VIEWS[flip],
-            engine=used,
-            precision=bits,
+            engine=way.engine,
+            precision=way.precision,
             save_weights=save if kind in ("file", "random") else None,
         )
     )
@@ -156,16 +156,17 @@ def open_run(
             )
         networks.append(network)
         loads.append(load)
-    used, bits = device.resolve(model.engine, model.precision)
+    taps = tuple(taps) or model.head.taps
+    way = engine.fastest(model.network, taps, model.load, model.engine, model.precision)
     return _checked(
         Encoder(
             networks=tuple(networks),
             loads=tuple(loads),
-            taps=tuple(taps) or model.head.taps,
+            taps=taps,
             scales=tuple(scales),
             views=VIEWS[flip],
-            engine=used,
-            precision=bits,
+            engine=way.engine,
+            precision=way.precision,
             save_weights=functools.partial(_copy, weights),
             run=(str(folder.resolve()), run_digest(folder)),
         )

@@ -133,7 +133,7 @@ def refuse(name: str, n: int) -> None:
 
 def threads() -> int:
     """Threads for a search; 0 where `$OMP_NUM_THREADS` has decided."""
-    return 0 if os.environ.get("OMP_NUM_THREADS") else hardware.cores()
+    return 0 if os.environ.get("OMP_NUM_THREADS") else hardware.threads()
 
 
 Shares = Callable[[Effort], NDArray[np.float64]]

@@ -1,17 +1,18 @@
-"""Run a frozen network fast: OpenVINO where it is installed, torch everywhere; bf16 where the
-hardware has it.
+"""Run a frozen network by OpenVINO or torch, in float32 or bf16: whichever is fastest here.
 
-One function, `open_runner`, gives the same thing for both: static batches of uint8 pixels in,
-float32 features out. A network is converted for OpenVINO once, with all its taps, and kept in the
-cache; a later process opens the converted copy without importing torch, and cuts it down to the
-taps that it wants.
+One function, `open_runner`, gives the same thing for all: static batches of uint8 pixels in,
+float32 features out. What is fastest is timed when a network is first used (`timings`). A network
+is converted for OpenVINO once, with all its taps, and kept in the cache; a later process opens the
+converted copy without importing torch, and cuts it down to the taps that it wants.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import files, hardware, names
-from finetune.device import _core, _openvino, _torch_device, resolve
+from finetune import device, files, hardware, names, timings
+from finetune.device import Way, _core, _openvino
 from finetune.errors import UserError
 from finetune.network import Network, Tap
 
@@ -37,6 +38,8 @@ TORCH_BATCH = 8
 GPU_BATCH = 64  # there, the more the better; not measured
 # of what its largest operation reads and writes in float32, a stream of OpenVINO takes
 HELD = {"bf16": 0.4, "float32": 0.8}
+# seconds after OpenVINO was ready, in which torch may begin to be timed beside it
+BESIDE = 1.5
 FORMAT = 4  # of the converted networks, and of how they are run; a change makes the old ones unused
 
 Pixels = NDArray[np.uint8]
@@ -80,13 +83,69 @@ def open_runner(
     precision: str = "auto",
 ) -> Runner:
     """Open `network` for reading `taps`; `load` gives its torch backbone, and is called only where
-    that is needed."""
+    that is needed. What `auto` means is timed where it is not known yet."""
+    runners: dict[str, Runner] = {}
+    way = _fastest(network, tuple(taps), load, device.ways(engine, precision, taps), runners)
+    return runners.get(str(way)) or _open(network, tuple(taps), load, way)
+
+
+def fastest(
+    network: Network,
+    taps: Sequence[Tap],
+    load: Callable[[], Backbone],
+    engine: str = "auto",
+    precision: str = "auto",
+) -> Way:
+    """The way in which `open_runner` would run `network`; opened only where it has to be timed."""
+    return _fastest(network, tuple(taps), load, device.ways(engine, precision, taps), {})
+
+
+def task(network: Network) -> timings.Task:
+    """What is remembered of a network's speed goes by this."""
+    return timings.Task("extract", network.name, network.digest, network.preprocess.size)
+
+
+def _fastest(
+    network: Network,
+    taps: tuple[Tap, ...],
+    load: Callable[[], Backbone],
+    ways: Sequence[Way],
+    runners: dict[str, Runner],
+) -> Way:
+    """The fastest of `ways`; `runners` gets those that were opened for it."""
     for tap in taps:
         network.width(tap)
-    engine, precision = resolve(engine, precision, taps)
-    if engine == "openvino":
-        return _open_openvino(network, tuple(taps), load, precision)
-    return _open_torch(load(), tuple(taps), precision)
+    named = {str(way): way for way in ways}
+    ready: list[float] = []  # when the first way was: converting a network is no part of timing it
+
+    def opened(words: str) -> timings.Work | None:
+        way = named[words]
+        if way.engine != ways[0].engine and (
+            "torch" not in sys.modules or time.perf_counter() - ready[0] > BESIDE
+        ):
+            return None  # importing it, or waiting longer, would cost more than it can bring
+        runner = runners[words] = _open(network, taps, load, way)
+        ready.append(time.perf_counter())
+        side = network.preprocess.size
+        count = runner.batch * (max(2, hardware.threads()) if way.engine == "openvino" else 1)
+        rng = np.random.default_rng(0)
+        pixels = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+
+        def work() -> int:
+            runner(pixels)
+            return count
+
+        return work
+
+    return named[timings.choose(task(network), list(named), opened)]
+
+
+def _open(
+    network: Network, taps: tuple[Tap, ...], load: Callable[[], Backbone], way: Way
+) -> Runner:
+    if way.engine == "openvino":
+        return _open_openvino(network, taps, load, way.precision)
+    return _open_torch(load(), taps, way.precision)
 
 
 def round_kernels(weight: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -120,9 +179,9 @@ def _open_torch(backbone: Backbone, taps: tuple[Tap, ...], precision: str) -> Ru
     from finetune.features import fuse_bn
 
     hardware.keep_memory()
-    device = torch.device(_torch_device())
-    batch = TORCH_BATCH if device.type == "cpu" else GPU_BATCH
-    if device.type == "cpu":
+    place = torch.device(device.torch_device())
+    batch = TORCH_BATCH if place.type == "cpu" else GPU_BATCH
+    if place.type == "cpu":
         memory.check(
             backbone.module,
             backbone.network.name,
@@ -134,8 +193,8 @@ def _open_torch(backbone: Backbone, taps: tuple[Tap, ...], precision: str) -> Ru
     if precision == "float32" and all(tap.stage != "moments" for tap in taps):
         # In bf16 folding gains nothing, and would have to be rounded in another way than below.
         reader = fuse_bn.folded(reader, _noise(backbone.network))
-    reader = reader.to(device).to(memory_format=torch.channels_last)
-    half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    reader = reader.to(place).to(memory_format=torch.channels_last)
+    half = torch.autocast(place.type, dtype=torch.bfloat16, enabled=precision == "bf16")
     rounded = {}
     if precision == "bf16":
         for name, value in reader.named_parameters():
@@ -149,7 +208,7 @@ def _open_torch(backbone: Backbone, taps: tuple[Tap, ...], precision: str) -> Ru
                     round_kernels(value.detach().cpu().permute(order).numpy())
                 )
                 rounded[name] = (
-                    kernels.permute(back).to(device).to(memory_format=torch.channels_last)
+                    kernels.permute(back).to(place).to(memory_format=torch.channels_last)
                 )
 
     def stream(batches: Iterable[Pixels]) -> Iterator[Blocks]:
@@ -160,7 +219,7 @@ def _open_torch(backbone: Backbone, taps: tuple[Tap, ...], precision: str) -> Ru
                 )
             with torch.inference_mode(), half:
                 outputs = torch.func.functional_call(
-                    reader, rounded, (torch.from_numpy(_padded(pixels, batch)).to(device),)
+                    reader, rounded, (torch.from_numpy(_padded(pixels, batch)).to(place),)
                 )
             yield [output[: len(pixels)].float().cpu().numpy() for output in outputs]
 
@@ -203,6 +262,8 @@ def _open_openvino(
         "PERFORMANCE_HINT": "THROUGHPUT",
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
     }
+    if count := hardware.fewer_threads():
+        options["INFERENCE_NUM_THREADS"] = str(count)
     if one := _one_stream(model, network, precision):
         options["NUM_STREAMS"] = one
     compiled = _compiled(

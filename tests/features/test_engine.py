@@ -26,6 +26,7 @@ from PIL import Image
 from finetune import device, files
 from finetune.backbones import create
 from finetune.data import decode
+from finetune.device import Way
 from finetune.errors import UserError
 from finetune.features import engine
 from finetune.network import Tap
@@ -379,7 +380,7 @@ def test_kept_sums_are_what_makes_bfloat16_good_enough(
 ) -> None:
     """On smooth images the error of pooled features is less than half of what plain rounding
     gives."""
-    if not device._fast_bf16("openvino"):
+    if not device.has_bf16("openvino"):
         pytest.skip("no bfloat16 in this hardware")
     images = inputs(shapes / "circle", lite0.network)
     (exact,) = run(lite0, [POOLED], images, "openvino", "float32")
@@ -394,18 +395,18 @@ def test_kept_sums_are_what_makes_bfloat16_good_enough(
 # ----------------------------------------------------------------------------------- what is chosen
 
 
-def test_openvino_is_taken_where_it_is_installed() -> None:
-    """`auto` says what will really be used: it is part of the key of every feature."""
-    name, precision = device.resolve()
+def test_float32_by_openvino_comes_first() -> None:
+    """`auto` leaves four ways open; the first is taken unless another one is clearly faster."""
+    found = [str(way) for way in device.ways()]
 
-    assert "openvino" == name
-    assert ("bf16" if device._fast_bf16("openvino") else "float32") == precision
+    assert ["openvino float32", "openvino bf16", "torch float32", "torch bf16"] == found
 
 
 def test_what_is_asked_for_is_what_is_used() -> None:
     """Words other than auto are taken as they are."""
-    assert ("torch", "float32") == device.resolve("torch", "float32")
-    assert ("openvino", "bf16") == device.resolve("openvino", "bf16")
+    assert [Way("torch", "float32")] == device.ways("torch", "float32")
+    assert [Way("openvino", "bf16")] == device.ways("openvino", "bf16")
+    assert {"bf16"} == {way.precision for way in device.ways("auto", "bf16")}
 
 
 def test_moments_are_read_by_torch(tiny: Backbone) -> None:
@@ -415,7 +416,7 @@ def test_moments_are_read_by_torch(tiny: Backbone) -> None:
         tiny.network, [Tap("moments")], lambda: tiny, engine="openvino", precision="float32"
     )
 
-    assert ("torch", "float32") == device.resolve("openvino", "float32", [Tap("moments")])
+    assert [Way("torch", "float32")] == device.ways("openvino", "float32", [Tap("moments")])
     assert "torch" == runner.engine
 
 
@@ -427,7 +428,7 @@ def test_unknown_words_are_refused_with_those_that_exist(
 ) -> None:
     """The option is named, and its values are listed."""
     with pytest.raises(UserError, match="is called") as caught:
-        device.resolve(*words)
+        device.ways(*words)
     assert where == caught.value.where
     assert "auto" in caught.value.fix
 
@@ -452,12 +453,12 @@ def test_everything_works_without_openvino(tiny: Backbone, monkeypatch: pytest.M
     )
     monkeypatch.setitem(sys.modules, "openvino", None)  # importing it fails, too
 
-    assert "torch" == device.resolve()[0]
+    assert {"torch"} == {way.engine for way in device.ways()}
     runner = engine.open_runner(tiny.network, [POOLED, Tap("stage5", grid=3)], lambda: tiny)
     assert "torch" == runner.engine
     assert [(2, 256), (2, 576)] == [block.shape for block in runner(noise(tiny.network, 2))]
     with pytest.raises(UserError, match="OpenVINO is not installed") as caught:
-        device.resolve("openvino")
+        device.ways("openvino")
     assert "--engine torch" in caught.value.fix
 
 
