@@ -25,7 +25,7 @@ def cli() -> None:
 
 for command in (
     fit.fit, fit.advise, fit.svm, data.check, data.extract, data.backbones, data.cache,
-    runs.predict, runs.evaluate, runs.recipes, runs.runs,
+    data.doctor, runs.predict, runs.evaluate, runs.recipes, runs.runs,
 ):  # fmt: skip
     cli.add_command(command)
 

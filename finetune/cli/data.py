@@ -135,3 +135,20 @@ def cache(prune: float | None, clear: bool, forget_timings: bool, json_: bool) -
         print_json({**found, "folder": names.shown(found["folder"])})
     else:
         click.echo(store.overview_text())
+
+
+@click.command()
+@click.option("--no-speed", is_flag=True, help="do not run the engines")
+@as_json
+def doctor(no_speed: bool, json_: bool) -> None:
+    """What a report of a fault should say of this machine, on one screen: versions, processor,
+    engines and their speed, cache, weights.
+
+    \b
+    Example:
+      finetune doctor
+    """
+    from finetune import doctor as home
+
+    found = home.examine(speed=not no_speed)
+    print_json(found) if json_ else click.echo(home.text(found))

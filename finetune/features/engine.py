@@ -105,6 +105,13 @@ def task(network: Network) -> timings.Task:
     return timings.Task("extract", network.name, network.digest, network.preprocess.size)
 
 
+def rates(
+    network: Network, taps: Sequence[Tap], load: Callable[[], Backbone], ways: Sequence[Way]
+) -> dict[str, float]:
+    """Images a second by each of `ways`, timed now."""
+    return timings.measure([str(way) for way in ways], _works(network, tuple(taps), load, ways, {}))
+
+
 def _fastest(
     network: Network,
     taps: tuple[Tap, ...],
@@ -115,6 +122,19 @@ def _fastest(
     """The fastest of `ways`; `runners` gets those that were opened for it."""
     for tap in taps:
         network.width(tap)
+    named = {str(way): way for way in ways}
+    works = _works(network, taps, load, ways, runners)
+    return named[timings.choose(task(network), list(named), works)]
+
+
+def _works(
+    network: Network,
+    taps: tuple[Tap, ...],
+    load: Callable[[], Backbone],
+    ways: Sequence[Way],
+    runners: dict[str, Runner],
+) -> Callable[[str], timings.Work | None]:
+    """What opens a way, by its words, and gives a few batches of work for it."""
     named = {str(way): way for way in ways}
     ready: list[float] = []  # when the first way was: converting a network is no part of timing it
 
@@ -137,7 +157,7 @@ def _fastest(
 
         return work
 
-    return named[timings.choose(task(network), list(named), opened)]
+    return opened
 
 
 def _open(
