@@ -25,7 +25,7 @@ from finetune import device, files
 from finetune.data import decode
 from finetune.data.images import Fault, ImageSet
 from finetune.errors import UserError
-from finetune.features import engine, extraction
+from finetune.features import conversion, engine, extraction
 from finetune.features.extraction import Features
 from finetune.features.store import Store
 from finetune.heads.head import side_by_side
@@ -219,7 +219,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         "normalisation": "l2",
         "engine": encoder.engine,
         "precision": encoder.precision,
-        "network format": engine.FORMAT,
+        "network format": conversion.FORMAT,
         "whitening": None
         if whitening is None
         else files.digest(whitening.mean.tobytes(), whitening.matrix.tobytes()),

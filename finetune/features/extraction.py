@@ -28,7 +28,7 @@ from finetune.data import decode, images
 from finetune.data.images import Fault, ImageSet
 from finetune.device import Way
 from finetune.errors import UserError
-from finetune.features import engine
+from finetune.features import conversion, engine
 from finetune.features.store import Rows, Space, Store
 from finetune.names import shown
 from finetune.network import Network, Tap
@@ -219,7 +219,7 @@ def about(
         "engine": engine_name,
         "precision": precision,
         "view": view,
-        "network": engine.FORMAT,
+        "network": conversion.FORMAT,
     }
 
 

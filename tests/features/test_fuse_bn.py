@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from finetune.backbones import create, extractor
-from finetune.features import engine, fuse_bn
+from finetune.features import conversion, fuse_bn
 from finetune.network import Tap
 
 NOISE = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -134,7 +134,7 @@ def test_features_are_those_of_the_network_as_it_was(name: str, left: int) -> No
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     taps = [
         Tap("pooled"),
-        *(tap for tap in engine.standard(found.network) if tap.stage != "pooled"),
+        *(tap for tap in conversion.standard(found.network) if tap.stage != "pooled"),
     ]
     reader = extractor.Reader(found, taps).eval()
     folded = fuse_bn.folded(reader, pixels)
