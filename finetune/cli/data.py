@@ -148,7 +148,7 @@ def doctor(no_speed: bool, json_: bool) -> None:
     Example:
       finetune doctor
     """
-    from finetune import doctor as home
+    from finetune.report import doctor as home
 
     found = home.examine(speed=not no_speed)
     print_json(found) if json_ else click.echo(home.text(found))

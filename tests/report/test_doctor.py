@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from finetune import device, doctor
+from finetune import device
 from finetune.backbones import catalog
 from finetune.cli import cli
 from finetune.errors import UserError
+from finetune.report import doctor
 
 
 def test_one_screen_says_what_a_report_needs(monkeypatch: pytest.MonkeyPatch) -> None:
