@@ -28,6 +28,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {  # script → what it is given besides -
     "growth": ("growth.py",),
     "partial": ("partial.py",),
     "extraction": ("extraction.py",),
+    "engines": ("engines.py",),
     "search": ("search.py", "--rounds", "3"),
     "fit": ("fit.py", "small"),
 }

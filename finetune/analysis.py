@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import device, policy, recipe, similarity
+from finetune import policy, recipe, similarity
 from finetune.backbones import catalog
 from finetune.backbones.catalog import Named
 from finetune.data import images, omissions, splits
@@ -71,7 +71,7 @@ class Look:
     @property
     def how(self) -> tuple[str, str]:
         """The engine and the precision that read the features."""
-        return device.resolve(self.recipe.backbone.engine, self.recipe.backbone.precision)
+        return self.features.way.engine, self.features.way.precision
 
     @property
     def default_taps(self) -> tuple[Tap, ...]:
@@ -233,7 +233,8 @@ def _frame(
     rng = np.random.default_rng([settings.data.seed, 7])
     part = np.sort(rng.permutation(np.flatnonzero(pictures.split == "train"))[:FRAME_SAMPLE])
     sample, known = pictures.subset(part), ids.take(part)
-    used, bits = device.resolve(settings.backbone.engine, settings.backbone.precision)
+    used: str = settings.backbone.engine
+    bits: str = settings.backbone.precision
     taps = policy_taps(named.network)
     trials: dict[str, Trial] = {}
     for name in catalog.FRAMES:
@@ -248,6 +249,7 @@ def _frame(
             found = extraction.extract(
                 sample, catalog.framed(named.network, name), taps, named.load, known=known, **how
             )
+        used, bits = found.way.engine, found.way.precision  # of both frames alike
         groups = images.group_ids(found.images, found.digests)
         trial = svm.quick(found.blocks, found.images.labels, groups=groups, seed=settings.data.seed)
         if trial is None:
@@ -319,11 +321,10 @@ def extract(
 ) -> Features:
     """Features of all images at the taps; with `choose`, at a few of them only where all would take
     too much room."""
-    used, bits = device.resolve(settings.backbone.engine, settings.backbone.precision)
     how: dict[str, Any] = {
         "store": store,
-        "engine_name": used,
-        "precision": bits,
+        "engine_name": settings.backbone.engine,
+        "precision": settings.backbone.precision,
         "on_bad": settings.data.on_bad_image,
     }
     bytes_of_all = len(pictures) * sum(named.network.width(tap) for tap in taps) * 4
@@ -340,8 +341,8 @@ def extract(
         )
     widths = sum(named.network.width(tap) for tap in taps)
     say(
-        f"features   {len(found)} images × {widths} from {len(taps)} taps by {used} in "
-        f"{bits}, {time.monotonic() - start:.1f} s"
+        f"features   {len(found)} images × {widths} from {len(taps)} taps by "
+        f"{found.way.engine} in {found.way.precision}, {time.monotonic() - start:.1f} s"
     )
     if found.faults:
         say(f"           left out: {images.list_faults(found.faults)}")

@@ -28,6 +28,7 @@ from finetune.errors import UserError
 from finetune.features import engine, extraction
 from finetune.features.engine import Runner
 from finetune.heads.head import AnyHead, Array, Head, KernelHead, softmax
+from finetune.names import shown
 from finetune.network import Network, Tap
 from finetune.progress import Progress
 
@@ -244,11 +245,14 @@ def save(folder: Path, classifier: Classifier, extra: dict[str, Any] | None = No
 def load(
     folder: Path, *, engine_name: str | None = None, precision: str | None = None
 ) -> Classifier:
-    """Open what `save` wrote; the engine and precision of the run are used unless others are given.
+    """Open what `save` wrote; the engine and precision of the run are used unless others are given
+    (`auto` is none).
 
-    Where the run's engine is not installed here, the other one is used: scores then agree within a
-    small tolerance.
+    Where the run's engine is not installed here, the other one is used, and a line says so: scores
+    then agree within a small tolerance.
     """
+    engine_name = None if engine_name == "auto" else engine_name
+    precision = None if precision == "auto" else precision
     config = files.read_json(folder / "config.json")
     try:
         about = config["regraft"]
@@ -266,6 +270,10 @@ def load(
     head = _read_head(folder / "head.safetensors")
     _check(head, sum(network.width(tap) for tap in head.taps), folder / "head.safetensors")
     if engine_name is None and used == "openvino" and not device.has_openvino():
+        files.note(
+            f"{shown(folder)}: was made with openvino, which is not installed here; torch runs it "
+            f"in {bits}: scores may differ in their last digits, and it takes longer"
+        )
         used = "torch"
 
     def load_backbone() -> Backbone:

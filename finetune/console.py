@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import click
 
+from finetune import hardware
 from finetune.errors import UserError, printable
 from finetune.progress import Progress
 
@@ -34,6 +35,7 @@ def guarded(group: click.Group, prog_name: str) -> NoReturn:
         # a terminal that cannot show a letter gets its number, not a crash
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    hardware.limit_threads()  # before a command imports what reads it
     try:
         code = group.main(prog_name=prog_name, standalone_mode=False)
         sys.stdout.flush()

@@ -6,9 +6,10 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
+from finetune import hardware
 from finetune.errors import UserError
 from finetune.network import Tap
 
@@ -17,10 +18,20 @@ ENGINES = ("auto", "openvino", "torch")
 PRECISIONS = ("auto", "bf16", "float32")
 
 
-def resolve(
-    engine: str = "auto", precision: str = "auto", taps: Sequence[Tap] = ()
-) -> tuple[str, str]:
-    """The engine and precision that will be used here for `taps`: part of the key of every feature.
+@dataclass(frozen=True)
+class Way:
+    """How a network runs: what is part of the key of every feature."""
+
+    engine: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.precision}"
+
+
+def ways(engine: str = "auto", precision: str = "auto", taps: Sequence[Tap] = ()) -> list[Way]:
+    """The ways to read `taps` that the words leave open here; the first one is taken unless another
+    one is measured to be clearly faster.
 
     Raises `UserError` where OpenVINO is asked for and not installed, and for unknown words.
     """
@@ -42,13 +53,13 @@ def resolve(
             where="--engine",
             fix="pip install openvino, or use --engine torch",
         )
+    engines = [engine]
     if engine == "auto":
-        engine = "openvino" if has_openvino() and not _has_gpu() else "torch"
+        engines = ["openvino", "torch"] if has_openvino() and not _has_gpu() else ["torch"]
     if any(tap.stage == "moments" for tap in taps):
-        engine = "torch"  # the inputs of BatchNorm: OpenVINO folds them away
-    if precision == "auto":
-        precision = "bf16" if _fast_bf16(engine) else "float32"
-    return engine, precision
+        engines = ["torch"]  # the inputs of BatchNorm: OpenVINO folds them away
+    precisions = ["float32", "bf16"] if precision == "auto" else [precision]
+    return [Way(name, bits) for name in engines for bits in precisions]
 
 
 def has_openvino() -> bool:
@@ -59,26 +70,29 @@ def has_openvino() -> bool:
 def _has_gpu() -> bool:
     """Whether torch would find a CUDA device, asked without importing it where no driver is
     there."""
-    return Path("/dev/nvidiactl").exists() and _torch_device() == "cuda"
+    return hardware.gpu() is not None and torch_device() == "cuda"
 
 
-def _torch_device() -> str:
+def torch_device() -> str:
+    """The device that torch computes on, in as many threads as this process may use."""
     import torch
 
+    if (count := hardware.fewer_threads()) and torch.get_num_threads() > count:
+        torch.set_num_threads(count)
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @functools.cache
-def _fast_bf16(engine: str) -> bool:
-    """Whether bfloat16 arithmetic is in the hardware (elsewhere it is emulated, slower than
-    float32)."""
+def has_bf16(engine: str) -> bool:
+    """Whether bfloat16 arithmetic is in the hardware, as it says itself: elsewhere it is emulated.
+    It does not tell that bf16 is fast."""
     if engine == "openvino":
         return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     import torch
 
-    if _torch_device() == "cuda":
+    if torch_device() == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 

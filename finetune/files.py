@@ -30,6 +30,7 @@ CACHE_README = """This folder belongs to Regraft (the `finetune` and `retrieve` 
 features/   features of images, keyed by the content of the files
 compiled/   networks converted for OpenVINO, and its compiled models
 networks/   descriptions of networks
+timings/    how fast networks run here by each engine and precision
 thumbs/     small pictures that `retrieve serve` shows, keyed by the content of the files
 
 Everything here can be made again. `finetune cache` shows what is here and prunes it; deleting the
@@ -43,6 +44,7 @@ CACHE_PARTS = (
     "features",
     "compiled",
     "networks",
+    "timings",
     "thumbs",
     "activations",
     "torchvision",

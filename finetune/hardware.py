@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ SHARE = 0.9  # of what is available: the rest is for what is not reckoned
 # bytes a pixel that no network's largest operation was seen to reach: what fits with it needs no
 # closer look
 MANY = 2000
+CGROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CPU_INFO = Path("/proc/cpuinfo")
+GPU_DEVICE, GPU_INFO = Path("/dev/nvidiactl"), Path("/proc/driver/nvidia/gpus")
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 
 
@@ -22,14 +26,90 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 def cores() -> int:
     """Cores that this process may use: its affinity, bounded by a container's quota where there is
     one; at least 1."""
-    usable = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(usable, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such control group, or no quota ("max")
-        return usable
+    return max(1, min(_affinity(), int(_quota())))
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quota() -> float:
+    """Cores' worth of time that the control groups of this process allow together; no group counts
+    as very many."""
+    allowed = [1e9]
+    for folder in _groups():
+        with contextlib.suppress(OSError, ValueError):  # no such group, or no quota ("max")
+            quota, period = map(int, (folder / "cpu.max").read_text().split())
+            allowed.append(quota / period)
+        with contextlib.suppress(OSError, ValueError):
+            quota = int((folder / "cpu.cfs_quota_us").read_text())
+            if quota > 0:  # -1: none
+                allowed.append(quota / int((folder / "cpu.cfs_period_us").read_text()))
+    return min(allowed)
+
+
+def _groups() -> list[Path]:
+    """Folders of the control groups that hold this process, inner and outer ones, of both
+    versions."""
+    roots, inside = (CGROUPS, CGROUPS / "cpu", CGROUPS / "cpu,cpuacct"), ["/"]
+    with contextlib.suppress(OSError, ValueError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if not kinds or "cpu" in kinds.split(","):
+                inside += [path, *map(str, Path(path).parents)]
+    return [root / path.lstrip("/") for root in roots for path in dict.fromkeys(inside)]
+
+
+def threads() -> int:
+    """Threads for a library's arithmetic: `$OMP_NUM_THREADS` where the user has decided, else the
+    cores allowed."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(asked) if asked.isdigit() and int(asked) else cores()
+
+
+def fewer_threads() -> int | None:
+    """The number of threads that a library has to be told; None where it finds the right one.
+
+    BLAS, torch, OpenVINO and faiss see the affinity, and leave out threads that share a core; what
+    none of them sees is a quota.
+    """
+    return threads() if cores() < _affinity() else None
+
+
+def limit_threads() -> None:
+    """Tell the libraries that read it from the environment: to be called before they are
+    imported."""
+    if count := fewer_threads():
+        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ.setdefault(name, str(count))
+
+
+def processor() -> tuple[str, str]:
+    """The processor's name and what it can do (its flags), as the system tells them."""
+    name, flags = platform.processor() or platform.machine(), ""
+    with contextlib.suppress(OSError):
+        for line in CPU_INFO.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model"):
+                name = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = value.strip()
+            elif not key.strip() and flags:
+                break  # the other cores are like the first
+    return name, flags
+
+
+def gpu() -> str | None:
+    """The graphics processor as its driver names it, without any library; None where there is
+    none."""
+    if not GPU_DEVICE.exists():
+        return None
+    for path in sorted(GPU_INFO.glob("*/information")):
+        with contextlib.suppress(OSError):
+            for line in path.read_text().splitlines():
+                if line.startswith("Model:"):
+                    return line.partition(":")[2].strip()
+    return "unknown"
 
 
 def available() -> int | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune import analysis, classifier, files, metrics, names, options, recipe, run
+from finetune import analysis, classifier, device, files, metrics, names, options, recipe, run
 from finetune import recipe as recipes
 from finetune.analysis import Floats, Ints, Look
 from finetune.backbones import catalog, weights
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 # options that `extract` of version 0.1.0 took and did not heed
 _UNHEARD = ("seed", "shots", "test")
+WAY = "features.json"  # among the checkpoints: the engine and precision of the features
 STOP_SHARE = 0.1  # of the images that it is fitted on: they decide when fine-tuning stops
 
 # what is done with images at fault
@@ -190,6 +191,7 @@ def extract(
             "network": named.network.to_json(),
             "taps": [str(tap) for tap in found.blocks],
             "spaces": list(found.spaces.values()),
+            **dataclasses.asdict(found.way),
         }
         extraction.save(output, X, found.images, manifest | {"digests": list(found.digests)})
     finally:
@@ -234,7 +236,9 @@ def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar:
         return outcome(folder.path)
     with folder:
         folder.write_text("recipe.yaml", recipes.dump(settings))
-        seen = analysis.take(settings, pictures, ids, store, say, bar)
+        seen = analysis.take(_as_begun(settings, folder, say), pictures, ids, store, say, bar)
+        seen = dataclasses.replace(seen, recipe=settings)
+        files.write_json(folder.checkpoint(WAY), dataclasses.asdict(seen.features.way))
         _say_all(options.unused(settings, seen.plan), say)
         baseline = _baseline(seen, say)
         tuned = _tune(seen, baseline, folder, say, bar)
@@ -250,6 +254,26 @@ def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar:
         )
         head, trained = _refit(seen, baseline, tuned if ships else None, folder, say, bar)
         return _finish(seen, baseline, tuned, pair, head, trained, folder, began, say, bar)
+
+
+def _as_begun(settings: Recipe, folder: RunDir, say: Say) -> Recipe:
+    """The recipe with the engine and precision that an earlier process began this run with, if one
+    did: what is measured meanwhile, or on another machine, changes nothing."""
+    path = folder.checkpoint(WAY)
+    if not path.exists():
+        return settings
+    way, about = device.Way(**files.read_json(path)), settings.backbone
+    if way.engine == "openvino" and not device.has_openvino():
+        say(
+            "engine     torch goes on with what openvino began, which is not installed here: the "
+            "features are read again, and differ in their last digits"
+        )
+        way = device.Way("torch", way.precision)
+    how = {
+        "engine": way.engine if about.engine == "auto" else about.engine,
+        "precision": way.precision if about.precision == "auto" else about.precision,
+    }
+    return settings.model_copy(update={"backbone": about.model_copy(update=how)})
 
 
 def _name(settings: Recipe) -> str:
@@ -428,7 +452,7 @@ def _scores(tuned: Tuned, seen: Look, index: Ints) -> Floats:
         tuned.head,
         lambda: tuned.backbone,
         "torch",
-        seen.recipe.backbone.precision,
+        seen.how[1],
     )
     return np.log(np.maximum(model.predict(seen.images.subset(index)).probabilities, 1e-12))
 

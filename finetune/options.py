@@ -229,7 +229,7 @@ def of_weights(settings: Recipe, balanced: bool) -> list[str]:
 def of_machine(settings: Recipe) -> list[str]:
     """A line where the machine cannot do what was asked as it was meant."""
     about = settings.backbone
-    if about.precision == "bf16" and device.resolve(about.engine, "auto")[1] != "bf16":
+    if about.precision == "bf16" and not device.has_bf16(device.ways(about.engine)[0].engine):
         return [
             "           bf16 is not in this machine's hardware: "
             "it is emulated, slower than --precision float32"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from finetune import device, files
 from finetune.data import decode
 from finetune.errors import UserError
-from finetune.features import engine
+from finetune.features import conversion, engine
 from finetune.network import Network, Tap
 from retrieval.whitening import Whitening
 
@@ -108,7 +108,9 @@ def open_named(
         if s != 1.0
     }
     opened = [others.get(s, base) for s in options.scales]
-    used, bits = device.resolve(options.engine or "auto", options.precision or "auto")
+    taps = options.taps or (Tap("pooled"),)
+    asked = options.engine or "auto", options.precision or "auto"
+    way = engine.fastest(base.network, taps, base.load, *asked)
 
     def save(path: Path) -> None:
         from finetune.backbones import create
@@ -119,11 +121,11 @@ def open_named(
         Encoder(
             networks=tuple(one.network for one in opened),
             loads=tuple(one.load for one in opened),
-            taps=options.taps or (Tap("pooled"),),
+            taps=taps,
             scales=options.scales,
             views=VIEWS[options.flip],
-            engine=used,
-            precision=bits,
+            engine=way.engine,
+            precision=way.precision,
             save_weights=save if kind in ("file", "random") else None,
         )
     )
@@ -150,16 +152,17 @@ def open_run(path: Path, options: EncoderOptions = PLAIN) -> Encoder:
             )
         networks.append(network)
         loads.append(load)
-    used, bits = device.resolve(model.engine, model.precision)
+    taps = options.taps or model.head.taps
+    way = engine.fastest(model.network, taps, model.load, model.engine, model.precision)
     return _checked(
         Encoder(
             networks=tuple(networks),
             loads=tuple(loads),
-            taps=options.taps or model.head.taps,
+            taps=taps,
             scales=options.scales,
             views=VIEWS[options.flip],
-            engine=used,
-            precision=bits,
+            engine=way.engine,
+            precision=way.precision,
             save_weights=functools.partial(_copy, weights),
             run=(str(folder.resolve()), run_digest(folder)),
         )
@@ -212,7 +215,7 @@ def describe(encoder: Encoder) -> dict[str, Any]:
         "normalisation": "l2",
         "engine": encoder.engine,
         "precision": encoder.precision,
-        "network format": engine.FORMAT,
+        "network format": conversion.FORMAT,
         "whitening": None
         if whitening is None
         else files.digest(whitening.mean.tobytes(), whitening.matrix.tobytes()),

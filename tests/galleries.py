@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune.data.images import Fault, ImageSet
+from finetune.device import Way
 from finetune.features import engine, extraction
 from finetune.features.extraction import Features
 from finetune.files import Digests
@@ -95,7 +96,8 @@ def install(patch: Callable[[Any, str, Any], None]) -> Asked:
         good = [i for i, text in enumerate(data) if text != b"broken"]
         asked.contents += [data[i].decode(errors="replace") for i in good]
         blocks = {tap: _table([data[i] for i in good], network, tap, view) for tap in taps}
-        return Features(blocks, source.subset(good), Digests.of(known).take(good), bad, {})
+        ids, way = Digests.of(known).take(good), Way("torch", "float32")
+        return Features(blocks, source.subset(good), ids, bad, {}, way)
 
     def stream(
         source: ImageSet,

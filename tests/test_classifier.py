@@ -453,12 +453,13 @@ def test_a_saved_classifier_gives_the_same_bits(
 def test_engine_and_precision_may_be_overridden(
     tiny: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was asked for is used; a run's engine that is not installed here gives way to torch,
-    silently."""
+    """What was asked for is used, auto being no word of it; a run's engine that is not installed
+    here gives way to torch."""
     write(folder, tiny, model(tiny, linear(tiny), "openvino"))
 
     assert "torch" == classifier.load(folder, engine_name="torch").engine
     assert "bf16" == classifier.load(folder, precision="bf16").precision
+    assert "openvino" == classifier.load(folder, engine_name="auto").engine
     monkeypatch.setattr("finetune.device.has_openvino", lambda: False)
     assert "torch" == classifier.load(folder).engine
 

@@ -59,10 +59,11 @@ def _readable(module: nn.Module, stages: Sequence[Stage], side: int) -> tuple[St
         for stage in stages
         if stage.end
     ]
-    with torch.inference_mode():
-        module(torch.zeros(1, 3, side, side))
-    for hook in hooks:
-        hook.remove()
+    try:
+        memory.without_numbers(module, (1, 3, side, side), torch.float32)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return tuple(stage if stage.name in called else replace(stage, end=None) for stage in stages)
 
 
@@ -94,8 +95,7 @@ def _describe(
     if any(isinstance(part, BATCH_NORMS) for part in module.modules()):
         taps.append(Tap("moments"))
     reader = Reader(Backbone(module, bare, stages, ""), taps)
-    with torch.inference_mode():
-        outputs = reader(torch.zeros(1, side, side, 3, dtype=torch.uint8))
+    outputs = memory.without_numbers(reader, (1, side, side, 3), torch.uint8)
     return replace(
         bare,
         widths={str(tap): int(output.shape[1]) for tap, output in zip(taps, outputs, strict=True)},

@@ -85,13 +85,29 @@ def unfit(module: Any, name: str, side: int, own: int, error: Exception) -> User
 def largest(module: nn.Module, side: int) -> int:
     """Bytes that the largest operation on one image of `side` pixels reads and writes, without
     doing it."""
+    seen = _Largest()
+    with torch.inference_mode(), _Attention(), seen:
+        on_meta(module, (1, 3, side, side), torch.float32)
+    return seen.most
+
+
+def on_meta(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """What `module` gives for an input of `shape`, as tensors that have a shape and no numbers:
+    nothing is computed."""
     given = {
         name: torch.empty_like(value, device="meta") for name, value in tensors_of(module).items()
     }
-    seen = _Largest()
-    with torch.inference_mode(), _Attention(), seen:
-        torch.func.functional_call(module, given, (torch.empty(1, 3, side, side, device="meta"),))
-    return seen.most
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return torch.func.functional_call(module, given, (x,))
+
+
+def without_numbers(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """The same, in inference mode; with numbers after all where the module asks for one."""
+    with torch.inference_mode():
+        try:
+            return on_meta(module, shape, dtype)
+        except Exception:  # any network may object in any way: its own words come from a real pass
+            return module(torch.zeros(shape, dtype=dtype))
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -84,19 +84,30 @@ def check(data: str, seed: int, json_: bool, **given: Any) -> None:
     help="delete features that were not used for DAYS days",
 )
 @click.option("--clear", is_flag=True, help="delete all of it; everything here can be made again")
+@click.option(
+    "--forget-timings",
+    is_flag=True,
+    help="forget which engine and precision is fastest: they are timed again",
+)
 @as_json
-def cache(prune: float | None, clear: bool, json_: bool) -> None:
-    """What the cache holds, and where; prune it.
+def cache(prune: float | None, clear: bool, forget_timings: bool, json_: bool) -> None:
+    """What the cache holds, and where; how fast networks run here; prune it.
 
     \b
     Example:
       finetune cache --prune 30
     """
+    from finetune import timings
     from finetune.features import store
 
-    if clear and prune is not None:
-        raise click.UsageError("--clear deletes all of it, --prune a part: give one of them")
-    if clear or prune is not None:
+    if clear + (prune is not None) + forget_timings > 1:
+        raise click.UsageError(
+            "--clear deletes all of it, --prune and --forget-timings a part: give one of them"
+        )
+    if forget_timings:
+        count = timings.forget()
+        print_json({"forgotten": count}) if json_ else click.echo(f"{count} timings forgotten")
+    elif clear or prune is not None:
         freed = store.clear() if prune is None else store.prune(prune)
         print_json({"freed": freed}) if json_ else click.echo(f"{freed / 1e6:.0f} MB freed")
     elif json_:
@@ -104,3 +115,20 @@ def cache(prune: float | None, clear: bool, json_: bool) -> None:
         print_json({**found, "folder": names.shown(found["folder"])})
     else:
         click.echo(store.overview_text())
+
+
+@click.command()
+@click.option("--no-speed", is_flag=True, help="do not run the engines")
+@as_json
+def doctor(no_speed: bool, json_: bool) -> None:
+    """What a report of a fault should say of this machine, on one screen: versions, processor,
+    engines and their speed, cache, weights.
+
+    \b
+    Example:
+      finetune doctor
+    """
+    from finetune.report import doctor as home
+
+    found = home.examine(speed=not no_speed)
+    print_json(found) if json_ else click.echo(home.text(found))

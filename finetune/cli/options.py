@@ -29,12 +29,12 @@ running = options(
     click.option(
         "--engine",
         type=click.Choice(["auto", "openvino", "torch"]),
-        help="what runs the network [auto]",
+        help="what runs the network [auto: what is timed as fastest here; a run: its own]",
     ),
     click.option(
         "--precision",
         type=click.Choice(["auto", "bf16", "float32"]),
-        help="[auto: bf16 where the hardware has it]",
+        help="of its numbers [auto: float32, or bf16 where that is timed as clearly faster]",
     ),
 )
 bad_images = click.option(

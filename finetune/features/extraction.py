@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
@@ -24,11 +23,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import device, files, hardware
+from finetune import device, files, hardware, timings
 from finetune.data import decode, images
 from finetune.data.images import Fault, ImageSet
+from finetune.device import Way
 from finetune.errors import UserError
-from finetune.features import engine
+from finetune.features import conversion, engine
 from finetune.features.store import Rows, Space, Store
 from finetune.names import shown
 from finetune.network import Network, Tap
@@ -42,6 +42,8 @@ COMMIT_BYTES = 4 << 20  # bytes of features a space, or
 COMMIT_SECONDS = 15.0  # seconds, between two commits of the store: what a kill can lose
 PART = 4096  # files whose sizes and times are compared with the store's at once
 VIEWS = ("", "flip")
+# images that are too few for timing the ways of running a network: one second would not come back
+FEW = 64
 # bad images that an error names: who mends them wants them all, but not a screen of ten thousand
 NAMED = 20
 
@@ -67,7 +69,8 @@ class Features:
     `images.paths[i]`.
 
     `images` holds the images that could be read, `faults` those that could not; `spaces` names what
-    made each block. Blocks are memory-mapped where the rows stand together in the store.
+    made each block, and `way` the engine and precision of all of them. Blocks are memory-mapped
+    where the rows stand together in the store.
     """
 
     blocks: dict[Tap, Rows]
@@ -75,6 +78,7 @@ class Features:
     digests: files.Digests
     faults: tuple[Fault, ...]
     spaces: dict[Tap, str]
+    way: Way
 
     def __len__(self) -> int:
         return len(self.images)
@@ -100,7 +104,8 @@ def extract(
     where the caller has them; `view` is "" or "flip" (mirrored left to right). Unreadable images:
     `on_bad` "stop" raises a `UserError` that names them all (after the others are safe in the
     store), "skip" leaves them out and lists them in `faults`. A file that no longer has the bytes
-    of its digest raises `Changed`.
+    of its digest raises `Changed`. `auto` is what is fastest here, unless more of the rows are
+    stored in another way: `Features.way` says what it came to.
     """
     if view not in VIEWS:
         raise UserError(f"no view is called {view!r}", where="view", fix=f"choose one of {VIEWS}")
@@ -111,27 +116,94 @@ def extract(
         ids = files.Digests.of(known) if known is not None else digests(source, store)
         if len(ids) != len(source):
             raise ValueError(f"{len(ids)} digests of {len(source)} images")
-        used, bits = device.resolve(engine_name, precision, taps)
-        spaces = [
-            store.space(about(network, tap, used, bits, view), network.width(tap)) for tap in taps
-        ]
-        missing = _missing(store, spaces, ids)
+        asked = _Asked(network, tuple(taps), view, engine_name, precision)
+        way = _settled(asked, store, ids, load)
+        # Where nothing is known, the ways are timed while the first images are decoded.
+        spaces = asked.spaces(store, way) if way else []
+        missing = _missing(store, spaces, ids) if way else ids.first(np.arange(len(ids)))
+
+        def opened() -> engine.Runner:
+            nonlocal way
+            words = (way.engine, way.precision) if way else (engine_name, precision)
+            how = dict(zip(("engine", "precision"), words, strict=True))
+            runner = engine.open_runner(network, taps, load, **how)
+            if way is None:
+                way = Way(runner.engine, runner.precision)
+                spaces.extend(asked.spaces(store, way))
+            return runner
+
         faults: dict[int, Fault] = {}
         _tell_damage(store)
         if len(missing):
-            opened = functools.partial(
-                engine.open_runner, network, taps, load, engine=used, precision=bits
-            )
             try:
                 faults = _run(source, ids, missing, opened, network, store, spaces, view, progress)
             except Changed as error:
                 # its size and time may be those of the old content
                 store.forget([os.fspath(error.path.absolute())])
                 raise
-        return _gather(source, ids, taps, store, spaces, faults, on_bad)
+        assert way is not None
+        return _gather(source, ids, asked.taps, way, store, spaces, faults, on_bad)
     finally:
         if own_store:
             store.close()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be read, and what was said of how."""
+
+    network: Network
+    taps: tuple[Tap, ...]
+    view: str
+    engine_name: str
+    precision: str
+
+    def spaces(self, store: Store, way: Way) -> list[Space]:
+        """The spaces of the taps, made where they are new."""
+        return [store.space(*one) for one in self._keys(way)]
+
+    def absent(self, store: Store, way: Way, ids: files.Digests) -> int:
+        """How many contents the store does not have at all taps."""
+        known = [store.known(*one) for one in self._keys(way)]
+        spaces = [space for space in known if space is not None]
+        if len(spaces) < len(known):
+            return len(ids.first(np.arange(len(ids))))
+        return len(_missing(store, spaces, ids))
+
+    def _keys(self, way: Way) -> list[tuple[dict[str, Any], int]]:
+        how = (way.engine, way.precision, self.view)
+        return [(about(self.network, tap, *how), self.network.width(tap)) for tap in self.taps]
+
+
+def _settled(
+    asked: _Asked, store: Store, ids: files.Digests, load: Callable[[], Backbone]
+) -> Way | None:
+    """The way that makes the least work of what the store lacks; None where nothing is stored nor
+    known, and it is to be timed.
+
+    All rows of a set come from one way: where they are stored already, be it in the slower one,
+    nothing is computed.
+    """
+    ways = device.ways(asked.engine_name, asked.precision, asked.taps)
+    if len(ways) == 1:
+        return ways[0]
+    absent = {way: asked.absent(store, way, ids) for way in ways}
+    fewest = min(ways, key=lambda way: absent[way])
+    rates = timings.recall(engine.task(asked.network))
+    if str(ways[0]) not in rates:
+        if absent[fewest] < FEW:
+            return fewest
+        if min(absent.values()) == len(ids.first(np.arange(len(ids)))):
+            return None
+        words = (asked.engine_name, asked.precision)
+        engine.fastest(asked.network, asked.taps, load, *words)
+        rates = timings.recall(engine.task(asked.network))
+    names = {str(way): way for way in ways}
+    taken = names[timings.best(list(names), rates)] if rates else ways[0]
+    slowest = min(rates.values(), default=1.0)
+    seconds = {way: absent[way] / rates.get(str(way), slowest) for way in ways}
+    better = min(ways, key=lambda way: seconds[way])
+    return better if absent[better] < absent[taken] else taken
 
 
 def about(
@@ -147,7 +219,7 @@ def about(
         "engine": engine_name,
         "precision": precision,
         "view": view,
-        "network": engine.FORMAT,
+        "network": conversion.FORMAT,
     }
 
 
@@ -376,6 +448,7 @@ def _gather(
     source: ImageSet,
     ids: files.Digests,
     taps: Sequence[Tap],
+    way: Way,
     store: Store,
     spaces: Sequence[Space],
     faults: dict[int, Fault],
@@ -400,6 +473,7 @@ def _gather(
         good,
         tuple(bad),
         {tap: space.key for tap, space in zip(taps, spaces, strict=True)},
+        way,
     )
 
 

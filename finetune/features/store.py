@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import files, names
+from finetune import files, names, timings
 from finetune.data.faults import some
 from finetune.errors import UserError
 from finetune.features import checksums
@@ -119,6 +119,15 @@ class Store:
                 fix=files.CLEAR_FIX,
             )
         return Space(key, width, number)
+
+    def known(self, about: dict[str, Any], width: int) -> Space | None:
+        """The space that `about` describes where it is here and holds rows of `width`."""
+        key = files.digest_json([FORMAT, about])
+        with database_errors(self.folder):
+            found = self.db.execute(
+                "select id from spaces where key = ? and width = ? and count > 0", (key, width)
+            ).fetchone()
+        return Space(key, width, found[0]) if found else None
 
     def _drop_missing(self, space: Space, count: int) -> None:
         """Forget the rows that stood behind the end of a file which was cut short or removed: they
@@ -489,6 +498,7 @@ def overview() -> dict[str, Any]:
         "folder": str(root),
         "bytes": {entry.name: _size(entry) for entry in sorted(root.iterdir()) if entry.is_dir()},
         "spaces": spaces,
+        "timings": timings.overview(),
     }
 
 
@@ -510,7 +520,7 @@ def overview_text() -> str:
             f"{size / 1e6:.1f} MB, last used {days:.1f} days ago"
         )
         lines.append(f"  {backbone} in {precision}: {words}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *timings.table()])
 
 
 def _size(folder: Path) -> int:

@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from finetune import hardware
 from finetune.backbones.stages import Backbone, freeze
 from finetune.data import augment
-from finetune.device import resolve
 from finetune.errors import UserError
 from finetune.progress import Progress
-from finetune.training import checkpoints, optim
+from finetune.training import checkpoints, optim, speed
 from finetune.training.checkpoints import State, Trainable, copied
 from finetune.training.inputs import STORE_BATCH, Feed, Items, Job, Log, even_batches, open_feed
 from finetune.training.partial_forward import replaced, slow_in_bf16
@@ -99,7 +98,7 @@ def fit(
     `val_index` the weights of the lowest validation loss are kept, and `training.patience` epochs
     without a gain of `optim.MIN_DELTA` stop the training (0: never); else the last are kept.
     `checkpoint` is a folder: every epoch is saved there, and the same call goes on from it.
-    `precision` is auto, bf16 or float32. The input size is that of `backbone`.
+    `precision` is bf16, float32 or auto, the faster one. The input size is that of `backbone`.
 
     Raises `UserError` for bad input, an unreadable image and a full disk, and where the loss or a
     gradient is no longer finite; the backbone then holds the weights of the last finished epoch.
@@ -107,16 +106,23 @@ def fit(
     """
     log, progress = log or (lambda row: None), progress or (lambda done, total: None)
     where = _device(device)
-    half = where.type != "mps" and resolve("torch", precision)[1] == "bf16"
     train, val = (
         np.asarray(train_index, np.int64),
         np.asarray([] if val_index is None else val_index, np.int64),
     )
     _check(images.labels, train, val, classes, training)
     weights = _class_weights(images.labels[train], classes, training, class_weights).to(where)
+    way = speed.settle(
+        backbone,
+        training,
+        where,
+        precision,
+        count=len(train) * training.epochs,
+        folder=checkpoint,
+    )
     with (
         torch.random.fork_rng(devices=[where] if where.type == "cuda" else []),
-        _prepared(backbone, training, where, half),
+        _prepared(backbone, training, where, way),
     ):
         head = nn.Linear(backbone.network.widths["pooled"], classes, device=where)
         job = Job(
@@ -129,7 +135,7 @@ def fit(
             class_weights=weights,
             head=head,
             device=where,
-            half=half,
+            half=way.bf16,
             folder=checkpoint,
             log=log,
             progress=progress,
@@ -465,15 +471,14 @@ def _class_weights(
 
 @contextlib.contextmanager
 def _prepared(
-    backbone: Backbone, training: Training, device: torch.device, half: bool
+    backbone: Backbone, training: Training, device: torch.device, way: speed.Way
 ) -> Iterator[None]:
-    """Freeze, and bring the module to the device in the layout that convolutions are fastest in;
-    afterwards, back."""
+    """Freeze, and bring the module to the device in the layout of `way`; afterwards, back."""
     freeze(backbone, training.trainable, norm_moves=training.norm_moves)
-    backbone.module.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    slow = slow_in_bf16(backbone.module) if half and device.type == "cpu" else {}
+    backbone.module.to(device=device, memory_format=way.memory_format)  # type: ignore[call-overload]
+    slow = slow_in_bf16(backbone.module) if way.bf16 and device.type == "cpu" else {}
     try:
-        with replaced(backbone.module, slow):
+        with replaced(backbone.module, slow), way.in_threads():
             yield
     finally:
         backbone.module.eval()

@@ -209,7 +209,7 @@ def set_threads(d: int, work: int) -> None:
 
 def threads() -> int:
     """Threads for a search; 0 where `$OMP_NUM_THREADS` has decided."""
-    return 0 if os.environ.get("OMP_NUM_THREADS") else hardware.cores()
+    return 0 if os.environ.get("OMP_NUM_THREADS") else hardware.threads()
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from finetune import hardware
 from finetune.backbones import create, memory
 from finetune.backbones.stages import Backbone
 from finetune.errors import UserError
-from finetune.features import engine
+from finetune.features import conversion, engine
 from finetune.network import Tap
 
 SMALL = "test_efficientnet"
@@ -107,20 +107,20 @@ def test_little_memory_runs_one_batch_at_a_time(
 ) -> None:
     """Where all streams of OpenVINO do not fit, it runs one; where one does not, a converted
     network is refused, too."""
-    model, _ = engine._converted(tiny.network, (Tap("pooled"),), lambda: tiny)
+    model, _ = conversion.converted(tiny.network, (Tap("pooled"),), lambda: tiny)
     need = (
-        engine.HELD["float32"]
-        * engine.OPENVINO_BATCH
+        conversion.HELD["float32"]
+        * conversion.BATCH
         * memory.largest(tiny.module, 160)
         / hardware.SHARE
     )
     monkeypatch.setattr(hardware, "cores", lambda: 4)
     for share, streams in ((10, ""), (1.5, "1")):
         free(monkeypatch, need * share)
-        assert streams == engine._one_stream(model, tiny.network, "float32")
+        assert streams == conversion.one_stream(model, tiny.network, "float32")
     free(monkeypatch, need * 0.5)
     with pytest.raises(UserError, match="choose at most"):
-        engine._one_stream(model, tiny.network, "float32")
+        conversion.one_stream(model, tiny.network, "float32")
 
 
 def test_where_nobody_knows_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,9 @@ from PIL import Image
 from finetune import device, files
 from finetune.backbones import create
 from finetune.data import decode
+from finetune.device import Way
 from finetune.errors import UserError
-from finetune.features import engine
+from finetune.features import conversion, engine
 from finetune.network import Tap
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refuse
 socket.create_connection = socket.getaddrinfo = refuse
 import numpy as np
 from finetune.backbones import create as backbone
-from finetune.features import engine
+from finetune.features import conversion, engine
 from finetune.network import Tap
 found = backbone.load("test_efficientnet", sys.argv[1])
 size = found.network.preprocess.size
@@ -150,7 +151,7 @@ def test_bfloat16_stays_close_to_timm_in_float32(
 
 def test_every_tap_is_close_in_bfloat16(lite0: Backbone, photographs: Path) -> None:
     """Early stages and grids, too: they are what classifiers of unusual images read."""
-    taps = [tap for tap in engine.standard(lite0.network) if tap != Tap("stage1")]
+    taps = [tap for tap in conversion.standard(lite0.network) if tap != Tap("stage1")]
     images = inputs(photographs, lite0.network)
     pairs = zip(
         run(lite0, taps, images, "openvino", "float32"),
@@ -181,7 +182,7 @@ def test_a_large_jpeg_decoded_at_reduced_scale_stays_close(lite0: Backbone, tmp_
 
 def test_every_tap_of_one_engine_is_that_of_the_other(tiny: Backbone) -> None:
     """All taps in float32: maps, grids and the pooled end."""
-    taps = list(engine.standard(tiny.network))
+    taps = list(conversion.standard(tiny.network))
     images = noise(tiny.network, 3)
 
     for tap, a, b in zip(
@@ -357,7 +358,7 @@ FLOATS = st.floats(-4, 4, width=32)
 def test_rounded_kernels_are_bfloat16_and_keep_their_sums(weight: NDArray[np.float32]) -> None:
     """Every value has the lower half of its bits empty; no kernel's sum is off by more than one
     rounding."""
-    rounded = engine.round_kernels(weight)
+    rounded = conversion.round_kernels(weight)
     largest = np.abs(weight).max(axis=(-2, -1))
 
     assert not (rounded.view(np.uint32) & 0xFFFF).any()
@@ -371,7 +372,7 @@ def test_a_kernel_is_rounded_by_hand() -> None:
     """1 + 2⁻⁹ four times: the first rounds down, its loss moves on until a step of 2⁻⁷ is full."""
     weight = np.full((1, 1, 2, 2), 1 + 2**-9, dtype=np.float32)
 
-    assert [1, 1, 1 + 2**-7, 1] == engine.round_kernels(weight).reshape(-1).tolist()
+    assert [1, 1, 1 + 2**-7, 1] == conversion.round_kernels(weight).reshape(-1).tolist()
 
 
 def test_kept_sums_are_what_makes_bfloat16_good_enough(
@@ -379,12 +380,12 @@ def test_kept_sums_are_what_makes_bfloat16_good_enough(
 ) -> None:
     """On smooth images the error of pooled features is less than half of what plain rounding
     gives."""
-    if not device._fast_bf16("openvino"):
+    if not device.has_bf16("openvino"):
         pytest.skip("no bfloat16 in this hardware")
     images = inputs(shapes / "circle", lite0.network)
     (exact,) = run(lite0, [POOLED], images, "openvino", "float32")
     kept = 1 - cosine(exact, run(lite0, [POOLED], images, "openvino", "bf16")[0])
-    monkeypatch.setattr(engine, "_round_weights", lambda _: None)
+    monkeypatch.setattr(conversion, "round_weights", lambda _: None)
     plain = 1 - cosine(exact, run(lite0, [POOLED], images, "openvino", "bf16")[0])
 
     assert np.median(kept) < np.median(plain) / 2
@@ -394,18 +395,18 @@ def test_kept_sums_are_what_makes_bfloat16_good_enough(
 # ----------------------------------------------------------------------------------- what is chosen
 
 
-def test_openvino_is_taken_where_it_is_installed() -> None:
-    """`auto` says what will really be used: it is part of the key of every feature."""
-    name, precision = device.resolve()
+def test_float32_by_openvino_comes_first() -> None:
+    """`auto` leaves four ways open; the first is taken unless another one is clearly faster."""
+    found = [str(way) for way in device.ways()]
 
-    assert "openvino" == name
-    assert ("bf16" if device._fast_bf16("openvino") else "float32") == precision
+    assert ["openvino float32", "openvino bf16", "torch float32", "torch bf16"] == found
 
 
 def test_what_is_asked_for_is_what_is_used() -> None:
     """Words other than auto are taken as they are."""
-    assert ("torch", "float32") == device.resolve("torch", "float32")
-    assert ("openvino", "bf16") == device.resolve("openvino", "bf16")
+    assert [Way("torch", "float32")] == device.ways("torch", "float32")
+    assert [Way("openvino", "bf16")] == device.ways("openvino", "bf16")
+    assert {"bf16"} == {way.precision for way in device.ways("auto", "bf16")}
 
 
 def test_moments_are_read_by_torch(tiny: Backbone) -> None:
@@ -415,7 +416,7 @@ def test_moments_are_read_by_torch(tiny: Backbone) -> None:
         tiny.network, [Tap("moments")], lambda: tiny, engine="openvino", precision="float32"
     )
 
-    assert ("torch", "float32") == device.resolve("openvino", "float32", [Tap("moments")])
+    assert [Way("torch", "float32")] == device.ways("openvino", "float32", [Tap("moments")])
     assert "torch" == runner.engine
 
 
@@ -427,7 +428,7 @@ def test_unknown_words_are_refused_with_those_that_exist(
 ) -> None:
     """The option is named, and its values are listed."""
     with pytest.raises(UserError, match="is called") as caught:
-        device.resolve(*words)
+        device.ways(*words)
     assert where == caught.value.where
     assert "auto" in caught.value.fix
 
@@ -452,12 +453,12 @@ def test_everything_works_without_openvino(tiny: Backbone, monkeypatch: pytest.M
     )
     monkeypatch.setitem(sys.modules, "openvino", None)  # importing it fails, too
 
-    assert "torch" == device.resolve()[0]
+    assert {"torch"} == {way.engine for way in device.ways()}
     runner = engine.open_runner(tiny.network, [POOLED, Tap("stage5", grid=3)], lambda: tiny)
     assert "torch" == runner.engine
     assert [(2, 256), (2, 576)] == [block.shape for block in runner(noise(tiny.network, 2))]
     with pytest.raises(UserError, match="OpenVINO is not installed") as caught:
-        device.resolve("openvino")
+        device.ways("openvino")
     assert "--engine torch" in caught.value.fix
 
 
@@ -468,7 +469,7 @@ def test_everything_works_without_openvino(tiny: Backbone, monkeypatch: pytest.M
 def pristine(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small network, converted once: `pristine.xml` and `pristine.bin`."""
     path = tmp_path_factory.mktemp("pristine") / "pristine.xml"
-    assert engine._keep(engine._convert(tiny, engine.standard(tiny.network)), path)
+    assert conversion._keep(conversion._convert(tiny, conversion.standard(tiny.network)), path)
     return path
 
 
@@ -477,16 +478,16 @@ def copied(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Conversions take no time in this test: they are read from a file. The list says where they
     were kept."""
     asked: list[Path] = []
-    keep = engine._keep
+    keep = conversion._keep
 
     def kept(model: Any, path: Path) -> bool:
         asked.append(path)
         return keep(model, path)
 
     monkeypatch.setattr(
-        engine, "_convert", lambda _found, _taps: device._core().read_model(str(pristine))
+        conversion, "_convert", lambda _found, _taps: device._core().read_model(str(pristine))
     )
-    monkeypatch.setattr(engine, "_keep", kept)
+    monkeypatch.setattr(conversion, "_keep", kept)
     return asked
 
 

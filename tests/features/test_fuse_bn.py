@@ -10,7 +10,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from finetune.backbones import create, extractor
-from finetune.features import engine, fuse_bn
+from finetune.features import conversion, fuse_bn
 from finetune.network import Tap
 
 NOISE = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -75,6 +75,38 @@ def test_what_folding_would_change_is_left_alone(way: Callable[[Net, Tensor], Te
     assert fuse_bn.folded(module, NOISE) is module
 
 
+def test_a_network_is_not_run_to_be_folded() -> None:
+    """What reads what is seen without numbers: large networks would take seconds for each pass."""
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Flatten()).eval()
+    devices = []
+    module[0].register_forward_pre_hook(lambda _part, inputs: devices.append(inputs[0].device.type))
+    folded = fuse_bn.folded(module, NOISE)
+
+    assert folded is not module
+    assert ["meta"] == devices
+
+
+class Asking(nn.Module):
+    """A network that looks at its numbers, so that it must run on some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.norm(self.conv(x))
+        return (y if float(y.detach().sum()) > -1e9 else -y,)
+
+
+def test_a_network_that_asks_for_numbers_is_folded_on_some() -> None:
+    """It is compared with its copy then."""
+    module = Asking().eval()
+    folded = fuse_bn.folded(module, NOISE)
+
+    assert folded is not module
+    torch.testing.assert_close(folded(NOISE)[0], module(NOISE)[0])
+
+
 def test_a_norm_that_reads_its_batch_is_left_alone() -> None:
     """Without running statistics there is nothing to fold."""
     module = nn.Sequential(
@@ -102,7 +134,7 @@ def test_features_are_those_of_the_network_as_it_was(name: str, left: int) -> No
     pixels = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     taps = [
         Tap("pooled"),
-        *(tap for tap in engine.standard(found.network) if tap.stage != "pooled"),
+        *(tap for tap in conversion.standard(found.network) if tap.stage != "pooled"),
     ]
     reader = extractor.Reader(found, taps).eval()
     folded = fuse_bn.folded(reader, pixels)
