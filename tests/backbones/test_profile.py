@@ -295,7 +295,7 @@ def test_milliseconds_stand_beside_the_counts_on_request(words: Sequence[str]) -
     if "--json" in words:
         told = json.loads(text)
         assert all(layer["milliseconds"] > 0 for layer in told["layers"])
-        assert sum(layer["milliseconds"] for layer in told["layers"]) > told["milliseconds"] / 4
+        assert told["milliseconds"] > max(layer["milliseconds"] for layer in told["layers"])
 
 
 def test_counting_takes_no_memory_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
