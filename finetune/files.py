@@ -33,8 +33,8 @@ networks/   descriptions of networks
 timings/    how fast networks run here by each engine and precision
 thumbs/     small pictures that `retrieve serve` shows, keyed by the content of the files
 
-Everything here can be made again. `finetune cache` shows what is here and prunes it; deleting the
-folder is safe.
+Everything here can be made again. `finetune cache` shows what is here and prunes it;
+deleting the folder is safe.
 """
 
 

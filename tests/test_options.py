@@ -209,10 +209,8 @@ def test_weights_of_classes_for_the_svm_alone_are_told() -> None:
 def test_bf16_without_hardware_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where bf16 is emulated, a line says so; where it is not, none does."""
     about = settings("backbone.precision=bf16", "backbone.engine=torch")
-    for best, count in (("float32", 1), ("bf16", 0)):
-        monkeypatch.setattr(
-            options.device, "resolve", lambda engine, precision, best=best: (engine, best)
-        )
+    for here, count in ((False, 1), (True, 0)):
+        monkeypatch.setattr(options.device, "has_bf16", lambda _engine, here=here: here)
         assert count == len(options.of_machine(about))
 
 
