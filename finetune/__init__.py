@@ -13,9 +13,19 @@ from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from finetune.classifier import Classifier, Predictions
+    from finetune.estimators import RegraftClassifier, RegraftFeatures
     from finetune.job import advise, fit, load
 
-__all__ = ["Classifier", "Predictions", "UserError", "advise", "fit", "load"]
+__all__ = [
+    "Classifier",
+    "Predictions",
+    "RegraftClassifier",
+    "RegraftFeatures",
+    "UserError",
+    "advise",
+    "fit",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,11 +33,9 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     homes = {
-        "fit": "job",
-        "load": "job",
-        "advise": "job",
-        "Classifier": "classifier",
-        "Predictions": "classifier",
+        **dict.fromkeys(("fit", "load", "advise"), "job"),
+        **dict.fromkeys(("Classifier", "Predictions"), "classifier"),
+        **dict.fromkeys(("RegraftClassifier", "RegraftFeatures"), "estimators"),
     }
     if name in homes:
         return getattr(importlib.import_module(f"finetune.{homes[name]}"), name)

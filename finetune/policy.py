@@ -47,10 +47,10 @@ class Plan:
 
 # --------------------------------------------------------------------------------------- the matrix
 # Rows: training images per class (mean). Columns: similarity to the pretraining photographs. The
-# cells follow what was measured with EfficientNet-Lite0 (docs/log.md): with under 100 images a
-# class, moving the backbone lost to an SVM on well-chosen taps at every similarity; with more, the
-# SVM still runs beside whatever the cell says, and the better of the two ships. Where the images
-# are unlike photographs, the earlier taps carry them (Head2Toe, Evci et al. 2022).
+# cells follow what was measured with EfficientNet-Lite0 (docs/log.md). The SVM runs beside whatever
+# a cell says, and so does the average of both: the best of the three ships. Where the images are
+# unlike photographs, the earlier taps carry them (Head2Toe, Evci et al. 2022), and an input-level
+# shift asks for the first stages to move (surgical fine-tuning, Lee et al. 2023).
 
 ROWS = (("few", 0, 20), ("small", 20, 100), ("medium", 100, 1000), ("large", 1000, None))
 COLUMNS = ("near", "moderate", "far")
@@ -61,20 +61,14 @@ MATRIX: dict[tuple[str, str], Cell] = {
         "svm", "too few images to move a backbone; the tap is chosen by cross-validation"
     ),
     ("few", "far"): Cell("svm", "few and unlike photographs: earlier taps, not a moved backbone"),
-    ("small", "near"): Cell(
-        "svm", "the pretrained features fit, and there is little to learn more from"
-    ),
-    ("small", "moderate"): Cell("svm", "little data: well-chosen taps beat a moved backbone"),
-    ("small", "far"): Cell("svm", "little data, unlike photographs: an SVM on earlier taps"),
-    ("medium", "near"): Cell(
-        "stages:1", "enough to adapt the last stage, which is the most tied to the old classes"
-    ),
-    ("medium", "moderate"): Cell("stages:2", "enough to adapt the last stages"),
-    ("medium", "far"): Cell(
-        "stages:2", "enough to adapt the last stages to what they have not seen"
-    ),
+    ("small", "near"): Cell("stages:3", "the last stages move gently from the SVM's side"),
+    ("small", "moderate"): Cell("stages:3", "the last stages move gently from the SVM's side"),
+    ("small", "far"): Cell("full", "unlike photographs: the first stages have to adapt, too"),
+    ("medium", "near"): Cell("stages:3", "enough to adapt the last stages"),
+    ("medium", "moderate"): Cell("full", "enough for everything to adapt"),
+    ("medium", "far"): Cell("full", "enough for everything to adapt to what it has not seen"),
     ("large", "near"): Cell("half", "much data: the upper half may adapt"),
-    ("large", "moderate"): Cell("half", "much data, somewhat different: the upper half may adapt"),
+    ("large", "moderate"): Cell("full", "much data, somewhat different: everything may adapt"),
     ("large", "far"): Cell("full", "much data, unlike photographs: everything may adapt"),
 }
 
@@ -83,6 +77,8 @@ ENOUGH = (
     100  # images per class that the advice asks for: where the matrix first lets the backbone move
 )
 TINY = 64  # pixels: sources below gain nothing from a large input, and fine-tuning pays for it
+TRAINED = 160  # pixels: the side of the input of a training, at most
+STEPS = 1500  # of a training, at most
 UNKNOWN_COLUMN = "moderate"  # where similarity is unknown: the middle
 
 
@@ -163,34 +159,34 @@ def decide(
 def _training(
     strategy: str, facts: Facts, total: int, overrides: dict[str, Any]
 ) -> Training | None:
+    """The settings of a strategy, from the size of the data and of the images (docs/log.md)."""
     if strategy in ("svm", "probe"):
         return None
-    moving = trainable(strategy, facts.stages)
-    scratch = strategy == "scratch"
-    size = facts.input_size
-    if facts.short_side < TINY and not scratch:
-        size = min(size, max(96, 32 * round(facts.short_side * 3 / 32)))
-    # BiT's rule (Kolesnikov et al. 2020): the number of steps, not of epochs, follows the size of
-    # the data.
+    scratch, whole = strategy == "scratch", strategy in ("full", "scratch")
+    tiny = facts.short_side < TINY
     batch = 32 if total < 20_000 else 64
-    epochs = max(3, min(10, round(900 * batch / total))) if not scratch else 60
+    most = 60 if scratch else 12 if whole else 8
     values: dict[str, Any] = {
-        "trainable": moving,
+        "trainable": trainable(strategy, facts.stages),
         "head_init": "zero" if scratch else "probe",
-        "lr": 1e-3,
-        "trunk_lr_scale": 1.0 if scratch else 0.3,
-        "layer_decay": 1.0 if scratch else 0.8,
-        "epochs": epochs,
+        "taps": ("pooled",) if scratch else ("svm",),
+        # A fitted head moves gently, and what is below it more gently still.
+        "lr": 3e-3 if whole else 9e-4,
+        "trunk_lr_scale": 1.0 if scratch else 1 / 3,
+        "layer_decay": 1.0,
+        # BiT's rule (Kolesnikov et al. 2020): the number of steps, not of epochs, follows the size
+        # of the data.
+        "epochs": most if scratch else max(4, min(most, round(STEPS * batch / total))),
         "batch_size": batch,
-        "weight_decay": 0.05 if scratch else 1e-4,
-        "label_smoothing": 0.1 if total >= 5_000 else 0.0,
-        "mixup": 0.1 if total >= 20_000 else 0.0,
+        "warmup": 0.25,
+        "weight_decay": 0.02 if whole else 1e-4,
+        "label_smoothing": 0.1,
         "ema": True,
-        "l2_sp": 1e-2 if total < 1_000 and not scratch else 0.0,
-        "augment": "medium" if total >= 5_000 or scratch else "light",
-        "flip": facts.flip,
-        "views": 4 if total < 2_000 else 2,
-        "input_size": size,
+        # Crops cut strokes off; small images are turned, shifted and scaled as a whole.
+        "augment": "affine" if tiny else "medium" if scratch else "photo",
+        "flip": facts.flip and not (tiny and facts.similarity == "far"),
+        "views": 4,
+        "input_size": facts.input_size if scratch else _input_size(facts),
         "norm_moves": scratch,
     }
     known = {field.name for field in dataclasses.fields(Training)}
@@ -203,6 +199,13 @@ def _training(
     return Training(
         **{**values, **{key: value for key, value in overrides.items() if value is not None}}
     )
+
+
+def _input_size(facts: Facts) -> int:
+    """The side of the input: a little over twice that of tiny images, else at most `TRAINED`."""
+    if facts.short_side < TINY:
+        return min(facts.input_size, max(TINY, 32 * round(facts.short_side * 2.25 / 32)))
+    return min(facts.input_size, TRAINED)
 
 
 def _minutes(training: Training | None, facts: Facts, total: int) -> float | None:

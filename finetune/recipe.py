@@ -40,6 +40,7 @@ LATER: tuple[str, ...] = (
         "data.group_column",
         "data.image_root",
     ),
+    *("train.taps", "policy.ship"),
     *("data.on_conflict", "data.on_leak", "data.on_empty_class"),
 )
 # where things lie: no part of what is asked for
@@ -185,6 +186,11 @@ class Policy(Section):
     budget: Positive | None = Field(
         default=None, description="minutes that the whole job may take, above 0; null: no limit"
     )
+    ship: Literal["auto", "svm", "fine-tuned", "average"] = Field(
+        default="auto",
+        description="auto (the best on images that none was fitted on), svm, fine-tuned or average "
+        "(of both)",
+    )
 
 
 class Train(Section):
@@ -230,8 +236,15 @@ class Train(Section):
     l2_sp: NotNegative | None = Field(
         default=None, description="pull towards the pretrained weights, 0 (off) or more, or null"
     )
-    augment: Literal["none", "light", "medium", "strong"] | None = Field(
-        default=None, description="none, light, medium, strong or null"
+    augment: Literal["none", "affine", "photo", "light", "medium", "strong"] | None = Field(
+        default=None,
+        description="none, affine (turned, shifted, scaled, sheared), photo, light, medium, strong "
+        "(crops and colours) or null",
+    )
+    taps: Annotated[tuple[Text, ...], BeforeValidator(_listed)] | None = Field(
+        default=None,
+        description="the taps that the head reads: svm (those of the SVM, and the pooled end), "
+        "pooled (then plain timm opens the run), a list, or null",
     )
     input_size: Annotated[int, Field(ge=16)] | None = Field(
         default=None, description="pixels a side, 16 or more, or null"

@@ -133,13 +133,15 @@ def open_named(
 
 def open_run(path: Path, options: EncoderOptions = PLAIN) -> Encoder:
     """The encoder of a finished run's network, read where its head reads it where no taps are
-    given."""
+    given. Of an average it is the fine-tuned network."""
     from finetune import classifier, run
     from finetune.backbones import catalog
+    from finetune.evaluation import ensemble
 
     folder = run.finished(path)
-    model = classifier.load(folder, engine_name=options.engine, precision=options.precision)
-    weights = folder / "model.safetensors"
+    own = ensemble.backbone_folder(folder)
+    model = classifier.load(own, engine_name=options.engine, precision=options.precision)
+    weights = own / "model.safetensors"
     networks, loads = [], []
     for scale in options.scales:
         network, load = model.network, model.load

@@ -15,12 +15,13 @@ import odd
 import pytest
 
 import finetune
-from finetune import analysis, classifier, files, job, names, run, runs
+from finetune import analysis, classifier, files, job, names, run
 from finetune.data import images
 from finetune.errors import UserError
-from finetune.evaluation import model_selection, predictions
+from finetune.evaluation import fitting, predictions
 from finetune.heads import head
 from finetune.network import Tap
+from finetune.report import runs
 
 TINY: dict[str, Any] = {
     "backbone": ["test_efficientnet"],
@@ -162,9 +163,7 @@ def test_fine_tuning_writes_curves_and_a_comparison(shapes: Path, tmp_path: Path
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_fine_tuned_model_that_ships_opens_in_timm(
-    shades: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fine_tuned_model_that_ships_opens_in_timm(shades: Path, tmp_path: Path) -> None:
     """A run with one pooled, unnormalised head is in timm's own local layout, and scores the same
     there."""
     import timm
@@ -172,8 +171,12 @@ def test_a_fine_tuned_model_that_ships_opens_in_timm(
 
     from finetune.data import decode
 
-    monkeypatch.setattr(model_selection, "clearly_better", lambda pair: True)
-    quick = ("train.patience=0", "train.batch_size=8", "train.input_size=64")
+    quick = (
+        "policy.ship=fine-tuned",
+        "train.patience=0",
+        "train.batch_size=8",
+        "train.input_size=64",
+    )
     outcome = job.fit(
         shades, out=tmp_path / "tuned", strategy="scratch", epochs=3, assignments=quick, **TINY
     )
@@ -289,7 +292,7 @@ def test_the_svm_reads_the_taps_that_were_asked_for() -> None:
             plan=SimpleNamespace(strategy="svm"),
             recipe=SimpleNamespace(backbone=SimpleNamespace(taps=taps)),
         )
-        assert expected == list(job._asked(seen, blocks))
+        assert expected == list(fitting._asked(seen, blocks))
 
 
 def test_names_of_any_kind_go_through_a_job(shapes: Path, tmp_path: Path) -> None:
@@ -377,14 +380,22 @@ def test_fine_tuning_needs_an_image_that_chooses(shapes: Path, tmp_path: Path) -
     assert "no image can be held out that would choose" in outcome.verdict
 
 
-def test_a_fine_tuned_model_without_a_test_part(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the fine-tuned model ships, the images that chose it judge it, and the name says so."""
-    monkeypatch.setattr(model_selection, "ships", lambda pair, best_epoch: True)
+@pytest.mark.parametrize("kind", ["fine-tuned", "average"])
+def test_a_fine_tuned_model_without_a_test_part(kind: str, shapes: Path, tmp_path: Path) -> None:
+    """Where the fine-tuned model ships, or the average, the images that chose it judge it, and the
+    name says so; the run opens and predicts."""
+    asked = (f"policy.ship={kind}",)
     outcome = job.fit(
-        shapes, out=tmp_path / "run", strategy="stages:1", epochs=1, test="none", **TINY
-    )
+        *(shapes,), out=tmp_path / "run", strategy="stages:1", epochs=1, test="none",
+        assignments=asked, **TINY,
+    )  # fmt: skip
+    with finetune.load(outcome.path) as model:
+        found = model.predict([shapes / "circle" / "00.png"])
+    rows = json.loads((outcome.path / "contenders.json").read_text(encoding="utf-8"))
+
+    assert (1, 3) == found.probabilities.shape
+    assert ["svm", "fine-tuned", "average"] == [row["kind"] for row in rows]
+    assert [kind] == [row["kind"] for row in rows if row["shipped"]]
     assert 12 == outcome.metrics["choice/top1"]["n"]
     assert "when they chose it" in outcome.verdict
 

@@ -124,8 +124,9 @@ def test_tiny_sources_train_on_a_smaller_input() -> None:
 
     assert small.training is not None
     assert large.training is not None
-    assert small.training.input_size < 128
-    assert 224 == large.training.input_size
+    assert 64 == small.training.input_size
+    assert 160 == large.training.input_size
+    assert ("affine", "photo") == (small.training.augment, large.training.augment)
 
 
 def test_flips_are_the_users_word() -> None:
@@ -136,14 +137,21 @@ def test_flips_are_the_users_word() -> None:
     assert not plan.training.flip
 
 
-def test_few_data_are_held_to_their_start() -> None:
-    """L2-SP is on where a moved backbone has few images, off where it has many."""
-    few, many = policy.decide(facts(20), strategy="half"), policy.decide(facts(2000))
+def test_tiny_images_unlike_photographs_are_not_mirrored() -> None:
+    """Digits and letters change their class in a mirror; stamps do not."""
+    digits = policy.decide(facts(400, similarity="far", short_side=28))
+    stamps = policy.decide(facts(44, similarity="near"))
 
-    assert few.training is not None
-    assert many.training is not None
-    assert few.training.l2_sp > 0
-    assert 0 == many.training.l2_sp
+    assert digits.training is not None
+    assert stamps.training is not None
+    assert (False, True) == (digits.training.flip, stamps.training.flip)
+
+
+def test_the_number_of_steps_is_bounded() -> None:
+    """More images mean fewer epochs, down to four."""
+    plans = [policy.decide(facts(n, similarity="far")).training for n in (30, 400, 5000)]
+
+    assert [12, 12, 4] == [plan.epochs for plan in plans if plan]
 
 
 def test_small_classes_are_named_with_what_to_collect() -> None:
@@ -159,5 +167,5 @@ def test_the_printed_matrix_marks_the_chosen_cell_once() -> None:
     text = policy.matrix_text(policy.decide(facts(320, similarity="far")))
 
     assert 1 == text.count("[")
-    assert "[stages:2]" in text
+    assert "[full]" in text
     assert "because" in text

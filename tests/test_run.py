@@ -16,9 +16,10 @@ import odd
 import pytest
 
 import finetune
-from finetune import files, lock, run, runs
+from finetune import files, lock, run
 from finetune.errors import UserError
 from finetune.evaluation import predictions
+from finetune.report import runs
 from finetune.run import RunDir, open_run
 
 DIGEST, OTHER = "a" * 64, "b" * 64

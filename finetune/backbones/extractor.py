@@ -100,11 +100,16 @@ class Reader(nn.Module):
         return (pixels.float() * self.scale + self.shift).permute(0, 3, 1, 2)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return self.read(lambda: self.trunk(self.normalise(pixels)))
+
+    def read(self, run: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        """The taps while `run` passes something through the trunk, as a whole or in part; it gives
+        the pooled end."""
         self._captured.clear()
         self._moments.clear()
         hooks = self._hook()
         try:
-            end = self.trunk(self.normalise(pixels))
+            end = run()
         finally:
             for hook in hooks:
                 hook.remove()

@@ -214,7 +214,7 @@ def runs_ls(folder: Path, json_: bool) -> None:
     Example:
       finetune runs ls
     """
-    from finetune import runs
+    from finetune.report import runs
 
     rows = runs.list_runs(folder)
     if json_:
@@ -233,7 +233,7 @@ def runs_compare(paths: tuple[Path, ...], json_: bool) -> None:
     Example:
       finetune runs compare runs/a runs/b
     """
-    from finetune import runs
+    from finetune.report import runs
 
     rows = runs.compare(list(paths))
     if json_:

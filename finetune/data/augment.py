@@ -39,15 +39,19 @@ AHEAD = 3  # batches decoded ahead of the network
 @dataclass(frozen=True)
 class Strength:
     """`area` is the smallest share of the image that a crop keeps, `jitter` the largest change of
-    brightness, contrast and saturation, `trivial` adds one TrivialAugment operation."""
+    brightness, contrast and saturation, `trivial` adds one TrivialAugment operation, `affine`
+    turns, shifts, scales and shears the whole image in place of a crop."""
 
-    area: float
+    area: float = 1.0
     jitter: float = 0.0
     trivial: bool = False
+    affine: bool = False
 
 
 STRENGTHS: dict[str, Strength | None] = {
     "none": None,
+    "affine": Strength(affine=True),
+    "photo": Strength(area=0.5, trivial=True),
     "light": Strength(area=0.6),
     "medium": Strength(area=0.35, jitter=0.2),
     "strong": Strength(area=0.25, trivial=True),
@@ -72,6 +76,11 @@ def augmented(
     how = STRENGTHS[strength]
     if how is None:
         return decode.to_input(data, pre)
+    if how.affine:
+        image = moved(Image.fromarray(decode.to_input(data, pre)), rng)
+        if rng.random() < 0.5 and flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.array(image)
     # A crop is enlarged by up to 1 / sqrt(area): a reduced-scale JPEG must hold that many more
     # pixels.
     image = decode.decode(data, short_side=math.ceil(pre.resize / math.sqrt(how.area)))
@@ -85,6 +94,31 @@ def augmented(
     if how.trivial:
         image = trivial(image, rng, tuple(round(255 * value) for value in pre.mean))
     return np.array(image)
+
+
+# degrees, a share of the side, factors, degrees: what a small picture bears without changing class
+ANGLE, SHIFT, SCALE, SHEAR = 12.0, 0.1, (0.85, 1.15), 8.0
+
+
+def moved(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The image turned, shifted, scaled and sheared a little; the colour of its border, the median
+    of its outermost pixels, fills the corners that open up."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as transforms
+
+    pixels = np.asarray(image)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    side = max(image.size)
+    result: Image.Image = transforms.affine(
+        image,
+        angle=float(rng.uniform(-ANGLE, ANGLE)),
+        translate=[round(float(rng.uniform(-SHIFT, SHIFT)) * side) for _ in range(2)],
+        scale=float(rng.uniform(*SCALE)),
+        shear=[float(rng.uniform(-SHEAR, SHEAR)), 0.0],
+        interpolation=InterpolationMode.BILINEAR,
+        fill=[float(value) for value in np.median(border, axis=0)],
+    )
+    return result
 
 
 def crop_box(size: tuple[int, int], area: float, rng: np.random.Generator) -> Box:
@@ -209,15 +243,11 @@ def batches(
                     future.cancel()
 
 
-def mixup(
-    x: Tensor, targets: Tensor, alpha: float, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Blend every row of a batch with another (Zhang et al. 2018): `λ x + (1 − λ) x[other]`, λ ~
-    Beta(alpha, alpha).
+def mixing(count: int, alpha: float, rng: np.random.Generator) -> tuple[float, Tensor]:
+    """How mixup (Zhang et al. 2018) blends a batch of `count` rows: λ ~ Beta(alpha, alpha), the
+    share that each row keeps, and the other row of each.
 
-    `x` `(n, …)` is floating point, `targets` `(n, C)` are probabilities; one λ a batch. With stored
-    activations this mixes at the freeze boundary (manifold mixup, Verma et al. 2019).
+    With stored activations the blend is made at the freeze boundary (manifold mixup, Verma et al.
+    2019).
     """
-    share = float(rng.beta(alpha, alpha))
-    other = torch.from_numpy(rng.permutation(len(x))).to(x.device)
-    return x * share + x[other] * (1 - share), targets * share + targets[other] * (1 - share)
+    return float(rng.beta(alpha, alpha)), torch.from_numpy(rng.permutation(count))

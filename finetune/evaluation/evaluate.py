@@ -17,7 +17,8 @@ from finetune.data import images, omissions
 from finetune.data.columns import Layout
 from finetune.data.images import ImageSet
 from finetune.errors import UserError
-from finetune.evaluation.predict import open_run, say_faults
+from finetune.evaluation.ensemble import open_run
+from finetune.evaluation.predict import say_faults
 from finetune.files import Digests
 from finetune.names import shown
 from finetune.progress import Bar, Say, no_bar, quiet

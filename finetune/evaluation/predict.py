@@ -6,23 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import classifier, run
-from finetune.classifier import Classifier, Predictions
+from finetune.classifier import Predictions
 from finetune.data import folders, loose
 from finetune.data.faults import Fault
 from finetune.data.loose import Picture
 from finetune.evaluation import predictions
+from finetune.evaluation.ensemble import open_run
 from finetune.names import shown
 from finetune.progress import Bar, Say, no_bar, quiet
 
 Row = dict[str, Any]
-
-
-def open_run(
-    path: str | Path, *, engine_name: str | None = None, precision: str | None = None
-) -> Classifier:
-    """The classifier of a finished run; an unfinished, damaged or missing one is a `UserError`."""
-    return classifier.load(run.finished(Path(path)), engine_name=engine_name, precision=precision)
 
 
 def predict(

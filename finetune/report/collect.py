@@ -4,7 +4,7 @@ in words."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
@@ -14,14 +14,14 @@ import numpy as np
 
 from finetune import metrics, policy, similarity
 from finetune.analysis import Look
-from finetune.classifier import Predictions
+from finetune.classifier import Classifier, Predictions
 from finetune.data import decode, omissions
 from finetune.data.images import ImageSet
 from finetune.errors import UserError
+from finetune.evaluation.fitting import Fitted, shipped_name
 from finetune.evaluation.judgement import Judgement
-from finetune.heads.head import AnyHead
 from finetune.heads.svm import SvmResult
-from finetune.metrics import Estimate, Paired
+from finetune.metrics import Estimate
 from finetune.names import shown, typed
 from finetune.report.render import (
     Candidate,
@@ -43,17 +43,16 @@ CANDIDATES = 12  # rows of the SVM's comparison
 
 def collect(
     seen: Look,
-    baseline: SvmResult,
-    training: TrainResult | None,
-    pair: Paired | None,
-    shipped: AnyHead,
+    fitted: Fitted,
     judged: Judgement,
-    svm_on_test: Estimate | None,
+    on_test: Mapping[str, Predictions],
     verdict: tuple[str, str],
     path: Path,
 ) -> ReportData:
     """Everything that the page of a run shows; `verdict` are its two sentences, `judged` what it
-    was judged on."""
+    was judged on, `on_test` what every contender says of the test images."""
+    baseline, choice = fitted.baseline, fitted.choice
+    training = fitted.tuned.result if fitted.tuned else None
     found, classes = judged.found, seen.images.classes
     nothing = np.zeros((len(classes), len(classes)), dtype=np.int64)
     train = seen.images.labels[seen.part("train")]
@@ -62,7 +61,7 @@ def collect(
         made=datetime.now(UTC).strftime("%Y-%m-%d"),
         headline=verdict[0],
         second=verdict[1],
-        shipped=shipped.kind,
+        shipped=shipped_name(seen, fitted),
         classes=classes,
         training=tuple(int(n) for n in np.bincount(train, minlength=len(classes))),
         confusion=metrics.confusion(found.images.labels, found.best, len(classes))
@@ -74,15 +73,15 @@ def collect(
         seconds=tuple((name, value) for name, value in seen.seconds.items() if name != "all"),
         commands=_commands(path),
         warnings=_warnings(seen, baseline, training),
-        contenders=_contenders(seen, baseline, shipped, judged, svm_on_test),
-        pair=pair,
-        pair_on="images that neither was fitted on",
+        contenders=_contenders(seen, fitted, judged, on_test),
+        pair=choice.pair if choice else None,
+        pair_on=choice.selection.words if choice else "",
         candidates=_candidates(baseline),
         curves=_curves(training.history if training else ()),
         best_epoch=training.best_epoch if training else None,
         diagnosis=_diagnosis(training.history) if training else (),
         mistakes=_mistakes(found) if found else (),
-        facts=_facts(seen, shipped),
+        facts=_facts(seen, fitted),
         test_evaluations=int(judged.part == "test"),
         judged_on=judged.on,
     )
@@ -144,36 +143,38 @@ def _warnings(seen: Look, baseline: SvmResult, training: TrainResult | None) -> 
 
 
 def _contenders(
-    seen: Look,
-    baseline: SvmResult,
-    shipped: AnyHead,
-    judged: Judgement,
-    svm_on_test: Estimate | None,
+    seen: Look, fitted: Fitted, judged: Judgement, on_test: Mapping[str, Predictions]
 ) -> tuple[Contender, ...]:
-    """The models on the test images; where only one was refitted for them, the SVM's out-of-fold
-    accuracy stands below."""
-    top1 = judged.metrics.get("top1")
+    """The models on the test images; where the SVM was the only one, its out-of-fold accuracy
+    stands below."""
+    top1, baseline = judged.metrics.get("top1"), fitted.baseline
     if not isinstance(top1, Estimate):
         return ()
+    if fitted.choice is not None and on_test:
+        rows = [
+            Contender(
+                one.name,
+                metrics.accuracy(found.images.labels, found.best, found.images.groups),
+                "test images",
+                one is fitted.choice.winner,
+                "" if one.kind in fitted.refitted else "not fitted again on the validation images",
+            )
+            for one in fitted.choice.contenders
+            if (found := on_test.get(one.kind))
+        ]
+        return tuple(sorted(rows, key=lambda row: not row.shipped))
     name = f"SVM on {' + '.join(map(str, baseline.head.taps))}"
-    if svm_on_test is not None:
-        tuned = Contender(f"fine-tuned ({seen.plan.strategy})", top1, "test images", True)
-        return tuned, Contender(name, svm_on_test, "test images", False)
     if judged.part != "test":
-        tuned_name = f"fine-tuned ({seen.plan.strategy})"
-        return (Contender(name if judged.part == "cv" else tuned_name, top1, judged.on, True),)
+        shipped = fitted.choice.winner.name if fitted.choice else name
+        return (Contender(shipped, top1, judged.on, True),)
     rows = [Contender(name, top1, "test images", True)]
     if math.isfinite(baseline.cv_accuracy):
         half = 1.96 * baseline.cv_error
         low, high = max(0.0, baseline.cv_accuracy - half), min(1.0, baseline.cv_accuracy + half)
-        folds = Estimate(
-            baseline.cv_accuracy, low, high, len(seen.part("train")), "normal, over folds"
-        )
-        rows.append(
-            Contender(
-                f"{name}, before it was refitted", folds, "training images, out of fold", False
-            )
-        )
+        n = len(seen.part("train"))
+        folds = Estimate(baseline.cv_accuracy, low, high, n, "normal, over folds")
+        before = f"{name}, before it was refitted"
+        rows.append(Contender(before, folds, "training images, out of fold", False))
     return tuple(rows)
 
 
@@ -281,7 +282,7 @@ def thumbnail(images: ImageSet, i: int, side: int = THUMBNAIL) -> bytes:
     return buffer.getvalue()
 
 
-def _facts(seen: Look, shipped: AnyHead) -> tuple[tuple[str, str], ...]:
+def _facts(seen: Look, fitted: Fitted) -> tuple[tuple[str, str], ...]:
     network, counts = (
         seen.named.network,
         {name: len(seen.part(name)) for name in ("train", "val", "test")},
@@ -293,8 +294,15 @@ def _facts(seen: Look, shipped: AnyHead) -> tuple[tuple[str, str], ...]:
             f"{counts['train']} training, {counts['val']} validation, {counts['test']} test",
         ),
         ("backbone", f"{network.name} ({network.source})"),
-        ("head", f"{shipped.kind} on {' + '.join(map(str, shipped.taps))}"),
+        *(("head", words) for words in _heads(fitted)),
         ("engine", f"{used[0]} in {used[1]}"),
         ("seed", str(seen.recipe.data.seed)),
         *(("left out", f"{line} (left_out.csv)") for line in omissions.told(seen.images)),
     )
+
+
+def _heads(fitted: Fitted) -> list[str]:
+    """The heads of what ships, each with its taps."""
+    model = fitted.model
+    members = [model] if isinstance(model, Classifier) else list(model.members.values())
+    return [f"{one.head.kind} on {' + '.join(map(str, one.head.taps))}" for one in members]

@@ -25,9 +25,17 @@ from finetune.errors import UserError
 from finetune.training import optim
 from finetune.training.inputs import Job
 
-FORMAT = 1
+FORMAT = 2  # 1: kept the epoch of the lowest loss (0.1.0)
 FILE = "last.safetensors"
-PLAIN = ("epoch", "step", "stopped", "start", "history", "warnings")  # what of a `State` is JSON
+PLAIN = (
+    "epoch",
+    "step",
+    "best_epoch",
+    "stopped",
+    "start",
+    "history",
+    "warnings",
+)  # what of a `State` is JSON
 
 
 @dataclass
@@ -37,11 +45,12 @@ class State:
 
     Order, augmentation, mixup and dropout follow from (seed, epoch), so that no generator has to be
     saved. `good` are the weights after the last finished epoch, `average` the moving average,
-    `best` the weights of the lowest validation loss and `scores` (n_val, C) theirs.
+    `best` those of `best_epoch`; `scores` (epochs + 1, n_val, C) are those of every epoch so far.
     """
 
     epoch: int = 0
     step: int = 0
+    best_epoch: int = 0
     stopped: str = ""
     start: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -50,9 +59,6 @@ class State:
     average: optim.Tensors = field(default_factory=dict)
     best: optim.Tensors = field(default_factory=dict)
     scores: Tensor | None = None
-
-    def val_losses(self) -> list[float]:
-        return [row["val/loss"] for row in (self.start, *self.history)]
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ def save(job: Job, mark: str, state: State, trainable: Trainable) -> None:
             f"optimizer/{k}/{name}": value for name, value in moments.items() if value is not None
         }
     plain = {name: getattr(state, name) for name in PLAIN}
-    header = {"mark": mark, "state": json.dumps(plain, allow_nan=False)}
+    header = {"format": str(FORMAT), "mark": mark, "state": json.dumps(plain, allow_nan=False)}
     with files.atomic(job.folder / FILE) as temporary:
         try:
             safetensors.torch.save_file(
@@ -174,6 +180,9 @@ def load(job: Job, mark: str, trainable: Trainable) -> State:
         raise UserError(
             f"damaged: {error}", where=path, fix="remove it: the training then starts again"
         ) from error
+    if header and "format" not in header:  # version 0.1.0, whose trainings had other plans
+        again = "begun by an earlier version, whose plan differs: the training starts again"
+        return State(warnings=[again])
     if not header or header.get("mark") != mark:
         raise UserError(
             "belongs to another training",

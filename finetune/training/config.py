@@ -20,6 +20,11 @@ class Training:
     its own parameter group. `warmup` is a share of all steps. `views` is the number of augmented
     copies of each image whose activations are stored at the freeze boundary. `l2_sp` pulls
     trainable trunk weights to where they started (Li et al. 2018).
+
+    The head reads `taps`: the pooled end as it is, or several taps side by side, each
+    L2-normalised (Head2Toe, Evci et al. 2022). `head_init` probe starts it from a logistic
+    regression on them (LP-FT, Kumar et al. 2022), for several taps with the inverse strength
+    `head_strength`.
     """
 
     trainable: tuple[str, ...]
@@ -45,6 +50,13 @@ class Training:
     input_size: int = 224
     class_weight: str = "auto"  # auto | none | balanced
     norm_moves: bool = False
+    taps: tuple[str, ...] = ("pooled",)
+    head_strength: float = 10.0
+
+    @property
+    def normalize(self) -> bool:
+        """Whether the head reads L2-normalised taps."""
+        return self.taps != ("pooled",)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

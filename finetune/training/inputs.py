@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 (the field's name)
 
 from finetune import files
 from finetune.backbones.extractor import Reader
 from finetune.backbones.stages import Backbone, trainable_stages
 from finetune.data import augment
+from finetune.network import Tap
 from finetune.progress import Progress
 from finetune.training.partial_forward import CannotStoreError, tail, tail_works, until
 
@@ -42,7 +44,7 @@ VERIFIED = 4  # images on which the tail is compared with the whole network, in 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What stays the same during one call of `train.fit`: on what it works, how and where."""
+    """What stays the same during one call of `loop.fit`: on what it works, how and where."""
 
     backbone: Backbone
     images: ImageSet
@@ -66,19 +68,38 @@ class Job:
             self.device
         )
 
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """The taps that the head reads, in its order."""
+        return tuple(map(Tap.parse, self.training.taps))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch on its way: `x` enters the network, or its tail; `fixed` are the taps of frozen
+    stages that were read when it was stored, one (n, width) float32 tensor each."""
+
+    x: Tensor
+    fixed: tuple[Tensor, ...] = ()
+
+    def mixed(self, share: float, other: Tensor) -> Inputs:
+        """Each row blended with the row `other`: `share` of itself."""
+        blend = [part * share + part[other] * (1 - share) for part in (self.x, *self.fixed)]
+        return Inputs(blend[0], tuple(blend[1:]))
+
 
 @dataclass(frozen=True)
 class Feed:
     """Where the loop's input comes from.
 
-    `batches` gives the input of every batch of (image, view); `trunk` makes pooled features `(n,
-    width)` of it. `views` is the number of stored views of a training image, 0 where every epoch
-    draws a new one. `tick` counts images.
+    `batches` gives the input of every batch of (image, view); `features` makes what the head reads
+    `(n, width)` of it. `views` is the number of stored views of a training image, 0 where every
+    epoch draws a new one. `tick` counts images.
     """
 
     views: int
-    batches: Callable[[Sequence[Items]], Iterator[Tensor]]
-    trunk: Callable[[Tensor], Tensor]
+    batches: Callable[[Sequence[Items]], Iterator[Inputs]]
+    features: Callable[[Inputs], Tensor]
     tick: Callable[[int], None]
 
 
@@ -91,21 +112,32 @@ def even_batches(items: Items, size: int) -> list[Items]:
     return [items[low:high] for low, high in itertools.pairwise(edges)]
 
 
+def side_by_side(parts: Sequence[Tensor], normalize: bool) -> Tensor:
+    """What a head reads: taps joined, each row of each L2-normalised where `normalize`; as
+    `heads.head.side_by_side`, with gradients."""
+    if normalize:
+        parts = [F.normalize(part, dim=1) for part in parts]
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), 1)
+
+
 @contextlib.contextmanager
 def open_feed(job: Job, warnings: list[str]) -> Iterator[Feed]:
     """The input of the loop: activations at the freeze boundary where they can be stored, else
     pixels; `warnings` gets why."""
     module, count = job.backbone.module, len(job.train) * job.training.epochs
-    reader = Reader(job.backbone, ()).to(job.device)
+    reader = Reader(job.backbone, job.taps).to(job.device)
     pre, training = job.backbone.network.preprocess, job.training
 
-    def pixels(plan: Sequence[Items]) -> Iterator[Tensor]:
+    def pixels(plan: Sequence[Items]) -> Iterator[Inputs]:
         for array in augment.batches(
             job.images, plan, pre, training.augment, flip=training.flip, seed=job.seed
         ):
-            yield reader.normalise(torch.from_numpy(array).to(job.device))
+            yield Inputs(reader.normalise(torch.from_numpy(array).to(job.device)))
 
-    plain = Feed(0, pixels, lambda x: module(x).flatten(1), _ticker(job.progress, count))
+    def features(inputs: Inputs) -> Tensor:
+        return side_by_side(reader.read(lambda: module(inputs.x)), training.normalize)
+
+    plain = Feed(0, pixels, features, _ticker(job.progress, count))
     end = boundary(job.backbone)
     if end is None:
         yield plain
@@ -134,10 +166,19 @@ def boundary(backbone: Backbone) -> str | None:
     )
 
 
+def _split(job: Job, end: str) -> tuple[list[Tap], list[Tap]]:
+    """The head's taps up to the submodule `end`, which never change, and those behind it."""
+    names = [stage.name for stage in job.backbone.stages]
+    last = next((i for i, stage in enumerate(job.backbone.stages) if stage.end == end), len(names))
+    frozen = set(names[: last + 1])
+    fixed = [tap for tap in job.taps if tap.stage in frozen or not end]
+    return fixed, [tap for tap in job.taps if tap not in fixed]
+
+
 @torch.no_grad()
 def _stored(job: Job, plain: Feed, end: str, stack: contextlib.ExitStack) -> Feed:
     """Run the frozen stages over every view of every image and keep what comes out, in the type it
-    was computed in.
+    was computed in, and the taps that were passed on the way.
 
     The file has no name, so that nothing is left of it however the process ends. Raises
     `CannotStoreError` before anything is written, and `UserError` where the disk fills up on the
@@ -151,57 +192,73 @@ def _stored(job: Job, plain: Feed, end: str, stack: contextlib.ExitStack) -> Fee
     )
     items = [(i, view) for view in range(views) for i in train] + [(i, 0) for i in val]
     (sample,) = plain.batches([[(i, 0) for i in train[:VERIFIED]]])
-    wide = tail_works(job.backbone, end, sample) if end else False
+    wide = tail_works(job.backbone, end, sample.x) if end else False
     module = job.backbone.module
+    fixed, live = _split(job, end)
+    early, late = (Reader(job.backbone, taps).to(job.device) for taps in (fixed, live))
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The activations at the boundary and the taps before it."""
+        reached: list[Tensor] = []
+
+        def prefix() -> Tensor:
+            reached.append(until(module, end, x) if end else module(x).flatten(1))
+            return reached[0]
+
         with job.autocast():
-            return until(module, end, x) if end else module(x).flatten(1)
+            taps = early.read(prefix)
+        return reached[0], taps
 
-    one = run(sample)
+    one, passed = run(sample.x)
     nhwc = one.ndim == 4 and one.is_contiguous(memory_format=torch.channels_last)
     size = one[0].numel() * one.element_size()
+    widths = [tap.shape[1] for tap in passed]
+    total = size + 4 * sum(widths)
     folder = files.cache_dir("activations") if job.folder is None else job.folder
     with files.disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _check_room(len(items) * size, shutil.disk_usage(folder).free)
+        _check_room(len(items) * total, shutil.disk_usage(folder).free)
         file = stack.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
     tick = _ticker(job.progress, len(items) + len(train) * job.training.epochs)
     plan = even_batches(items, STORE_BATCH)
     with files.disk_errors(folder):
-        for x in plain.batches(plan):
-            y = run(x)
-            file.write(
-                (y.permute(0, 2, 3, 1) if nhwc else y)
-                .contiguous()
-                .cpu()
-                .view(torch.uint8)
-                .numpy()
-                .tobytes()
-            )
-            tick(len(x))
+        for batch in plain.batches(plan):
+            y, taps = run(batch.x)
+            rows_ = [_bytes(y.permute(0, 2, 3, 1) if nhwc else y), *map(_bytes, taps)]
+            file.write(np.concatenate(rows_, axis=1).tobytes())
+            tick(len(y))
         file.flush()
-    rows = np.memmap(file, dtype=np.uint8, mode="r", shape=(len(items), size))
+    rows = np.memmap(file, dtype=np.uint8, mode="r", shape=(len(items), total))
     row = {item: k for k, item in enumerate(items)}
     shape = one.permute(0, 2, 3, 1).shape[1:] if nhwc else one.shape[1:]
+    edges = [size, *(size + 4 * int(n) for n in np.cumsum(widths))]
 
-    def stored(plan: Sequence[Items]) -> Iterator[Tensor]:
+    def stored(plan: Sequence[Items]) -> Iterator[Inputs]:
         for batch in plan:
-            x = (
-                torch.from_numpy(rows[[row[item] for item in batch]])
-                .view(one.dtype)
-                .view(-1, *shape)
-                .to(job.device)
+            block = rows[[row[item] for item in batch]]
+            x = torch.from_numpy(block[:, :size].copy()).view(one.dtype).view(-1, *shape)
+            x = x.to(job.device)
+            taps = (
+                torch.from_numpy(block[:, low:high].copy()).view(torch.float32).to(job.device)
+                for low, high in itertools.pairwise(edges)
             )
-            yield x.permute(0, 3, 1, 2) if nhwc else x
+            yield Inputs(x.permute(0, 3, 1, 2) if nhwc else x, tuple(taps))
 
     # From here on the module is no longer whole, until `stack` closes.
-    return Feed(
-        views,
-        stored,
-        stack.enter_context(tail(job.backbone, end, wide)) if end else lambda x: x,
-        tick,
-    )
+    started = stack.enter_context(tail(job.backbone, end, wide)) if end else lambda x: x
+
+    def features(inputs: Inputs) -> Tensor:
+        read = late.read(lambda: started(inputs.x)) if live else ()
+        parts = dict(zip([*fixed, *live], [*inputs.fixed, *read], strict=True))
+        return side_by_side([parts[tap] for tap in job.taps], job.training.normalize)
+
+    return Feed(views, stored, features, tick)
+
+
+def _bytes(rows: Tensor) -> NDArray[np.uint8]:
+    """The bytes of each row, `(n, bytes)`."""
+    flat: NDArray[np.uint8] = rows.contiguous().cpu().view(torch.uint8).numpy()
+    return flat.reshape(len(rows), -1)
 
 
 def _check_room(needed: int, free: int) -> None:

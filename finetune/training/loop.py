@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,27 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from finetune import hardware
+from finetune import hardware, metrics
 from finetune.backbones.stages import Backbone, freeze
 from finetune.data import augment
 from finetune.errors import UserError
+from finetune.heads import svm
+from finetune.heads.crossval import Setting
+from finetune.heads.head import Head
+from finetune.network import Tap
 from finetune.progress import Progress
 from finetune.training import checkpoints, optim, speed
 from finetune.training.checkpoints import State, Trainable, copied
-from finetune.training.inputs import STORE_BATCH, Feed, Items, Job, Log, even_batches, open_feed
+from finetune.training.inputs import (
+    STORE_BATCH,
+    Feed,
+    Inputs,
+    Items,
+    Job,
+    Log,
+    even_batches,
+    open_feed,
+)
 from finetune.training.partial_forward import replaced, slow_in_bf16
 from finetune.training.probe import probe
 
@@ -40,6 +53,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+# validation images: fewer cannot tell epochs apart, and the last one is kept
+CHOOSES = 200
 LOWER = "lower --set train.lr, or use --precision float32"
 
 
@@ -47,11 +62,13 @@ LOWER = "lower --set train.lr, or use --precision float32"
 class TrainResult:
     """What `fit` made; the backbone's module holds the weights that go with it.
 
-    `head_weight` (C, width) and `head_bias` (C,) read the pooled features as they are. `history`
-    has one row an epoch: `epoch`, `step`, `train/loss`, `lr/<group>`, `update_ratio/<group>`,
-    `seconds`, and with a validation part `val/loss` and `val/top1`; `start` is the same before the
-    first step (its `train/loss` is that of the first batch). `best_epoch` is the epoch whose
-    weights were kept (0: those before the first step), `val_scores` (n, C) their scores.
+    `head_weight` (C, width) and `head_bias` (C,) read the taps of the training, side by side (a
+    pooled end alone as it is, several L2-normalised). `history` has one row per epoch: `epoch`,
+    `step`, `train/loss`, `lr/<group>`, `update_ratio/<group>`, `seconds`, and with a validation
+    part `val/loss`, `val/top1` and `val/calibrated`; `start` is the same before the first step (its
+    `train/loss` is that of the first batch). `best_epoch` is the epoch whose weights were kept (0:
+    those before the first step); `val_scores` (epochs + 1, n, C) are the scores of the validation
+    images before the first step and after each epoch.
     """
 
     head_weight: Floats
@@ -92,13 +109,14 @@ def fit(
     """Fine-tune `backbone` (changed in place) and a head for `classes` classes on `images` at
     `train_index`.
 
-    `head_start` is a `(weight, bias)` on the pooled features; without it the head starts at zero or
-    from `probe`, as `training.head_init` says. `class_weights` (C,) weigh the images of a class;
-    without them `training.class_weight` "balanced" gives n / (C n_c), everything else 1. With
-    `val_index` the weights of the lowest validation loss are kept, and `training.patience` epochs
-    without a gain of `optim.MIN_DELTA` stop the training (0: never); else the last are kept.
-    `checkpoint` is a folder: every epoch is saved there, and the same call goes on from it.
-    `precision` is bf16, float32 or auto, the faster one. The input size is that of `backbone`.
+    `head_start` is a `(weight, bias)` on the taps; without it the head starts at zero or from a
+    logistic regression on them, as `training.head_init` says. `class_weights` (C,) weigh the images
+    of a class; without them `training.class_weight` "balanced" gives n / (C n_c), everything
+    else 1. With at least `CHOOSES` validation images the epoch of the best validation accuracy is
+    kept (`_worth`), and `training.patience` epochs without a gain stop the training (0: never);
+    else the last is kept. `checkpoint` is a folder: every epoch is saved there, and the same call
+    goes on from it. `precision` is bf16, float32 or auto, the faster one. The input size is that of
+    `backbone`.
 
     Raises `UserError` for bad input, an unreadable image and a full disk, and where the loss or a
     gradient is no longer finite; the backbone then holds the weights of the last finished epoch.
@@ -124,7 +142,8 @@ def fit(
         torch.random.fork_rng(devices=[where] if where.type == "cuda" else []),
         _prepared(backbone, training, where, way),
     ):
-        head = nn.Linear(backbone.network.widths["pooled"], classes, device=where)
+        taps = map(Tap.parse, training.taps)
+        width = sum(backbone.network.width(tap) for tap in taps)
         job = Job(
             backbone=backbone,
             images=images,
@@ -133,7 +152,7 @@ def fit(
             training=training,
             seed=seed,
             class_weights=weights,
-            head=head,
+            head=nn.Linear(width, classes, device=where),
             device=where,
             half=way.bf16,
             folder=checkpoint,
@@ -160,18 +179,17 @@ def _run(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> Trai
     except BaseException:
         checkpoints.put(trainable.live, trainable.initial)
         raise
-    best, _ = optim.early_stop(state.val_losses(), 0) if len(job.val) else (state.epoch, False)
     checkpoints.put(trainable.live, state.best or state.average or trainable.live)
     return TrainResult(
         head_weight=job.head.weight.detach().cpu().numpy().copy(),
         head_bias=job.head.bias.detach().cpu().numpy().copy(),
         history=tuple(state.history),
         start=state.start,
-        best_epoch=best,
+        best_epoch=state.best_epoch,
         steps=state.step,
         stopped=state.stopped,
         val_scores=None if state.scores is None else state.scores.cpu().numpy(),
-        warnings=(*state.warnings, *_doubts(state, best, len(job.val))),
+        warnings=(*state.warnings, *_doubts(state, len(job.val))),
     )
 
 
@@ -187,14 +205,7 @@ def _begin(
     nn.init.zeros_(job.head.bias)
     job.backbone.module.eval()
     if head_start is None and job.training.head_init == "probe":
-        items = [(int(i), 0) for i in job.train]
-        plan = even_batches(items, STORE_BATCH)
-        with torch.no_grad(), job.autocast():
-            features = torch.cat([feed.trunk(x).float() for x in feed.batches(plan)]).cpu().numpy()
-        weights = job.class_weights.cpu().numpy()
-        head_start = probe(
-            features, job.images.labels[job.train], len(weights), class_weights=weights
-        )
+        head_start = _head_start(job, _features(job, feed, job.train).cpu().numpy())
     if head_start is not None:
         with torch.no_grad():
             job.head.weight.copy_(torch.as_tensor(head_start[0]))
@@ -202,15 +213,30 @@ def _begin(
     state.good = copied(trainable.live)
     state.average = copied(trainable.live) if job.training.ema else {}
     if len(job.val):
-        loss, top1, state.scores = _evaluate(job, feed)
-        if not math.isfinite(loss):
+        found, scores = _evaluate(job, feed)
+        if not math.isfinite(found["val/loss"]):
             raise DivergedError(
-                f"the validation loss is {loss} before the first step",
+                f"the validation loss is {found['val/loss']} before the first step",
                 where="training",
                 fix="check the weights",
             )
-        state.start = {"val/loss": loss, "val/top1": top1}
+        state.start, state.scores = dict(found), scores[None]
         state.best = copied(trainable.live)
+
+
+def _head_start(job: Job, features: Floats) -> tuple[Floats, Floats]:
+    """`(weight, bias)` of a logistic regression on what the head reads, `(n, width)`."""
+    labels, weights = job.images.labels[job.train], job.class_weights.cpu().numpy()
+    if not job.training.normalize:
+        return probe(features, labels, len(weights), class_weights=weights)
+    # As the SVM beside it reads them; normalising rows of unit length again changes nothing.
+    edges = np.cumsum([job.backbone.network.width(tap) for tap in job.taps])[:-1]
+    blocks = dict(zip(job.taps, np.split(features, edges, axis=1), strict=True))
+    names = job.images.classes
+    setting, C = Setting(job.taps, "logistic"), job.training.head_strength
+    head = svm.fit_head(blocks, labels, names, setting, C, weights[labels], 1.0)
+    assert isinstance(head, Head)
+    return head.weight, head.bias
 
 
 def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -> None:
@@ -238,7 +264,9 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
         for number, (items, x) in enumerate(zip(plan, feed.batches(plan), strict=True), 1):
             targets = nn.functional.one_hot(job.labels(items), len(job.class_weights)).float()
             if training.mixup:
-                x, targets = augment.mixup(x, targets, training.mixup, rng)
+                share, other = augment.mixing(len(targets), training.mixup, rng)
+                other = other.to(job.device)
+                x, targets = x.mixed(share, other), targets * share + targets[other] * (1 - share)
             optim.set_rates(groups, factor(state.step))
             before = optim.copies(groups) if number == len(plan) else None
             stats = step(job, feed, trainable, x, targets)
@@ -266,7 +294,7 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
         row |= {f"update_ratio/{name}": ratio for name, ratio in ratios.items()}
         live = copied(trainable.live)
         if len(job.val):
-            row |= _judge(job, feed, state, trainable, live)
+            row |= _judge(job, feed, state, trainable, epoch)
             if not math.isfinite(row["val/loss"]):
                 raise _diverged(
                     f"the validation loss is {row['val/loss']}", state.step - 1, epoch, groups
@@ -302,7 +330,7 @@ class StepStats:
         return f"the loss is {self.penalised:.3g} and the norm of its gradient {self.norm:.3g}"
 
 
-def step(job: Job, feed: Feed, trainable: Trainable, x: Tensor, targets: Tensor) -> StepStats:
+def step(job: Job, feed: Feed, trainable: Trainable, x: Inputs, targets: Tensor) -> StepStats:
     """One step on one batch: forward, loss, gradients, clipping, update, at the learning rates that
     the groups hold.
 
@@ -311,7 +339,7 @@ def step(job: Job, feed: Feed, trainable: Trainable, x: Tensor, targets: Tensor)
     """
     training = job.training
     with job.autocast():
-        features = feed.trunk(x)
+        features = feed.features(x)
     logits = job.head(features.float())
     loss = optim.soft_cross_entropy(logits, targets, job.class_weights, training.label_smoothing)
     penalised = loss + optim.l2_sp(trainable.moved(), training.l2_sp) if training.l2_sp else loss
@@ -339,8 +367,8 @@ def _order(job: Job, feed: Feed, epoch: int, rng: np.random.Generator) -> list[I
 def _reason_to_stop(job: Job, state: State) -> str:
     """Why this epoch was the last, or no text."""
     patience, epochs = job.training.patience, job.training.epochs
-    if len(job.val) and patience and optim.early_stop(state.val_losses(), patience)[1]:
-        return f"validation loss has not gained {optim.MIN_DELTA:g} in {patience} epochs"
+    if patience and len(job.val) >= CHOOSES and state.epoch - state.best_epoch >= patience:
+        return f"validation accuracy has not gained in {patience} epochs"
     return f"all {epochs} epochs" if state.epoch == epochs else ""
 
 
@@ -353,32 +381,51 @@ def _view(job: Job, feed: Feed, epoch: int, k: int) -> int:
 
 
 def _judge(
-    job: Job, feed: Feed, state: State, trainable: Trainable, live: optim.Tensors
+    job: Job, feed: Feed, state: State, trainable: Trainable, epoch: int
 ) -> dict[str, float]:
-    """Validate the live weights, or their average, and keep the best so far."""
+    """Validate the live weights, or their average, and keep them where they are what ships."""
+    live = copied(trainable.live)
     current = state.average or live
     checkpoints.put(trainable.live, current)
-    loss, top1, scores = _evaluate(job, feed)
-    if loss < min(state.val_losses()):
-        state.best, state.scores = {key: value.clone() for key, value in current.items()}, scores
+    found, scores = _evaluate(job, feed)
+    assert state.scores is not None
+    state.scores = torch.cat([state.scores, scores[None]])
+    rows = [state.start, *state.history, found]
+    if len(job.val) < CHOOSES or _worth(rows, epoch) > _worth(rows, state.best_epoch):
+        state.best, state.best_epoch = {key: t.clone() for key, t in current.items()}, epoch
     checkpoints.put(trainable.live, live)
-    return {"val/loss": loss, "val/top1": top1}
+    return found
 
 
-def _evaluate(job: Job, feed: Feed) -> tuple[float, float, Tensor]:
-    """Mean cross-entropy (no smoothing, no class weights), top-1 and scores (n, C) of the
-    validation images."""
-    items = [(int(i), 0) for i in job.val]
-    job.backbone.module.eval()
+def _worth(rows: Sequence[Mapping[str, float]], epoch: int) -> tuple[float, float]:
+    """What an epoch is chosen by: accuracy, then calibrated log loss, each the mean of the epoch
+    and the one before, since single epochs are noisy. The start stands for itself."""
+    pair = rows[max(epoch - 1, 0) : epoch + 1]
+    top1 = sum(row["val/top1"] for row in pair) / len(pair)
+    return top1, -sum(row["val/calibrated"] for row in pair) / len(pair)
+
+
+def _features(job: Job, feed: Feed, index: Ints) -> Tensor:
+    """What the head reads of unaugmented images, `(n, width)`."""
+    plan = even_batches([(int(i), 0) for i in index], STORE_BATCH)
     with torch.no_grad(), job.autocast():
-        features = torch.cat(
-            [feed.trunk(x).float() for x in feed.batches(even_batches(items, STORE_BATCH))]
-        )
+        return torch.cat([feed.features(x).float() for x in feed.batches(plan)])
+
+
+def _evaluate(job: Job, feed: Feed) -> tuple[dict[str, float], Tensor]:
+    """Mean cross-entropy (no smoothing, no class weights), the same after one fitted temperature,
+    top-1; and the scores (n, C) of the validation images."""
+    job.backbone.module.eval()
+    features = _features(job, feed, job.val)
     with torch.no_grad():
-        scores, labels = job.head(features), job.labels(items)
+        scores, labels = job.head(features), job.labels([(int(i), 0) for i in job.val])
         loss = nn.functional.cross_entropy(scores, labels).item()
         top1 = (scores.argmax(1) == labels).float().mean().item()
-    return loss, top1, scores
+        calibrated = loss
+        if math.isfinite(loss):
+            temperature = metrics.fit_temperature(scores.cpu().numpy(), labels.cpu().numpy())
+            calibrated = nn.functional.cross_entropy(scores / temperature, labels).item()
+    return {"val/loss": loss, "val/top1": top1, "val/calibrated": calibrated}, scores
 
 
 # ------------------------------------------------------------------------ before and after the loop
@@ -517,14 +564,13 @@ def _diverged(what: str, step: int, epoch: int, groups: Sequence[optim.Group]) -
     )
 
 
-def _doubts(state: State, best: int, n: int) -> list[str]:
+def _doubts(state: State, n: int) -> list[str]:
     """What the validation curve does not prove."""
+    best = state.best_epoch
     if not n or not state.history:
         return []
     if best == 0:
-        return [
-            "no epoch lowered the validation loss: the weights from before the first step were kept"
-        ]
+        return ["no epoch was better than the weights from before the first step: they were kept"]
     before, after = state.start["val/top1"], state.history[best - 1]["val/top1"]
     error = math.sqrt(after * (1 - after) / n)
     if after - before >= error:

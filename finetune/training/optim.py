@@ -1,5 +1,5 @@
-"""Parameter groups with real learning rates, schedules as plain functions, moving averages, L2-SP,
-the loss, and when to stop."""
+"""Parameter groups with real learning rates, schedules as plain functions, moving averages, L2-SP
+and the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "step", "linear", "constant", "rsqrt")
 LONGEST_DECAY = 0.9998  # of a moving average, however many the steps
-MIN_DELTA = 1e-3  # nats: a smaller gain of the validation loss is none to the patience
 
 Group = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -171,7 +170,7 @@ def l2_sp(pairs: Iterable[tuple[Tensor, Tensor]], strength: float) -> Tensor:
     return strength / 2 * torch.stack(distances).sum() if distances else torch.zeros(())
 
 
-# -------------------------------------------------------------------------------- loss and stopping
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def soft_cross_entropy(
@@ -189,26 +188,6 @@ def soft_cross_entropy(
     return (weights * losses).sum() / weights.sum()
 
 
-def early_stop(
-    losses: Sequence[float], patience: int, min_delta: float = MIN_DELTA
-) -> tuple[int, bool]:
-    """The position of the lowest loss, and whether `patience` losses have followed the last gain of
-    `min_delta`.
-
-    The first of equal losses wins. A slow descent of many gains below `min_delta` counts once their
-    sum reaches it.
-    """
-    reference, last = losses[0], 0
-    for position, loss in enumerate(losses):
-        if loss < reference - min_delta:
-            reference, last = loss, position
-    return losses.index(min(losses)), len(losses) - 1 - last >= patience
-
-
-# --------------------------------------------------------------------------------- health of a step
-
-
-@torch.no_grad()
 def broken_groups(groups: Sequence[Group], *, gradients: bool) -> list[str]:
     """Names of the groups in which a weight (or a gradient, where `gradients`) is NaN or
     infinite."""

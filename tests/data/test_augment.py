@@ -84,9 +84,9 @@ def test_flips_can_be_forbidden(strength: str) -> None:
     for seed in range(40):
         free, fixed = view(strength, seed), view(strength, seed, flip=False)
         # A mirror followed by colours is a mirror of the colours, but for the geometric operations
-        # of `strong`.
+        # of `strong` and `photo`.
         mirrored += not np.array_equal(free, fixed)
-        if strength != "strong" and not np.array_equal(free, fixed):
+        if strength not in ("strong", "photo") and not np.array_equal(free, fixed):
             assert np.array_equal(free[:, ::-1], fixed)
 
     assert 10 <= mirrored <= 30
@@ -211,7 +211,7 @@ def test_large_jpegs_keep_the_pixels_that_a_small_crop_needs() -> None:
 
 def test_an_unknown_strength_is_named() -> None:
     """A misspelt strength is refused with the ones that exist."""
-    with pytest.raises(UserError, match=r"(?s)'mild'.*none, light, medium, strong"):
+    with pytest.raises(UserError, match=r"(?s)'mild'.*none, affine, photo, light, medium, strong"):
         view("mild")
 
 
@@ -273,22 +273,32 @@ def test_batches_can_be_left_early() -> None:
     running.close()
 
 
-def test_mixup_blends_inputs_and_targets_alike() -> None:
-    """With one-hot inputs the blend of the inputs is the blend of the targets, and every row keeps
-    its sum."""
-    eye = torch.eye(6)
-    x, targets = augment.mixup(eye, eye, 0.4, np.random.default_rng(0))
+def test_mixup_draws_a_share_and_a_partner_for_each_row() -> None:
+    """The share lies between 0 and 1, the partners are a permutation, and the same generator state
+    gives the same."""
+    share, other = augment.mixing(6, 0.4, np.random.default_rng(0))
+    again = augment.mixing(6, 0.4, np.random.default_rng(0))
 
-    assert torch.equal(x, targets)
-    assert torch.allclose(torch.ones(6), targets.sum(1))
-    assert not torch.equal(eye, targets)
+    assert 0 <= share <= 1
+    assert list(range(6)) == sorted(other.tolist())
+    assert share == again[0]
+    assert torch.equal(other, again[1])
 
 
-def test_mixup_follows_its_generator() -> None:
-    """The same generator state gives the same blend."""
-    x, targets = torch.arange(12.0).view(4, 3), torch.eye(4)
-    first = augment.mixup(x, targets, 0.2, np.random.default_rng(1))
-    again = augment.mixup(x, targets, 0.2, np.random.default_rng(1))
+def test_an_affine_view_keeps_the_whole_picture() -> None:
+    """A drawing on white stays on white, and most of its ink is still there: nothing is cut off by
+    a crop."""
+    image = Image.new("RGB", (40, 40), "white")
+    image.paste("black", (12, 12, 28, 28))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    views = [
+        augment.augmented(buffer.getvalue(), PRE, "affine", np.random.default_rng(seed))
+        for seed in range(20)
+    ]
+    clean = decode.to_input(buffer.getvalue(), PRE)
+    ink = [float((view < 128).mean() / (clean < 128).mean()) for view in views]
 
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
+    assert all((view[0, 0] > 200).all() for view in views)
+    assert 0.6 < min(ink) < max(ink) < 1.5
+    assert len({view.tobytes() for view in views}) == 20

@@ -1,5 +1,4 @@
-"""Which model ships: the fine-tuned one where it is clearly better than the SVM, and its training
-did something."""
+"""When nothing needs to be trained, and what the verdict says."""
 
 from __future__ import annotations
 
@@ -7,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from finetune.evaluation import model_selection
+from finetune.evaluation.contenders import Contender, choose, log_probabilities
 from finetune.network import Tap
 
 CLASSES, TRAIN, VALIDATION = 4, 300, 200
@@ -40,11 +39,12 @@ def situation(svm: float, strategy: str = "auto", trains: bool = True) -> tuple[
             training={} if trains else None, strategy="last stage", because=("the images are few",)
         ),
         named=SimpleNamespace(network=SimpleNamespace(pretraining="ImageNet-1k")),
+        seconds={},
         part=lambda name: (
             np.arange(TRAIN, TRAIN + VALIDATION) if name == "val" else np.arange(TRAIN)
         ),
     )
-    head = SimpleNamespace(taps=(tap,), scores=lambda blocks: blocks[0])
+    head = SimpleNamespace(taps=(tap,), scores=lambda blocks: blocks[0], temperature=1.0)
     return seen, SimpleNamespace(head=head, oof_scores=np.zeros((TRAIN, CLASSES)))
 
 
@@ -52,48 +52,19 @@ def judged() -> dict[str, Any]:
     return {"test/top1": {"value": 0.9, "low": 0.85, "high": 0.94, "n": 100}, "test/majority": 0.25}
 
 
-@pytest.mark.parametrize(
-    ("tuned", "best_epoch", "ships"),
-    [(0.95, 3, True), (0.80, 3, False), (0.81, 3, False), (0.95, 0, False)],
-    ids=["clearly better", "equal", "hardly better", "never better than its start"],
-)
-def test_what_is_said_is_what_ships(tuned: float, best_epoch: int, ships: bool) -> None:
-    """The line of the choice and the verdict name the model that ships, and say why it is that
-    one."""
-    seen, svm = situation(0.8)
-    said: list[str] = []
-    pair = model_selection.compare(
-        seen, svm, answers(tuned, VALIDATION, 1), best_epoch, said.append
-    )
-    first, second = model_selection.verdict(seen, judged(), svm, pair, ships)
-
-    assert ships == model_selection.ships(pair, best_epoch)
-    assert ("→ the fine-tuned model ships" if ships else "→ the SVM ships") in said[0]
-    assert ("Ship the fine-tuned model" if ships else "Ship the SVM") in first
-    better = tuned > 0.9
-    assert better == (", more than one paired standard error" in second)
-    assert better == (", not more than one paired standard error" not in second)
-    untrained = better and not best_epoch
-    assert (
-        untrained
-        == (model_selection.NOT_TRAINED in said[0])
-        == (model_selection.NOT_TRAINED in second)
-    )
-
-
 def test_training_is_left_out_where_nothing_could_ship() -> None:
     """An SVM without a hundredth of errors cannot be beaten clearly; one with a fifth can, and
     whoever asks gets it tried."""
-    assert "not even a model without errors" in model_selection.decided(*situation(1.0))
-    assert "" == model_selection.decided(*situation(0.8))
-    assert "" == model_selection.decided(*situation(1.0, strategy="full"))
-    assert "" == model_selection.decided(*situation(1.0, trains=False))
+    assert "not even a model without errors" in model_selection.reason_to_skip(*situation(1.0))
+    assert "" == model_selection.reason_to_skip(*situation(0.8))
+    assert "" == model_selection.reason_to_skip(*situation(1.0, strategy="full"))
+    assert "" == model_selection.reason_to_skip(*situation(1.0, trains=False))
 
 
 def test_without_training_the_verdict_says_why() -> None:
     """The plan's own reason, and the share of the largest class."""
     seen, svm = situation(0.8, trains=False)
-    first, second = model_selection.verdict(seen, judged(), svm, None, False)
+    first, second = model_selection.verdict(seen, judged(), svm, None)
 
     assert "Ship the SVM on pooled: accuracy 90.0% (85.0%–94.0%) on 100 test images." == first
     assert (
@@ -107,4 +78,19 @@ def test_random_weights_are_said_loudly() -> None:
     seen, svm = situation(0.8, trains=False)
     seen.named.network.pretraining = "random"
 
-    assert "WEIGHTS ARE RANDOM" in model_selection.verdict(seen, judged(), svm, None, False)[1]
+    assert "WEIGHTS ARE RANDOM" in model_selection.verdict(seen, judged(), svm, None)[1]
+
+
+def test_the_verdict_names_what_ships_and_why() -> None:
+    """The winner's name begins it, and the comparison with the SVM follows."""
+    seen, svm = situation(0.8)
+    chosen = model_selection.selection(seen)
+    first = model_selection.svm_contender(seen, svm, chosen)
+    scores = log_probabilities(5 * answers(0.95, VALIDATION, 1))
+    rival = Contender(kind="fine-tuned", name="the fine-tuned model (full)", scores=scores)
+    choice = choose((first, rival), chosen)
+    ships, why = model_selection.verdict(seen, judged(), svm, choice)
+
+    assert ships.startswith("Ship the fine-tuned model (full): accuracy 90.0%")
+    assert why.startswith("The fine-tuned model (full) against the SVM: +")
+    assert "200 validation images: the fine-tuned model (full) ships" in why

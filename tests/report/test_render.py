@@ -330,7 +330,7 @@ def test_the_comparison_shows_both_models_and_the_paired_result() -> None:
 
     assert 1 == page.text.count("ships")
     assert "Fine-tuned ships 30 test images 90.0% 80.0–94.0" in page.text
-    assert "Fine-tuned minus SVM on 30 validation images: +20.0 points" in page.text
+    assert "Best rival minus SVM on 30 validation images: +20.0 points" in page.text
     assert "right on 6 of 30 images, the SVM alone on 0; p = 0.031 (exact McNemar)" in page.text
 
 

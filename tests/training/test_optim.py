@@ -320,27 +320,6 @@ def test_a_zero_head_loses_ln_c(classes: int) -> None:
     )
 
 
-def test_stopping_follows_the_curve() -> None:
-    """Patience counts the losses since the last real gain; the best is the first of the lowest."""
-    falling = [1.0, 0.8, 0.6, 0.5]
-
-    assert (3, False) == optim.early_stop(falling, 2)
-    assert (3, False) == optim.early_stop([*falling, 0.7], 2)
-    assert (3, True) == optim.early_stop([*falling, 0.7, 0.6], 2)
-    assert (5, False) == optim.early_stop([*falling, 0.7, 0.4], 2)
-    assert (0, True) == optim.early_stop([0.3, 0.3, 0.3], 2)
-
-
-def test_gains_below_the_minimum_do_not_count_alone() -> None:
-    """Crumbs smaller than min_delta keep the best weights moving but not the training; a slow,
-    steady descent goes on."""
-    crumbs = [1.0, 0.9999, 0.9998, 0.9997]
-    steady = [1.0 - 0.0004 * k for k in range(12)]
-
-    assert (3, True) == optim.early_stop(crumbs, 3, min_delta=0.001)
-    assert (11, False) == optim.early_stop(steady, 4, min_delta=0.001)
-
-
 # --------------------------------------------------------------------------------- health of a step
 
 
