@@ -183,7 +183,7 @@ class Policy(Section):
         description="auto, svm, probe, stages:K (the last K stages), half, full or scratch",
     )
     budget: Positive | None = Field(
-        default=None, description="minutes that the whole job may take, above 0; null: no limit"
+        default=None, description="minutes that fine-tuning may take, above 0; null: no limit"
     )
 
 

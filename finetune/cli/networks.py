@@ -30,7 +30,10 @@ def backbones(json_: bool) -> None:
 @click.command()
 @click.argument("model")
 @click.option(
-    "--size", type=click.IntRange(min=1), metavar="PIXELS", help="side of the input [the model's own]"
+    "--size",
+    type=click.IntRange(min=1),
+    metavar="PIXELS",
+    help="side of the input [the model's own]",
 )
 @click.option("--csv", "csv_", is_flag=True, help="print a CSV table instead of text")
 @click.option("--time", "time_", is_flag=True, help="measure the milliseconds of each layer, too")
