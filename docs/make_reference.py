@@ -123,7 +123,8 @@ def _prose(thing: object) -> str:
 
 
 def _code(text: str) -> str:
-    return f"```python\n{text.strip()}\n```"
+    # without a language: formatters would rewrite what is Python, and the page is made again
+    return f"```\n{text.strip()}\n```"
 
 
 def _entry(module: ModuleType, name: str) -> str:
