@@ -27,8 +27,9 @@ bench: .venv/.installed ## the slow tests, and the quick form of every benchmark
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python benchmarks/run.py --quick
 
-docs: .venv/.installed ## docs/cli.md from --help, docs/architectures.md from the networks
+docs: .venv/.installed ## the pages of docs that are made from the code
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_reference.py
 	$(BIN)/python docs/make_architectures.py
 
 clean:

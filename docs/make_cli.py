@@ -1,5 +1,7 @@
-"""Write docs/cli.md from the commands' own --help: `python docs/make_cli.py`. A test holds the two
-together."""
+"""Write docs/reference/cli.md from the commands' own --help: `python docs/make_cli.py`.
+
+A test holds the two together.
+"""
 
 from __future__ import annotations
 
@@ -37,4 +39,4 @@ def text() -> str:
 
 
 if __name__ == "__main__":
-    Path(__file__).with_name("cli.md").write_text(text(), encoding="utf-8")
+    (Path(__file__).parent / "reference" / "cli.md").write_text(text(), encoding="utf-8")

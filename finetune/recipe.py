@@ -77,7 +77,7 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What is looked at."""
+    """The images, and how they are divided."""
 
     data: Text | None = Field(
         default=None,
@@ -102,24 +102,24 @@ class Data(Section):
     seed: int = Field(
         default=0,
         ge=0,
-        description="a whole number, 0 or more: splits, order and augmentation follow from it",
+        description="random seed of splits, order and augmentation: a whole number, 0 or more",
     )
     on_bad_image: Literal["stop", "skip"] = Field(
-        default="stop", description="stop or skip: what an unreadable image does"
+        default="stop", description="stop or skip: what to do with unreadable images"
     )
     on_conflict: Literal["stop", "skip", "first"] = Field(
         default="stop",
-        description="stop, skip (leave all out) or first: what images "
-        "with the same content and two labels do",
+        description="stop, skip (leave all out) or first (keep it): what to do with images of the "
+        "same content under two labels",
     )
     on_leak: Literal["tell", "stop", "skip"] = Field(
         default="tell",
-        description="tell, stop or skip (leave them out of the training): "
-        "what copies of test images do",
+        description="tell, stop or skip (leave them out of the training): what to do with copies "
+        "of test images",
     )
     on_empty_class: Literal["stop", "skip"] = Field(
         default="stop",
-        description="stop or skip (leave it out): what a class without training images does",
+        description="stop or skip (leave it out): what to do with a class without training images",
     )
     no_flip: bool = Field(
         default=False,
@@ -177,14 +177,14 @@ class Backbone(Section):
 
 
 class Policy(Section):
-    """Who decides how much of the backbone moves."""
+    """How much of the backbone is trained."""
 
     strategy: Annotated[str, AfterValidator(_strategy)] = Field(
         default="auto",
         description="auto, svm, probe, stages:K (the last K stages), half, full or scratch",
     )
     budget: Positive | None = Field(
-        default=None, description="minutes that the whole job may take, above 0; null: no limit"
+        default=None, description="minutes that fine-tuning may take, above 0; null: no limit"
     )
     ship: Literal["auto", "svm", "fine-tuned", "average"] = Field(
         default="auto",
@@ -206,10 +206,13 @@ class Train(Section):
         default=None, description="the trunk's learning rate over the head's, 0 or more, or null"
     )
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="factor a stage towards the stem, above 0 and at most 1, or null"
+        default=None,
+        description="factor per stage towards the stem, above 0 and at most 1, or null",
     )
     epochs: Count | None = Field(default=None, description="a whole number, 1 or more, or null")
-    batch_size: Count | None = Field(default=None, description="images a step, 1 or more, or null")
+    batch_size: Count | None = Field(
+        default=None, description="images per step, 1 or more, or null"
+    )
     schedule: Literal["cosine", "step", "linear", "constant", "rsqrt"] | None = Field(
         default=None,
         description="cosine, step, linear, constant, rsqrt (inverse square root) or null",
@@ -247,7 +250,7 @@ class Train(Section):
         "pooled (then plain timm opens the run), a list, or null",
     )
     input_size: Annotated[int, Field(ge=16)] | None = Field(
-        default=None, description="pixels a side, 16 or more, or null"
+        default=None, description="pixels per side, 16 or more, or null"
     )
     class_weight: Literal["auto", "none", "balanced"] = Field(
         default="auto",
@@ -257,7 +260,7 @@ class Train(Section):
 
 
 class Svm(Section):
-    """The baseline."""
+    """The SVM, which always runs beside fine-tuning."""
 
     kernels: (
         Literal["auto"]

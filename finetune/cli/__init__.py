@@ -15,7 +15,7 @@ from finetune.cli import data, fit, networks, runs
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="regraft", prog_name="finetune")
 def cli() -> None:
-    """Turn a folder of images into a judged classifier.
+    """Turn a folder of images into an evaluated classifier.
 
     \b
     Example:

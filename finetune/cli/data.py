@@ -28,17 +28,17 @@ from finetune.cli.options import (
     default="pooled",
     show_default=True,
     metavar="TAP[,TAP]",
-    help="as in pooled,stage6/3x3,fc7",
+    help="taps to read, as in pooled,stage6/3x3,fc7",
 )
 @click.option(
     "-o",
     "--output",
     required=True,
     type=click.Path(path_type=Path),
-    help="an .npz with X, y, paths and classes; or .parquet",
+    help=".npz file with X, y, paths and classes; or .parquet",
 )
 def extract(data: str, output: Path, **given: Any) -> None:
-    """Features of images, with a manifest of what made them.
+    """Extract features of images, with a manifest of what made them.
 
     \b
     Example:
@@ -52,13 +52,15 @@ def extract(data: str, output: Path, **given: Any) -> None:
 @click.command()
 @click.argument("data")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="of the split that is checked [0]"
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    help="random seed of the split that is checked [0]",
 )
 @columns
 @as_json
 def check(data: str, seed: int, json_: bool, **given: Any) -> None:
-    """The images: unreadable files, class counts, exact duplicates, duplicates across splits, two
-    labels for one file.
+    """Check the images for unreadable files, duplicates, leakage and imbalance.
 
     \b
     Example:
@@ -81,9 +83,11 @@ def check(data: str, seed: int, json_: bool, **given: Any) -> None:
     "--prune",
     type=click.FloatRange(min=0),
     metavar="DAYS",
-    help="delete features that were not used for DAYS days",
+    help="delete features and networks that were not used for DAYS days",
 )
-@click.option("--clear", is_flag=True, help="delete all of it; everything here can be made again")
+@click.option(
+    "--clear", is_flag=True, help="delete the whole cache; everything in it can be made again"
+)
 @click.option(
     "--forget-timings",
     is_flag=True,
@@ -91,7 +95,7 @@ def check(data: str, seed: int, json_: bool, **given: Any) -> None:
 )
 @as_json
 def cache(prune: float | None, clear: bool, forget_timings: bool, json_: bool) -> None:
-    """What the cache holds, and where; how fast networks run here; prune it.
+    """Show what the cache holds, where, and how fast networks run here; prune or clear it.
 
     \b
     Example:
@@ -121,8 +125,8 @@ def cache(prune: float | None, clear: bool, forget_timings: bool, json_: bool) -
 @click.option("--no-speed", is_flag=True, help="do not run the engines")
 @as_json
 def doctor(no_speed: bool, json_: bool) -> None:
-    """What a report of a fault should say of this machine, on one screen: versions, processor,
-    engines and their speed, cache, weights.
+    """Describe this machine for a bug report: versions, processor, engines and their speed, cache,
+    weights.
 
     \b
     Example:

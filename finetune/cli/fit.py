@@ -24,9 +24,9 @@ from finetune.cli.options import (
 @click.option(
     "--out",
     metavar="DIR",
-    help="the run's folder; the same one again goes on where it stopped [runs/NAME-DIGEST]",
+    help="folder of the run; an unfinished one is continued [runs/NAME-DIGEST]",
 )
-@click.option("--force", is_flag=True, help="do a finished run again")
+@click.option("--force", is_flag=True, help="repeat a finished run")
 @waiting
 @as_json
 def fit(
@@ -37,13 +37,13 @@ def fit(
     json_: bool,
     **given: Any,
 ) -> None:
-    """The main job: look, decide, SVM baseline, fine-tune if it pays, judge, report.
+    """Fit a classifier: analyse the data, choose a strategy, train, evaluate and report.
 
     DATA is a folder with a folder per class, a folder with train/ val/ test/ inside, a CSV table
     (path,label[,split][,group], or columns with other usual names, as filename,class), or a named
     set: sklearn:digits, torchvision:NAME.
 
-    What is said here replaces what the recipe says; --set and an option that disagree are refused.
+    Options replace values of the recipe; an option and a --set that disagree are refused.
 
     \b
     Example:
@@ -82,8 +82,7 @@ def fit(
 @deciding
 @as_json
 def advise(data: str | None, assignments: tuple[str, ...], json_: bool, **given: Any) -> None:
-    """The policy alone: the matrix with the chosen cell marked, the measurements behind it, and
-    advice.
+    """Print the plan of the policy, without training: the matrix, the measurements and advice.
 
     \b
     Example:
@@ -101,25 +100,22 @@ def advise(data: str | None, assignments: tuple[str, ...], json_: bool, **given:
 @click.command()
 @click.argument("data", required=False)
 @looking
-@click.option(
-    "--taps", metavar="TAP[,TAP]", help="features to compare, as in pooled,stage6/3x3 [auto]"
-)
-@click.option("--recipe", metavar="FILE", help="a recipe file, or the name of a shipped one")
+@click.option("--taps", metavar="TAP[,TAP]", help="taps to compare, as in pooled,stage6/3x3 [auto]")
+@click.option("--recipe", metavar="FILE", help="recipe file, or name of a shipped recipe")
 @click.option(
     "--set",
     "assignments",
     multiple=True,
     metavar="KEY=VALUE",
-    help="one value of the recipe, as in svm.folds=3",
+    help="set one key of the recipe, as in svm.folds=3",
 )
-@click.option("--out", metavar="DIR", help="the run's folder [runs/NAME-DIGEST]")
-@click.option("--force", is_flag=True, help="do a finished run again")
+@click.option("--out", metavar="DIR", help="folder of the run [runs/NAME-DIGEST]")
+@click.option("--force", is_flag=True, help="repeat a finished run")
 @waiting
 @as_json
 @click.pass_context
 def svm(context: click.Context, **given: Any) -> None:
-    """The SVM baseline alone: taps, kernel and C chosen inside the training part, judged on the
-    test part.
+    """Fit the SVM alone: choose taps, kernel and C in the training part, evaluate on the test part.
 
     \b
     Example:

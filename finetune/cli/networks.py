@@ -10,7 +10,7 @@ from finetune.cli.options import as_json, print_json
 @click.command()
 @as_json
 def backbones(json_: bool) -> None:
-    """Backbones that load on this machine, with or without the network.
+    """List the backbones that load on this machine, with and without the internet.
 
     \b
     Example:
@@ -30,7 +30,10 @@ def backbones(json_: bool) -> None:
 @click.command()
 @click.argument("model")
 @click.option(
-    "--size", type=click.IntRange(min=1), metavar="PIXELS", help="of the input [the model's own]"
+    "--size",
+    type=click.IntRange(min=1),
+    metavar="PIXELS",
+    help="side of the input [the model's own]",
 )
 @click.option("--csv", "csv_", is_flag=True, help="print a CSV table instead of text")
 @click.option("--time", "time_", is_flag=True, help="measure the milliseconds of each layer, too")
@@ -38,7 +41,7 @@ def backbones(json_: bool) -> None:
 def profile(model: str, size: int | None, csv_: bool, time_: bool, json_: bool) -> None:
     """Count what each layer of a model outputs, holds and computes; no weights are needed.
 
-    A row per layer: kernel, output, memory of the output in float32, parameters, multiply-adds.
+    One row per layer: kernel, output, memory of the output in float32, parameters, multiply-adds.
     Below: totals, in multiply-adds and in FLOPs (twice as many), the share of each stage, and the
     memory of inference and of training.
 

@@ -29,56 +29,56 @@ running = options(
     click.option(
         "--engine",
         type=click.Choice(["auto", "openvino", "torch"]),
-        help="what runs the network [auto: what is timed as fastest here; a run: its own]",
+        help="engine that runs the network [auto: the fastest as timed here; a run's own]",
     ),
     click.option(
         "--precision",
         type=click.Choice(["auto", "bf16", "float32"]),
-        help="of its numbers [auto: float32, or bf16 where that is timed as clearly faster]",
+        help="precision of the network [auto: float32, or bf16 where timed as clearly faster]",
     ),
 )
 bad_images = click.option(
     "--on-bad-image",
     type=click.Choice(["stop", "skip"]),
-    help="what an unreadable image does [stop]",
+    help="what to do with unreadable images [stop]",
 )
 columns = options(
     click.option(
         "--path-column",
         metavar="NAME",
-        help="the column of a CSV that holds the paths [found by its name]",
+        help="column of a CSV with the paths [found by its name]",
     ),
     click.option(
         "--label-column",
         metavar="NAME",
-        help="the column that holds the classes [found by its name]",
+        help="column with the classes [found by its name]",
     ),
     click.option(
         "--split-column",
         metavar="NAME|none",
-        help="the column that holds train, val and test [found by its name]",
+        help="column with train, val and test [found by its name]",
     ),
     click.option(
         "--group-column",
         metavar="NAME|none",
-        help="the column that holds what must stay together [found by its name]",
+        help="column with groups that must stay together [found by its name]",
     ),
     click.option(
         "--image-root",
         metavar="DIR",
-        help="the folder that the paths of a CSV start from [that of the CSV]",
+        help="folder that the paths of a CSV start from [that of the CSV]",
     ),
 )
 network = options(
     click.option(
         "--backbone",
         metavar="NAME",
-        help="a timm model, alexnet or googlenet [tf_efficientnet_lite0]",
+        help="timm model, alexnet or googlenet [tf_efficientnet_lite0]",
     ),
     click.option(
         "--weights",
         metavar="auto|PATH|random",
-        help="where the pretrained weights come from [auto]",
+        help="source of the pretrained weights [auto]",
     ),
     running,
     bad_images,
@@ -86,32 +86,35 @@ network = options(
 )
 looking = options(
     click.option(
-        "--seed", type=click.IntRange(min=0), help="splits and training follow from it [0]"
+        "--seed", type=click.IntRange(min=0), help="random seed for splits and training [0]"
     ),
     click.option(
-        "--shots", type=click.IntRange(min=1), metavar="K", help="use K training images per class"
+        "--shots",
+        type=click.IntRange(min=1),
+        metavar="K",
+        help="use only K training images per class",
     ),
     click.option(
         "--test",
         metavar="DIR|none",
-        help="judge on these images instead of a part of DATA; none: train on all of it",
+        help="test on these images instead of a part of DATA; none: train on all of it",
     ),
     network,
     click.option(
         "--on-conflict",
         type=click.Choice(["stop", "skip", "first"]),
-        help="what one image under two labels does: skip leaves all "
-        "copies out, first keeps the first [stop]",
+        help="what to do with an image under two labels: leave all copies out (skip), or keep the "
+        "first [stop]",
     ),
     click.option(
         "--on-leak",
         type=click.Choice(["tell", "stop", "skip"]),
-        help="what a copy of a test image does: skip leaves it out of the training [tell]",
+        help="what to do with copies of test images: leave them out of the training (skip) [tell]",
     ),
     click.option(
         "--on-empty-class",
         type=click.Choice(["stop", "skip"]),
-        help="what a class without training images does: skip leaves it out [stop]",
+        help="what to do with a class without training images: leave it out (skip) [stop]",
     ),
 )
 unheard = options(  # taken by `extract` of version 0.1.0 without effect: told or refused now
@@ -120,29 +123,30 @@ unheard = options(  # taken by `extract` of version 0.1.0 without effect: told o
     click.option("--test", hidden=True),
 )
 deciding = options(
-    click.option("--strategy", metavar="NAME", help=f"{STRATEGIES} [auto]"),
+    click.option("--strategy", metavar="NAME", help=f"what to train: {STRATEGIES} [auto]"),
     click.option(
-        "--epochs", type=click.IntRange(min=1), help="of fine-tuning [the policy decides]"
+        "--epochs", type=click.IntRange(min=1), help="fine-tuning epochs [chosen by the policy]"
     ),
     click.option(
         "--budget",
         type=click.FloatRange(min=0, min_open=True),
         metavar="MINUTES",
-        help="what the job may cost: the plan weighs it",
+        help="limit of the time for fine-tuning: choose a cheaper strategy beyond it",
     ),
     click.option(
         "--no-flip/--flip",
         "no_flip",
         default=None,
-        help="a mirrored image belongs to another class (letters, signs) [--flip]",
+        help="do not mirror images, where mirrored ones belong to another class (letters, signs) "
+        "[--flip]",
     ),
-    click.option("--recipe", metavar="FILE", help="a recipe file, or the name of a shipped one"),
+    click.option("--recipe", metavar="FILE", help="recipe file, or name of a shipped recipe"),
     click.option(
         "--set",
         "assignments",
         multiple=True,
         metavar="KEY=VALUE",
-        help="one value of the recipe, as in train.lr=1e-3",
+        help="set one key of the recipe, as in train.lr=1e-3",
     ),
 )
 
@@ -152,7 +156,7 @@ waiting = click.option(
     type=click.FloatRange(min=0),
     default=0.0,
     metavar="SECONDS",
-    help="for another process on the same run [0]",
+    help="wait for another process on the same run [0]",
 )
 
 

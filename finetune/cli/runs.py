@@ -22,12 +22,14 @@ from finetune.cli.options import (
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path())
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="write a CSV table here")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="write a CSV table to this file"
+)
 @click.option(
     "--unsure",
     type=click.FloatRange(0, 1),
     metavar="BELOW",
-    help="mark predictions whose probability is below",
+    help="mark predictions whose probability is below this",
 )
 @running
 @bad_images
@@ -42,11 +44,11 @@ def predict(
     on_bad_image: str | None,
     json_: bool,
 ) -> None:
-    """Classes and calibrated probabilities of images, or of all images in folders.
+    """Predict classes and calibrated probabilities of images, or of all images in folders.
 
-    A row an image, in the order given, under the name given. The table has the columns path, label
-    (empty), prediction, score, second, second_score, unsure (with --unsure), and p:CLASS for each
-    class, as predictions.csv of a run.
+    One row per image, in the order given, under the name given. The table has the columns path,
+    label (empty), prediction, score, second, second_score, unsure (with --unsure), and p:CLASS for
+    each class, as in predictions.csv of a run.
 
     \b
     Example:
@@ -80,7 +82,7 @@ def predict(
     "--seen",
     type=click.Choice(["leave-out", "keep"]),
     default="leave-out",
-    help="images that the run was trained on [leave-out]",
+    help="what to do with images that the run was trained on [leave-out]",
 )
 @running
 @bad_images
@@ -96,10 +98,10 @@ def evaluate(
     json_: bool,
     **given: Any,
 ) -> None:
-    """Judge a finished run on labelled images.
+    """Evaluate a finished run on labelled images.
 
-    All images of DATA are used, or its test part where it has one, but for those that the run was
-    trained on: they are known by their bytes. Classes are matched by name.
+    Uses the test part of DATA, or all images where it has none. Images that the run was trained on
+    are recognised by their bytes and left out. Classes are matched by name.
 
     \b
     Example:
@@ -124,7 +126,7 @@ def evaluate(
 
 @click.group()
 def recipes() -> None:
-    """Shipped recipes: list, show, copy, validate.
+    """List, show, copy and validate recipes.
 
     \b
     Example:
@@ -134,7 +136,7 @@ def recipes() -> None:
 
 @recipes.command("ls")
 def recipes_ls() -> None:
-    """The shipped recipes, a line each.
+    """List the shipped recipes, one per line.
 
     \b
     Example:
@@ -149,7 +151,7 @@ def recipes_ls() -> None:
 @recipes.command("show")
 @click.argument("name")
 def recipes_show(name: str) -> None:
-    """A recipe as it is shipped, its header included.
+    """Show a shipped recipe with its header.
 
     \b
     Example:
@@ -196,7 +198,7 @@ def recipes_validate(path: str) -> None:
 
 @click.group()
 def runs() -> None:
-    """Finished runs: list, compare.
+    """List and compare runs.
 
     \b
     Example:
@@ -208,7 +210,7 @@ def runs() -> None:
 @click.argument("folder", default="runs", type=click.Path(path_type=Path))
 @as_json
 def runs_ls(folder: Path, json_: bool) -> None:
-    """The runs in a folder, a line each, the unfinished ones too.
+    """List the runs in a folder, one per line, unfinished ones too.
 
     \b
     Example:
@@ -227,7 +229,7 @@ def runs_ls(folder: Path, json_: bool) -> None:
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @as_json
 def runs_compare(paths: tuple[Path, ...], json_: bool) -> None:
-    """Runs side by side: what they ship, how good they are, and what differs in their recipes.
+    """Compare runs: what they ship, how good they are, and how their recipes differ.
 
     \b
     Example:

@@ -66,8 +66,8 @@ def test_every_command_ends_its_help_with_a_real_example(
 
 
 def test_docs_hold_what_help_says() -> None:
-    """docs/cli.md is what `make docs` would write now. In its own process: click keeps the help
-    option of a first caller."""
+    """docs/reference/cli.md is what `make docs` would write now. In its own process: click keeps
+    the help option of a first caller."""
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'docs')!r}); import make_cli; "
         f"sys.stdout.write(make_cli.text())"
@@ -79,7 +79,7 @@ def test_docs_hold_what_help_says() -> None:
         check=True,
     )
 
-    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == done.stdout
+    assert (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8") == done.stdout
 
 
 @pytest.mark.parametrize("home", ["finetune", "retrieval"])
