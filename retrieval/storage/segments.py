@@ -3,8 +3,8 @@ of them count.
 
 A folder `photos.gallery/` holds
 
-    gallery.sqlite      what exists: images, paths, segments, the manifest; its commits are the only
-                        moments of change
+    gallery.sqlite      what exists: images, paths, segments, the manifest; its commits are the
+                        only moments of change
     segments/N.f32      unit vectors, little-endian float32, row by row; never changed after the
                         rename that made them
     search/G.faiss      where the gallery is large: an index over some of the segments
