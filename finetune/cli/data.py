@@ -10,6 +10,7 @@ import click
 from finetune import console, names
 from finetune.cli.options import (
     as_json,
+    at_fault,
     columns,
     layout,
     network,
@@ -23,6 +24,7 @@ from finetune.cli.options import (
 @click.argument("data")
 @unheard
 @network
+@at_fault
 @click.option(
     "--taps",
     default="pooled",
