@@ -20,7 +20,7 @@ from finetune.cli.options import (
 )
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("data")
 @unheard
 @network
@@ -51,7 +51,7 @@ def extract(data: str, output: Path, **given: Any) -> None:
     click.echo(job.extract(data, output, say=say, bar=console.progress, **given))
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("data")
 @click.option(
     "--seed",
@@ -80,7 +80,7 @@ def check(data: str, seed: int, json_: bool, **given: Any) -> None:
         raise SystemExit(1)
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.option(
     "--prune",
     type=click.FloatRange(min=0),
@@ -123,7 +123,7 @@ def cache(prune: float | None, clear: bool, forget_timings: bool, json_: bool) -
         click.echo(store.overview_text())
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.option("--no-speed", is_flag=True, help="do not run the engines")
 @as_json
 def doctor(no_speed: bool, json_: bool) -> None:

@@ -21,7 +21,7 @@ from finetune.cli.options import (
 )
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option(
@@ -77,7 +77,7 @@ def predict(
         click.echo(home.table(home.rows(found, unsure)))
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("data")
 @click.option(

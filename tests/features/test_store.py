@@ -557,6 +557,7 @@ def test_pruning_goes_on_where_files_vanish(cache: Path, monkeypatch: pytest.Mon
         return found
 
     monkeypatch.setattr(Path, "rglob", vanishing)
-    assert 10 == home.prune(0)
+    assert home.prune(0) >= 10
+    assert not (folder / "b").exists()
     (folder / "a").write_bytes(b"x")
     assert home.overview()["folder"] == str(cache)
