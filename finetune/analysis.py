@@ -94,16 +94,13 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
         )
     tested = about.test != "none"
     test = about.test if tested else None
-    found = images.load(
-        about.data, test=test, layout=recipe.layout(about), on_empty_class=about.on_empty_class
-    )
+    rules = recipe.rules(about)
+    found = images.load(about.data, test=test, layout=recipe.layout(about), rules=rules)
     if not tested:
         found = images.all_for_training(found)
     given = set() if found.split is None else set(found.split.tolist())
     found, ids = digests(found, store, about.on_bad_image)
-    found, ids = omissions.apply(
-        found, ids, omissions.Rules(about.on_conflict, about.on_leak, about.on_empty_class)
-    )
+    found, ids = omissions.apply(found, ids, rules)
     shares = (about.test_share, about.validation_share) if tested else (0.0, 0.0)
     found = images.make_splits(found, ids, seed=about.seed, test=shares[0], val=shares[1])
     short: list[str] = []

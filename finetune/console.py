@@ -65,6 +65,21 @@ def guarded(group: click.Group, prog_name: str) -> NoReturn:
         _crash(prog_name, error)
 
 
+class Command(click.Command):
+    """A command that says where an option is given twice: the last one counts."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not ctx.resilient_parsing:
+            with contextlib.suppress(click.ClickException):  # told by the parsing itself, below
+                _, _, order = self.make_parser(ctx).parse_args(list(args))
+                for option in dict.fromkeys(order):
+                    told = isinstance(option, click.Option) and not option.is_flag
+                    if told and not option.multiple and order.count(option) > 1:
+                        name = max(option.opts, key=len)
+                        click.echo(f"note: {name} is given twice; the last one counts", err=True)
+        return super().parse_args(ctx, args)
+
+
 def _fail(text: str, code: int) -> NoReturn:
     click.echo(text, err=True)
     sys.exit(code)

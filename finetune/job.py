@@ -8,6 +8,7 @@ does (`say`).
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 _UNHEARD = ("seed", "shots", "test")
 WAY = "features.json"  # among the checkpoints: the engine and precision of the features
 # what is done with images at fault
-RULES = ("on_bad_image", "on_conflict", "on_leak", "on_empty_class")
+RULES = ("on_bad_image", "on_conflict", "on_leak", "on_empty_class", "on_stray")
 
 
 @dataclass(frozen=True)
@@ -157,14 +158,14 @@ def extract(
     _say_all(options.of_machine(settings), say)
     store = Store()
     try:
-        if _is_flat(Path(data)):
+        if _is_flat(Path(data), settings.data.on_stray == "skip"):
             source = images.load_unlabelled(data)
         else:
-            layout = recipe.layout(settings.data)
-            source = images.load(
-                str(data), layout=layout, on_empty_class=settings.data.on_empty_class
-            )
+            about = settings.data
+            source = images.load(str(data), layout=recipe.layout(about), rules=recipe.rules(about))
         source, ids = analysis.digests(source, store, settings.data.on_bad_image)
+        if source.classes:
+            source, ids = omissions.apply(source, ids, recipe.rules(settings.data))
         _say_all((f"           {line}" for line in omissions.told(source)), say)
         named = analysis.open_backbone(settings, say)
         found = analysis.extract(
@@ -196,11 +197,16 @@ def _say_all(lines: Iterable[str], say: Say) -> None:
         say(line)
 
 
-def _is_flat(data: Path) -> bool:
-    """Whether images lie in the folder itself: then there are no classes."""
-    return data.is_dir() and any(
-        entry.suffix.lower() in folders.EXTENSIONS for entry in data.iterdir() if entry.is_file()
-    )
+def _is_flat(data: Path, strays: bool) -> bool:
+    """Whether images lie in the folder itself: then there are no classes, unless those are
+    `strays` beside class folders."""
+    if not data.is_dir():
+        return False
+    with os.scandir(data) as found:
+        entries = list(found)
+    if strays and any(folders.is_folder(entry) for entry in entries if entry.name[0] != "."):
+        return False
+    return any(os.path.splitext(entry.name)[1].lower() in folders.EXTENSIONS for entry in entries)
 
 
 # ------------------------------------------------------------------------------------------ the job

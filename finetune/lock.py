@@ -129,6 +129,13 @@ def _refusal(held_by: _Held, where: Path, wait: Wait) -> UserError:
 
 def _broken(done: str, error: sqlite3.Error, file: Path, wait: Wait) -> UserError:
     """The lock's file is no lock, or cannot be written."""
+    if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+        return UserError(
+            "the disk is full",
+            where=file,
+            fix=f"free some space, then run the same command again"
+            f"{wait.other and f'; or {wait.other}'}",
+        )
     fix = (
         f"remove it while no other process is at work there, or mend its "
         f"permissions{wait.other and f'; or {wait.other}'}"

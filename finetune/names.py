@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from pathlib import Path
 
 from finetune.errors import UNPRINTABLE, as_bytes, printable
 
@@ -39,6 +40,28 @@ def written(text: str, folder: str | os.PathLike[str] = "") -> str:
     """The name that somebody wrote: `text` as it is where a file or folder of `folder` is called
     so, else what it means."""
     return text if "\\" not in text or os.path.lexists(os.path.join(folder, text)) else meant(text)
+
+
+def way(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> str:
+    """The way from `folder` to `path` (which may be relative to it), spelled in one way, POSIX.
+
+    Where the system leaves a link by `..`, it is above what the link points to: a way with `..`
+    that would lead elsewhere, or nowhere, goes between the real places.
+    """
+    text, start = os.fspath(path), os.fspath(folder)
+    there = os.path.join(start, text)
+    plain = os.path.normpath(os.path.relpath(text, start) if os.path.isabs(text) else text)
+    if os.pardir in Path(text).parts + Path(plain).parts and os.path.lexists(there):
+        try:
+            right = os.path.samefile(os.path.join(start, plain), there)
+        except OSError:
+            right = False
+        if not right:
+            holder, name = os.path.split(there)
+            plain = os.path.relpath(
+                os.path.join(os.path.realpath(holder), name), os.path.realpath(start)
+            )
+    return plain.replace(os.sep, "/")
 
 
 def spelled(name: str) -> str:

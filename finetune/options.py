@@ -21,12 +21,14 @@ OPTIONS = {  # options of the commands and of `fit`, and the recipe's keys behin
     "on_conflict": "data.on_conflict",
     "on_leak": "data.on_leak",
     "on_empty_class": "data.on_empty_class",
+    "on_stray": "data.on_stray",
     "no_flip": "data.no_flip",
     "path_column": "data.path_column",
     "label_column": "data.label_column",
     "split_column": "data.split_column",
     "group_column": "data.group_column",
     "image_root": "data.image_root",
+    "no_header": "data.no_header",
     "backbone": "backbone.names",
     "weights": "backbone.weights",
     "engine": "backbone.engine",
@@ -38,13 +40,14 @@ OPTIONS = {  # options of the commands and of `fit`, and the recipe's keys behin
     "out": "out",
 }
 OF_EXTRACT = (
-    *("backbone", "weights", "engine", "precision", "taps", "on_bad_image"),
-    *("path_column", "label_column", "split_column", "group_column", "image_root"),
+    *("backbone", "weights", "engine", "precision", "taps"),
+    *("on_bad_image", "on_conflict", "on_empty_class", "on_stray"),
+    *("path_column", "label_column", "split_column", "group_column", "image_root", "no_header"),
 )
 OTHERS = ("recipe", "assignments", "force", "say", "bar")  # of the functions, beside the options
 LISTS = ("backbone", "taps")  # written a,b
 # their bytes may be no text: recipes spell them (`names.spelled`)
-PATHS = ("test", "weights", "out")
+PATHS = ("test", "weights", "out", "image_root")
 
 # --------------------------------------------------------------------------------------- the recipe
 

@@ -126,7 +126,7 @@ def decide(
     chosen = cell.strategy
     if strategy != "auto":
         chosen = check_strategy(strategy)
-        because.append(f"--strategy {strategy} was asked for")
+        because.append(f"the strategy {strategy} was asked for")
     training = _training(chosen, facts, total, overrides or {})
     minutes = _minutes(training, facts, total)
     while (

@@ -25,6 +25,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from finetune.data.columns import Layout
+from finetune.data.faults import Rules
 from finetune.errors import UserError
 from finetune.files import digest_json
 
@@ -42,6 +43,7 @@ LATER: tuple[str, ...] = (
     ),
     *("train.taps", "policy.ship"),
     *("data.on_conflict", "data.on_leak", "data.on_empty_class"),
+    *("data.on_stray", "data.no_header"),
 )
 # where things lie: no part of what is asked for
 PLACES = ("data.data", "data.test", "data.image_root", "out")
@@ -121,6 +123,11 @@ class Data(Section):
         default="stop",
         description="stop or skip (leave it out): what to do with a class without training images",
     )
+    on_stray: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="stop or skip (leave them out): what to do with images outside of the class "
+        "folders, and folders beside train, val and test",
+    )
     no_flip: bool = Field(
         default=False,
         description="true where a mirrored image would belong to another class, else false",
@@ -144,6 +151,10 @@ class Data(Section):
     image_root: Text | None = Field(
         default=None,
         description="the folder that a table's paths start from; null: that of the table",
+    )
+    no_header: bool = Field(
+        default=False,
+        description="true where the first line of a table is a row: its columns are called 1, 2 …",
     )
 
 
@@ -631,5 +642,16 @@ def layout(about: Data) -> Layout:
         about.split_column,
         about.group_column,
         about.image_root,
+        header=not about.no_header,
+    )
+
+
+def rules(about: Data) -> Rules:
+    """What a recipe says of images at fault."""
+    return Rules(
         about.on_bad_image,
+        about.on_conflict,
+        about.on_leak,
+        about.on_empty_class,
+        about.on_stray,
     )

@@ -11,14 +11,20 @@ those without BatchNorm too.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load, save
 
+from finetune import files
 from finetune.backbones import catalog
+from finetune.backbones.catalog import Named
 from finetune.data.images import ImageSet
+from finetune.errors import UserError
 from finetune.features import extraction, knn
 from finetune.features.store import Store
 from finetune.network import Tap
@@ -34,6 +40,10 @@ NEAR, FAR = (0.10, 0.20)
 KNN = 5  # neighbours of the second opinion
 # share of the way from chance to 1 that k-NN reaches: above: near, below: far
 CHANCE_NEAR, CHANCE_FAR = (0.60, 0.30)
+ADVICE = {  # where the features say something else than the looks: by what they say
+    "near": "the features serve these classes well: nothing needs to be done",
+    "far": "the classes differ in what these features lose: compare --strategy half",
+}
 
 
 @dataclass(frozen=True)
@@ -81,14 +91,13 @@ def measure(images: ImageSet, pretraining: str, *, store: Store, seed: int = 0) 
         on_bad="skip",
     )
     moments = np.asarray(found.blocks[Tap("moments")], dtype=np.float64)
-    layers = _running_statistics(ruler.load())
+    layers = _layers(ruler)
     value = distance(moments.mean(0), layers)
     rng = np.random.default_rng(seed)
     share = rng.multinomial(
         len(moments), np.full(len(moments), 1 / len(moments)), size=BOOTSTRAP
     ) / len(moments)
-    spread = [distance(drawn, layers) for drawn in share @ moments]
-    low, high = (float(q) for q in np.quantile(spread, [0.05, 0.95]))
+    low, high = _interval(value, [distance(drawn, layers) for drawn in share @ moments])
     if pretraining != "imagenet":
         note = (
             f"the backbone's pretraining is {pretraining}: the distance to "
@@ -98,6 +107,15 @@ def measure(images: ImageSet, pretraining: str, *, store: Store, seed: int = 0) 
     return Similarity(
         _word(value), value, low, high, len(moments), None, "unknown", _border(value, low, high)
     )
+
+
+def _interval(value: float, spread: Sequence[float]) -> tuple[float, float]:
+    """The 90 % interval of a distance from those of resamples. They are too large, the more so the
+    fewer images: a sample of a sample strays from the mean twice. So they are moved back by as much
+    as their mean is off."""
+    bias = float(np.mean(spread)) - value
+    low, high = np.quantile(spread, [0.05, 0.95]) - bias
+    return max(0.0, min(value, float(low))), max(value, float(high))
 
 
 def unknown(reason: str) -> Similarity:
@@ -129,7 +147,7 @@ def second_opinion(
         notes = (
             *notes,
             f"the two opinions disagree: the images look {first.word}, but {KNN}-NN on the "
-            f"features is right for {accuracy:.0%}",
+            f"features is right for {accuracy:.0%}; {ADVICE[word]}",
         )
     return replace(first, knn=accuracy, knn_word=word, notes=notes)
 
@@ -151,6 +169,39 @@ def distance(moments: NDArray[np.float64], layers: Layers) -> float:
             np.median((mean - mean_s) ** 2 / source + (np.sqrt(variance / source) - 1) ** 2)
         )
     return float(np.median(medians))
+
+
+def _layers(ruler: Named) -> Layers:
+    """The running statistics of the ruler. They are kept in the cache: making the network for them
+    would take seconds in every process."""
+    path = None
+    with contextlib.suppress(UserError):  # no cache: it is a matter of time alone
+        path = files.cache_dir("networks") / f"statistics-{ruler.network.digest[:24]}.safetensors"
+    if path is not None and files.is_sealed(path.with_suffix(".seal"), [path]):
+        return _unpacked(load(path.read_bytes()))
+    layers = _running_statistics(ruler.load())
+    if path is not None:
+        with contextlib.suppress(UserError):
+            files.write_bytes(path, save(_packed(layers)))
+            files.seal(path.with_suffix(".seal"), [path])
+    return layers
+
+
+def _packed(layers: Layers) -> dict[str, NDArray[np.float64]]:
+    mean, var, eps = zip(*layers, strict=True)
+    widths = np.array([len(part) for part in mean], dtype=np.float64)
+    return {
+        "mean": np.concatenate(mean),
+        "var": np.concatenate(var),
+        "eps": np.array(eps),
+        "widths": widths,
+    }
+
+
+def _unpacked(found: dict[str, NDArray[np.float64]]) -> Layers:
+    ends = np.cumsum(found["widths"]).astype(int)[:-1]
+    parts = (np.split(found[name], ends) for name in ("mean", "var"))
+    return list(zip(*parts, found["eps"].tolist(), strict=True))
 
 
 def _running_statistics(backbone: Backbone) -> Layers:

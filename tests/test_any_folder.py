@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from finetune import analysis, job, options, recipe
 from finetune.data import checks, images, omissions
+from finetune.data.faults import Rules
 from finetune.errors import UserError
 from finetune.features.store import Store
 from finetune.names import meant
@@ -107,6 +108,7 @@ rules = st.fixed_dictionaries(
         "on_conflict": st.sampled_from(["stop", "skip", "first"]),
         "on_leak": st.sampled_from(["tell", "stop", "skip"]),
         "on_empty_class": st.sampled_from(["stop", "skip"]),
+        "on_stray": st.sampled_from(["stop", "skip"]),
         "test": st.just("none"),
         "seed": st.integers(0, 3),
     },
@@ -116,6 +118,7 @@ LENIENT = {
     "on_conflict": "first",
     "on_leak": "skip",
     "on_empty_class": "skip",
+    "on_stray": "skip",
     "test": "none",
 }
 
@@ -184,7 +187,8 @@ def scan_and_check(
             for place, name, kind in files
             if kind in ("empty", "text", "cut", "another cut")
         }
-        seen = set(images.load(root, on_empty_class="skip").paths)
+        lenient = Rules(on_empty_class="skip", on_stray="skip")
+        seen = set(images.load(root, rules=lenient).paths)
         assert broken & seen <= {fault.path for fault in report.faults}
         report.to_text().encode()
 
@@ -286,9 +290,17 @@ CELLS = (
     st.sampled_from([",", ";", "\t"]),
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "latin-1"]),
     st.sampled_from(["stop", "skip"]),
+    st.sampled_from(["stop", "skip", "first"]),
+    st.sampled_from([None, True]),
 )
 def test_any_table_is_read_or_refused_with_a_way_on(
-    header: Any, rows: Any, mark: str, encoding: str, on_bad: str
+    header: Any,
+    rows: Any,
+    mark: str,
+    encoding: str,
+    on_bad: str,
+    on_conflict: str,
+    no_header: bool | None,
 ) -> None:
     """Columns of any names, ragged rows, missing files, other encodings: images with labels, or
     what to do."""
@@ -305,12 +317,15 @@ def test_any_table_is_read_or_refused_with_a_way_on(
             (root / name).write_bytes(CONTENTS[kind])
         (root / "table.csv").write_bytes(text.getvalue().encode(encoding))
         try:
-            settings_, _ = options.build(root / "table.csv", None, (), {"on_bad_image": on_bad})
-            found = images.load(root / "table.csv", layout=recipe.layout(settings_.data))
+            said = {"on_bad_image": on_bad, "on_conflict": on_conflict, "no_header": no_header}
+            about = options.build(root / "table.csv", None, (), said)[0].data
+            layout, rule = recipe.layout(about), recipe.rules(about)
+            found = images.load(root / "table.csv", layout=layout, rules=rule)
             assert len(found) == len(set(found.paths))
-            assert found.notes or len(found) == sum(
-                any(cell.strip() for cell in row) for row in rows
-            )
+            written = [header, *rows] if no_header else rows
+            filled = sum(any(cell.strip() for cell in row) for row in written)
+            assert filled == len(found) + len(found.left_out)
+            checks.check_data(root / "table.csv", layout=layout).to_text().encode()
         except UserError as error:
             assert_way_on(error)
 

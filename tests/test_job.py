@@ -441,3 +441,19 @@ def test_a_class_of_bad_images_goes_with_them(shapes: Path, tmp_path: Path) -> N
     assert "circle/gone.png,unreadable" in (tmp_path / "run/left_out.csv").read_text(
         encoding="utf-8"
     )
+
+
+def test_a_training_that_would_not_fit_stops_before_it_begins(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch of a training is reckoned with before the first step: the job names what to make
+    smaller."""
+    from finetune.backbones import memory
+    from finetune.training import loop
+
+    monkeypatch.setattr(memory, "of_training", lambda *_, **__: 1e15)
+    monkeypatch.setattr(loop, "fit", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(
+        UserError, match=r"(?s)on batches of \d+ images.*train\.batch_size|--strategy"
+    ):
+        job.fit(shapes, out=tmp_path / "run", strategy="stages:1", epochs=1, **TINY)

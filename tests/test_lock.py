@@ -94,3 +94,16 @@ def test_who_gives_up_waiting_takes_nothing(
         lock.take(file, file.parent)
     held.close()
     lock.take(file, file.parent).close()
+
+
+def test_a_full_disk_is_called_that(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the lock cannot be written for want of room, the way on is room, not permissions."""
+
+    def full(held: sqlite3.Connection) -> None:
+        held.execute("pragma max_page_count = 1")
+        held.execute("create table large (x)")
+        held.execute("insert into large values (randomblob(100000))")
+
+    monkeypatch.setattr(lock, "_sign", full)
+    with pytest.raises(UserError, match=r"the disk is full\n.*free some space"):
+        lock.take(file, file.parent)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune import similarity
+from finetune import files, similarity
+from finetune.backbones.catalog import Named
+from finetune.backbones.stages import Backbone
 
 
 def layer(
@@ -67,10 +69,45 @@ def test_a_disagreement_of_the_two_opinions_is_said() -> None:
     clear = (np.eye(4)[y] * 5 + rng.normal(size=(80, 4))).astype(np.float32)
     first = similarity.Similarity("far", 0.4, 0.3, 0.5, 80, None, "unknown", ())
 
-    assert any("disagree" in note for note in similarity.second_opinion(first, clear, y).notes)
+    (note,) = similarity.second_opinion(first, clear, y).notes
+    assert "disagree" in note
+    assert note.endswith("nothing needs to be done")
 
 
 def test_an_interval_across_two_words_is_said() -> None:
     """A distance near a threshold is not sold as certain."""
     assert similarity._border(0.09, 0.07, 0.12) != ()
     assert similarity._border(0.03, 0.02, 0.04) == ()
+
+
+def test_the_interval_holds_the_distance_of_few_images() -> None:
+    """A resample of few images is farther away than they are; the interval is moved back by that,
+    and its width stays."""
+    rng = np.random.default_rng(0)
+    layers = [layer([0.0] * 50, [1.0] * 50)]
+    images = rng.normal(0.5, 1.0, (12, 50))
+    rows = np.concatenate([images, images**2], axis=1)
+    value = similarity.distance(rows.mean(0), layers)
+    share = rng.multinomial(12, np.full(12, 1 / 12), size=500) / 12
+    spread = [similarity.distance(drawn, layers) for drawn in share @ rows]
+    raw = np.quantile(spread, [0.05, 0.95])
+    low, high = similarity._interval(value, spread)
+
+    assert low < value < high
+    assert high - low == pytest.approx(raw[1] - raw[0])
+    assert low < raw[0]
+    assert (0.2, 0.2) == similarity._interval(0.2, [0.0, 0.0, 0.0])
+
+
+def test_the_ruler_is_made_once(tiny: Backbone) -> None:
+    """Its statistics are kept: the next process does not make the network for them, and has the
+    same bits."""
+    first = similarity._layers(Named(tiny.network, lambda: tiny))
+    again = similarity._layers(Named(tiny.network, lambda: pytest.fail("it was made again")))
+
+    assert len(first) == len(again) > 0
+    for (mean, var, eps), (mean2, var2, eps2) in zip(first, again, strict=True):
+        assert (mean.tobytes(), var.tobytes(), eps) == (mean2.tobytes(), var2.tobytes(), eps2)
+    (path,) = files.cache_dir("networks").glob(f"statistics-{tiny.network.digest[:24]}.safetensors")
+    path.write_bytes(path.read_bytes()[:-8])
+    assert len(first) == len(similarity._layers(Named(tiny.network, lambda: tiny)))

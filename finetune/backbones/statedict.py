@@ -72,7 +72,7 @@ def read(path: Path) -> StateDict:
     loaded = _opened(path)
     top, notes = loaded, []
     while isinstance(loaded, dict) and (
-        key := next((k for k in WRAPPERS if loaded.get(k) and isinstance(loaded[k], dict)), "")
+        key := next((k for k in WRAPPERS if isinstance(loaded.get(k), dict) and loaded[k]), "")
     ):
         notes.append(f"its {key}, averaged weights" if key in AVERAGED else f"its {key}")
         loaded = loaded[key]

@@ -130,9 +130,9 @@ def _file(path: Path, given: str) -> Path:
         fix = f"give auto, random, or the path of a weight file ({forms})"
         raise UserError(f"no weight file {given!r}", where="--weights", fix=fix)
     if path.suffix not in SUFFIXES:
-        what = f"cannot read weights from {path.name!r}"
+        what = f"cannot read weights from {path.name!r}: its extension is none of a weight file's"
         if path.name.endswith(".index.json"):
-            what += ": it lists the parts of weights that were saved in pieces"
+            what = f"{path.name!r} lists the parts of weights that were saved in pieces"
         raise UserError(what, where="--weights", fix=f"give a file of one of these kinds: {forms}")
     return path
 

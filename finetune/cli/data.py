@@ -10,6 +10,7 @@ import click
 from finetune import console, names
 from finetune.cli.options import (
     as_json,
+    at_fault,
     columns,
     layout,
     network,
@@ -19,10 +20,11 @@ from finetune.cli.options import (
 )
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("data")
 @unheard
 @network
+@at_fault
 @click.option(
     "--taps",
     default="pooled",
@@ -49,7 +51,7 @@ def extract(data: str, output: Path, **given: Any) -> None:
     click.echo(job.extract(data, output, say=say, bar=console.progress, **given))
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("data")
 @click.option(
     "--seed",
@@ -78,7 +80,7 @@ def check(data: str, seed: int, json_: bool, **given: Any) -> None:
         raise SystemExit(1)
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.option(
     "--prune",
     type=click.FloatRange(min=0),
@@ -121,7 +123,7 @@ def cache(prune: float | None, clear: bool, forget_timings: bool, json_: bool) -
         click.echo(store.overview_text())
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.option("--no-speed", is_flag=True, help="do not run the engines")
 @as_json
 def doctor(no_speed: bool, json_: bool) -> None:

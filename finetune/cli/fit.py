@@ -17,7 +17,7 @@ from finetune.cli.options import (
 )
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("data", required=False)
 @looking
 @deciding
@@ -76,7 +76,7 @@ def fit(
         )
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("data", required=False)
 @looking
 @deciding
@@ -97,7 +97,7 @@ def advise(data: str | None, assignments: tuple[str, ...], json_: bool, **given:
         click.echo(policy.matrix_text(seen.plan))
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("data", required=False)
 @looking
 @click.option("--taps", metavar="TAP[,TAP]", help="taps to compare, as in pooled,stage6/3x3 [auto]")

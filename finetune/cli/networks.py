@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import click
 
+from finetune import console
 from finetune.cli.options import as_json, print_json
 
 
-@click.command()
+@click.command(cls=console.Command)
 @as_json
 def backbones(json_: bool) -> None:
     """List the backbones that load on this machine, with and without the internet.
@@ -27,7 +28,7 @@ def backbones(json_: bool) -> None:
     click.echo(f"\n{catalog.others()}")
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("model")
 @click.option(
     "--size",

@@ -68,6 +68,32 @@ columns = options(
         metavar="DIR",
         help="folder that the paths of a CSV start from [that of the CSV]",
     ),
+    click.option(
+        "--no-header",
+        is_flag=True,
+        default=None,
+        help="read the first line of a CSV as a row: its columns are called 1, 2 and so on",
+    ),
+)
+# what images at fault do, where they are read and not yet divided
+at_fault = options(
+    click.option(
+        "--on-conflict",
+        type=click.Choice(["stop", "skip", "first"]),
+        help="what to do with an image under two labels: leave all copies out (skip), or keep the "
+        "first [stop]",
+    ),
+    click.option(
+        "--on-empty-class",
+        type=click.Choice(["stop", "skip"]),
+        help="what to do with a class without training images: leave it out (skip) [stop]",
+    ),
+    click.option(
+        "--on-stray",
+        type=click.Choice(["stop", "skip"]),
+        help="what to do with images outside of the class folders, and folders beside train, val "
+        "and test: leave them out (skip) [stop]",
+    ),
 )
 network = options(
     click.option(
@@ -100,21 +126,11 @@ looking = options(
         help="test on these images instead of a part of DATA; none: train on all of it",
     ),
     network,
-    click.option(
-        "--on-conflict",
-        type=click.Choice(["stop", "skip", "first"]),
-        help="what to do with an image under two labels: leave all copies out (skip), or keep the "
-        "first [stop]",
-    ),
+    at_fault,
     click.option(
         "--on-leak",
         type=click.Choice(["tell", "stop", "skip"]),
         help="what to do with copies of test images: leave them out of the training (skip) [tell]",
-    ),
-    click.option(
-        "--on-empty-class",
-        type=click.Choice(["stop", "skip"]),
-        help="what to do with a class without training images: leave it out (skip) [stop]",
     ),
 )
 unheard = options(  # taken by `extract` of version 0.1.0 without effect: told or refused now
@@ -160,14 +176,28 @@ waiting = click.option(
 )
 
 
-def layout(given: dict[str, Any], on_bad: str = "stop") -> Any:
+def layout(given: dict[str, Any]) -> Any:
     """What the options of `columns` say of a table."""
     from finetune.data.columns import Layout
 
     told = {
-        name.removesuffix("_column").removeprefix("image_"): value for name, value in given.items()
+        name.removesuffix("_column").removeprefix("image_"): value
+        for name, value in given.items()
+        if name.endswith("_column") or name == "image_root"
     }
-    return Layout(**told, on_bad=on_bad)
+    return Layout(**told, header=not given["no_header"])
+
+
+def rules(given: dict[str, Any]) -> Any:
+    """What the options of `bad_images` and `at_fault` say."""
+    from finetune.data.faults import Rules
+
+    said = {
+        name.removesuffix("_image"): value
+        for name, value in given.items()
+        if name.startswith("on_") and value is not None
+    }
+    return Rules(**said)
 
 
 def print_json(value: Any) -> None:

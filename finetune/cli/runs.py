@@ -10,16 +10,18 @@ import click
 from finetune import console, names
 from finetune.cli.options import (
     as_json,
+    at_fault,
     bad_images,
     columns,
     layout,
     print_json,
+    rules,
     running,
     say,
 )
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option(
@@ -75,7 +77,7 @@ def predict(
         click.echo(home.table(home.rows(found, unsure)))
 
 
-@click.command()
+@click.command(cls=console.Command)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("data")
 @click.option(
@@ -86,6 +88,7 @@ def predict(
 )
 @running
 @bad_images
+@at_fault
 @columns
 @as_json
 def evaluate(
@@ -94,7 +97,6 @@ def evaluate(
     seen: str,
     engine: str | None,
     precision: str | None,
-    on_bad_image: str | None,
     json_: bool,
     **given: Any,
 ) -> None:
@@ -109,15 +111,17 @@ def evaluate(
     """
     from finetune.evaluation import evaluate as home
 
-    on_bad = on_bad_image or "stop"
-    how: dict[str, Any] = {
-        "engine_name": engine,
-        "precision": precision,
-        "on_bad": on_bad,
-        "seen": seen,
-    }
-    how["layout"] = layout(given, on_bad)
-    result = home.evaluate(run, data, **how, say=say, bar=console.progress)
+    result = home.evaluate(
+        run,
+        data,
+        engine_name=engine,
+        precision=precision,
+        seen=seen,
+        layout=layout(given),
+        rules=rules(given),
+        say=say,
+        bar=console.progress,
+    )
     if json_:
         print_json(result)
     else:

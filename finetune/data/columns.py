@@ -3,6 +3,7 @@ else by usual names."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,12 @@ FLAGS = {
     **dict.fromkeys(("true", "1", "1.0", "yes"), "val"),
     **dict.fromkeys(("false", "0", "0.0", "no"), "train"),
 }
+# what announces an image's file, as tables write it
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
+    *(".JPG", ".JPEG", ".PNG"),
+)
+NO_HEADER = "say so: --no-header; the columns are then called 1, 2 and so on: --path-column 1"
 ONE_LABEL = "write one class an image: multi-label training is not offered"
 NONE = "none"  # in place of a column's name: there is no such column
 
@@ -56,8 +63,8 @@ class Layout:
     """What was said of a table: names of columns (None: found by the usual names; split and group
     may be "none").
 
-    `root` is the folder that its paths start from, where it is not the table's own; `on_bad` is
-    stop or skip: what a row without a file, path or label does.
+    `root` is the folder that its paths start from, where it is not the table's own. A table without
+    a `header` begins with its first row: its columns are called 1, 2 and so on.
     """
 
     path: str | None = None
@@ -65,13 +72,14 @@ class Layout:
     split: str | None = None
     group: str | None = None
     root: str | None = None
-    on_bad: str = "stop"
+    header: bool = True
 
     @property
     def given(self) -> tuple[str, ...]:
         """The options that say something of a table."""
         options = {f"--{role}-column": getattr(self, role) for role in USUAL} | {
-            "--image-root": self.root
+            "--image-root": self.root,
+            "--no-header": None if self.header else True,
         }
         return tuple(option for option, value in options.items() if value is not None)
 
@@ -94,8 +102,10 @@ def plain(name: str) -> str:
 def choose(where: object, header: Sequence[str], rows: Rows, layout: Layout) -> Columns:
     """Say which columns are used, or refuse a table in which path or label cannot be told, naming
     its columns."""
-    if layout.label is None:
+    if layout.header and layout.label is None:
         _refuse_multi_label(where, header)
+    if not layout.header:
+        layout = _by_number(layout, len(header))
     at: dict[str, int] = {}
     notes: list[str] = []
     for role in USUAL:
@@ -123,8 +133,20 @@ def choose(where: object, header: Sequence[str], rows: Rows, layout: Layout) -> 
             at[role] = found[0]
     if missing := [role for role in ("path", "label") if role not in at]:
         _refuse(where, header, rows, missing)
+    if layout.header and _is_image(header[at["path"]]):
+        _refuse_row(where, header)
     flag = "split" in at and _is_flag(header, rows, at["split"], asked=layout.split is not None)
     return Columns(at, flag, (*_told(header, at, flag), *notes))
+
+
+def _by_number(layout: Layout, width: int) -> Layout:
+    """Where there are no names: the first column is the path and the second the label, unless
+    others are named by their numbers."""
+    free = [str(i + 1) for i in range(width) if str(i + 1) not in (layout.path, layout.label)]
+    path = layout.path or (free.pop(0) if free else None)
+    label = layout.label or (free.pop(0) if free else None)
+    split, group = layout.split or NONE, layout.group or NONE
+    return dataclasses.replace(layout, path=path, label=label, split=split, group=group)
 
 
 def _asked(where: object, header: Sequence[str], role: str, name: str) -> list[int]:
@@ -223,7 +245,18 @@ def _refuse_multi_label(where: object, header: Sequence[str]) -> None:
         )
 
 
+def _is_image(name: str) -> bool:
+    return name.endswith(SUFFIXES)
+
+
+def _refuse_row(where: object, header: Sequence[str]) -> None:
+    what = f"the first line is a row already: {', '.join(header)}"
+    raise UserError(what, where=where, fix=f"{NO_HEADER}; or write path,label above it")
+
+
 def _refuse(where: object, header: Sequence[str], rows: Rows, missing: Sequence[str]) -> None:
+    if any(map(_is_image, header)):
+        _refuse_row(where, header)
     used = {name for lines in USUAL.values() for names in lines for name in names}
     flags = [
         name
@@ -237,7 +270,9 @@ def _refuse(where: object, header: Sequence[str], rows: Rows, missing: Sequence[
         f"no column {' and no column '.join(map(repr, missing))}; {_has(header)}",
         where=where,
         fix=f"name {'it' if len(missing) == 1 else 'them'}: "
-        f"{' '.join(f'--{role}-column NAME' for role in missing)}",
+        f"{' '.join(f'--{role}-column NAME' for role in missing)}"
+        + "; where the first line is a row already: --no-header"
+        * (len(missing) > 1),
     )
 
 

@@ -1,142 +1,131 @@
 """A table of images: paths, labels, and where they are known splits and groups, read strictly.
 Every complaint names the line.
 
-`columns` says which column is what. One class an image: tables with several labels an image are
-recognised in their usual forms and refused by name.
+`columns` says which column is what, `image_root` where the files lie. One class an image: tables
+with several labels an image are recognised in their usual forms and refused by name. Rows at fault
+are refused, or left out where the rules say so: each with its line and its cells.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import itertools
-import os
-import posixpath
-import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import NoReturn
 
 from finetune import names
-from finetune.data import columns
+from finetune.data import columns, folders, image_root, labels
 from finetune.data.columns import FLAGS, ONE_LABEL, Columns, Layout, Rows
 from finetune.data.columns import SPLIT_NAMES as SPLIT_NAMES
+from finetune.data.faults import STOP, Fault, Rules
+from finetune.data.image_root import OR_SKIP
 from finetune.errors import UserError
 from finetune.names import shown
 
-# tried where a path has none
-SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".bmp",
-    ".gif",
-    ".JPG",
-    ".JPEG",
-    ".PNG",
-)
-SAMPLE = 50  # rows that tell where the images lie
-FOLDERS = 200  # around a table in which they are looked for
-OR_SKIP = "or let the job leave such rows out: --on-bad-image skip"
+ROW = "row of the table"  # the kind of fault
+NO_CONFLICT = "leave such images out: --on-conflict skip, or keep what is said first: first"
 
 
 @dataclass(frozen=True)
 class Row:
     """One image of a table. `path` is relative to the table's root, POSIX; `split` and `group` are
-    empty where not given."""
+    empty where not given; `written` is the path as the table has it."""
 
     line: int
     path: str
     label: str
     split: str
     group: str
+    written: str = dataclasses.field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A row that cannot be used: its line, what is wrong with it, the same in the words of a count,
+    and its cells. `name` is its path, where it has one."""
+
+    line: int
+    what: str
+    kind: str
+    cells: Sequence[str]
+    name: str = ""
+
+    def fault(self) -> Fault:
+        cells = ", ".join(map(shown, self.cells))
+        detail = f"line {self.line}: {self.what} ({cells})"
+        return Fault(self.name or f"line {self.line}", ROW, detail)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows, the folder that their paths are relative to, and lines to be told."""
+    """The rows, the folder that their paths are relative to, lines to be told, and the rows that
+    are left out."""
 
     rows: tuple[Row, ...]
     root: Path
     notes: tuple[str, ...]
+    left_out: tuple[Fault, ...] = ()
 
 
-def read(path: Path, layout: Layout = Layout()) -> Table:  # noqa: B008 (frozen)
+def read(path: Path, layout: Layout = Layout(), rules: Rules = STOP) -> Table:  # noqa: B008 (frozen)
     """Read and check a table; raises `UserError` that names the line or the column."""
-    header, lines = _lines(path)
+    header, lines = _lines(path, layout.header)
     columns.refuse_twins(path, header)
-    for line, values in lines:
-        if len(values) != len(header):
-            fix = (
-                "quote values that hold a comma" if len(values) > len(header) else "fill the row up"
-            )
-            raise UserError(
-                f"{len(values)} values under {len(header)} columns",
-                where=f"{path}, line {line}",
-                fix=fix,
-            )
-    chosen = columns.choose(path, header, lines, layout)
-    cells = [
-        (line, {role: values[i].strip() for role, i in chosen.at.items()}) for line, values in lines
-    ]
-    whole = [(line, row) for line, row in cells if row["path"] and row["label"]]
-    if len(whole) < len(cells) and layout.on_bad != "skip":
-        line, row = next((line, row) for line, row in cells if not (row["path"] and row["label"]))
-        name = "label" if row["path"] else "path"
-        raise UserError(
-            f"empty {name}", where=f"{path}, line {line}", fix=f"give every row a {name}, {OR_SKIP}"
-        )
-    if not whole:
-        raise UserError(
-            "holds no images: there are no rows below the header",
-            where=path,
-            fix="add a row an image",
-        )
-    root, texts, found_by = _located(path, [row["path"] for _, row in whole], layout)
+    whole, gone = _of_one_width(path, header, lines, rules)
+    chosen = columns.choose(path, header, whole, layout)
+    cells = dict(whole)
+    named, nameless = _with_path_and_label(path, whole, chosen, rules)
+    named, partless = _with_known_split(path, named, chosen, rules)
+    gone += nameless + partless
+    if not named:
+        _refuse_empty(path, gone)
+    texts = [row.written for row in named]
+    root, texts, found_by = image_root.locate(path, texts, layout.root)
     rows = [
-        Row(
-            line,
-            _relative(root, text),
-            unicodedata.normalize("NFC", row["label"]),
-            _split(path, line, row, chosen),
-            row.get("group", ""),
-        )
-        for text, (line, row) in zip(texts, whole, strict=True)
+        dataclasses.replace(row, path=image_root.relative(root, text))
+        for text, row in zip(texts, named, strict=True)
     ]
-    if layout.label is None:
-        _check_one_label(path, header, lines, rows)
-    _check_lists(path, rows)
-    rows, repeated = _once(path, rows, layout)
-    rows, missing = _existing(path, root, rows, layout)
-    left = {
-        "without a path or a label": len(cells) - len(whole),
-        "listed before": repeated,
-        "without a file": missing,
-    }
-    return Table(tuple(rows), root, (*chosen.notes, *found_by, *_left_out(left), *_spellings(rows)))
+    if layout.header and layout.label is None:
+        _check_one_label(path, header, whole, rows)
+    rows, lists = _one_label_each(path, rows, rules, asked=layout.label is not None)
+    rows, repeated = _once(path, rows, rules)
+    rows, missing = _existing(path, root, rows, rules)
+    gone += [
+        dataclasses.replace(one, cells=cells[one.line]) for one in (*lists, *repeated, *missing)
+    ]
+    if not rows:
+        _refuse_empty(path, gone)
+    gone.sort(key=lambda one: one.line)
+    notes = (*chosen.notes, *found_by, *_counted(gone), *labels.notes([row.label for row in rows]))
+    return Table(tuple(rows), root, notes, tuple(one.fault() for one in gone))
 
 
-def _lines(path: Path) -> tuple[list[str], Rows]:
-    """The header, and (line number, values) of every row that is not blank."""
+# ---------------------------------------------------------------------------------- lines and cells
+
+
+def _lines(path: Path, has_header: bool) -> tuple[list[str], Rows]:
+    """The header, and (line number, values) of every row that is not blank. A row that goes over
+    several lines has the number of its first."""
+    start, lines = 1, list[tuple[int, list[str]]]()
     try:
         with path.open("rb") as raw:
-            wide = raw.read(2) in (b"\xff\xfe", b"\xfe\xff")  # what Excel calls Unicode text
+            first_bytes = raw.read(2)
+        if not first_bytes:
+            raise UserError(
+                "the file is empty", where=path, fix="write path,label and a row an image"
+            )
+        wide = first_bytes in (b"\xff\xfe", b"\xfe\xff")  # what Excel calls Unicode text
         with path.open(encoding="utf-16" if wide else "utf-8-sig", newline="") as file:
             first = file.readline()
             file.seek(0)
-            separator = max(",;\t", key=first.count)
-            reader = csv.reader(file, delimiter=separator, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            lines = [
-                (reader.line_num, values)
-                for values in reader
-                if any(value.strip() for value in values)
-            ]
+            reader = csv.reader(file, delimiter=max(",;\t", key=first.count), strict=True)
+            for values in reader:
+                if not lines or any(value.strip() for value in values):
+                    lines.append((start, values))
+                start = reader.line_num + 1
     except UnicodeError as error:
         place = (
             f" ({error.reason} at byte {error.start})"
@@ -149,56 +138,137 @@ def _lines(path: Path) -> tuple[list[str], Rows]:
         )
         raise UserError(f"not UTF-8 text{place}", where=path, fix=fix) from error
     except csv.Error as error:
-        fix = "mend this line: a quote that is opened must be closed"
-        raise UserError(
-            f"not a readable CSV: {error}", where=f"{path}, line {reader.line_num}", fix=fix
-        ) from error
+        fix = "mend this row: a quote that is opened must be closed, and doubled inside a value"
+        what = f"not a readable CSV: {error}"
+        if reader.line_num > start:
+            what += f" (the row that begins here was read to line {reader.line_num})"
+        raise UserError(what, where=f"{path}, line {start}", fix=fix) from error
     except OSError as error:
         raise UserError(
             f"cannot be read: {error.strerror}", where=path, fix="check its name and permissions"
         ) from error
-    return header, lines
+    if not has_header:
+        return [str(i + 1) for i in range(len(lines[0][1]))], lines
+    return [name.strip() for name in lines[0][1]], lines[1:]
 
 
-def _split(path: Path, line: int, row: dict[str, str], chosen: Columns) -> str:
-    if "split" not in row:
-        return ""
-    found = (FLAGS if chosen.flag else SPLIT_NAMES).get(row["split"].lower(), "")
-    if not found:
+def _of_one_width(
+    path: Path, header: Sequence[str], lines: Rows, rules: Rules
+) -> tuple[list[tuple[int, list[str]]], list[Gone]]:
+    """The rows with a value for each column, and the others."""
+    gone = [
+        Gone(
+            line,
+            f"{len(values)} values under {len(header)} columns",
+            "too short or too long",
+            values,
+        )
+        for line, values in lines
+        if len(values) != len(header)
+    ]
+    if gone:
+        long = len(gone[0].cells) > len(header)
+        _refuse(path, gone, rules, "quote values that hold a comma" if long else "fill the row up")
+    return [(line, values) for line, values in lines if len(values) == len(header)], gone
+
+
+def _with_path_and_label(
+    path: Path, lines: Rows, chosen: Columns, rules: Rules
+) -> tuple[list[Row], list[Gone]]:
+    """The rows that have both, their splits as they are written."""
+    rows, gone = list[Row](), list[Gone]()
+    for line, values in lines:
+        cell = {role: values[i].strip() for role, i in chosen.at.items()}
+        label = unicodedata.normalize("NFC", cell["label"])
+        if cell["path"] and label:
+            split, group = cell.get("split", ""), cell.get("group", "")
+            rows.append(Row(line, "", label, split, group, cell["path"]))
+            continue
+        what = "empty label" if cell["path"] else "empty path"
+        gone.append(Gone(line, what, "without a path or a label", values, cell["path"]))
+    if gone:
+        _refuse(path, gone, rules, f"give every row a {gone[0].what.removeprefix('empty ')}")
+    return rows, gone
+
+
+def _with_known_split(
+    path: Path, rows: Sequence[Row], chosen: Columns, rules: Rules
+) -> tuple[list[Row], list[Gone]]:
+    """The rows whose split is a part's name, which they get."""
+    if "split" not in chosen.at:
+        return list(rows), []
+    parts = FLAGS if chosen.flag else SPLIT_NAMES
+    known = [
+        dataclasses.replace(row, split=parts[row.split.lower()])
+        for row in rows
+        if row.split.lower() in parts
+    ]
+    gone = [
+        Gone(row.line, f"split {row.split!r}", "of an unknown split", (row.split,), row.written)
+        for row in rows
+        if row.split.lower() not in parts
+    ]
+    if gone:
         fix = "write train, val or test, or do not use the column: --split-column none"
-        raise UserError(f"split {row['split']!r}", where=f"{path}, line {line}", fix=fix)
-    return found
+        _refuse(path, gone, rules, fix)
+    return known, gone
 
 
-def _relative(folder: Path, text: str) -> str:
-    """The path as the table's folder sees it, spelled in one way.
-
-    A path that no file has may be written as `names.shown` shows it, or with the separators of
-    Windows.
-    """
-    if "\\" in text and not os.path.lexists(folder / text):
-        plain = names.meant(text)
-        text = plain if os.path.lexists(folder / plain) else text.replace("\\", "/")
-    return posixpath.normpath(
-        Path(os.path.relpath(text, folder)).as_posix() if Path(text).is_absolute() else text
+def _refuse(path: Path, gone: Sequence[Gone], rules: Rules, fix: str) -> None:
+    """Refuse rows that are not to be left out: the first in full, the lines of some others."""
+    if rules.on_bad == "skip":
+        return
+    more = ""
+    if len(gone) > 1:
+        lines = ", ".join(str(one.line) for one in gone[1:6]) + " …" * (len(gone) > 6)
+        more = f"; so {'is' if len(gone) == 2 else 'are'} {len(gone) - 1} more (line {lines})"
+    raise UserError(
+        gone[0].what + more, where=f"{path}, line {gone[0].line}", fix=f"{fix}, {OR_SKIP}"
     )
 
 
-def _check_lists(path: Path, rows: Sequence[Row]) -> None:
-    """Refuse labels that list several classes."""
-    labels = {row.label for row in rows}
-    for row in rows:
-        parts = [part.strip() for part in re.split(r"[|;]", row.label)]
-        by_comma = [part.strip() for part in row.label.split(",")]
-        is_list = len([p for p in parts if p]) > 1 or (
-            row.label[0] in "[{" and row.label[-1] in "]}"
+def _refuse_empty(path: Path, gone: Sequence[Gone]) -> NoReturn:
+    if gone:
+        why = "; ".join(_counted(gone))
+        raise UserError(f"no row is left: {why}", where=path, fix="mend some of these rows")
+    what = "holds no images: there are no rows below the header"
+    raise UserError(what, where=path, fix="add a row an image")
+
+
+# ------------------------------------------------------------------------------ one label, one file
+
+
+def _one_label_each(
+    path: Path, rows: Sequence[Row], rules: Rules, *, asked: bool
+) -> tuple[list[Row], list[Gone]]:
+    """The rows without labels that list several classes. Where the column was `asked` for by name,
+    a label with | or ; inside is a list only where its parts are labels, too."""
+    known = {row.label for row in rows}
+    lists = {
+        row.line: parts for row in rows if len(parts := labels.listed(row.label, known, asked)) > 1
+    }
+    if not lists:
+        return list(rows), []
+    listing = [row for row in rows if row.line in lists]
+    if rules.on_conflict == "stop":
+        row = listing[0]
+        one = "" if asked else "; if this is one name: --label-column NAME says so"
+        count = f" ({len(listing)} of {len(rows)} rows list several)"
+        raise UserError(
+            f"multi-label table: label {row.label!r}{count}",
+            where=f"{path}, line {row.line}",
+            fix=f"{ONE_LABEL}; or {NO_CONFLICT}{one}",
         )
-        if is_list or (len(by_comma) > 1 and all(part in labels for part in by_comma)):
-            raise UserError(
-                f"multi-label table: label {row.label!r}",
-                where=f"{path}, line {row.line}",
-                fix=ONE_LABEL,
-            )
+    if rules.on_conflict == "first":
+        first = [
+            dataclasses.replace(row, label=lists[row.line][0]) if row.line in lists else row
+            for row in rows
+        ]
+        return first, []
+    return [row for row in rows if row.line not in lists], [
+        Gone(row.line, f"label {row.label!r}", "with several labels", (), row.path)
+        for row in listing
+    ]
 
 
 def _check_one_label(path: Path, header: Sequence[str], lines: Rows, rows: Sequence[Row]) -> None:
@@ -216,151 +286,102 @@ def _check_one_label(path: Path, header: Sequence[str], lines: Rows, rows: Seque
         )
 
 
-def _once(path: Path, rows: Sequence[Row], layout: Layout) -> tuple[list[Row], int]:
-    """Each image once, and how many rows that say the same again were left out."""
-    seen: dict[str, Row] = {}
+def _once(path: Path, rows: Sequence[Row], rules: Rules) -> tuple[list[Row], list[Gone]]:
+    """Each image once. Rows that say the same again are bad ones; those that say something else
+    follow the rule for conflicts."""
+    by_path: dict[str, list[Row]] = {}
     for row in rows:
-        before = seen.setdefault(row.path, row)
-        where = f"{path}, lines {before.line} and {row.line}"
-        if before.label != row.label:
-            what = f"multi-label table: {shown(row.path)} is {before.label!r} and {row.label!r}"
-            raise UserError(what, where=where, fix=ONE_LABEL)
-        if before is not row and (
-            layout.on_bad != "skip" or dataclasses.replace(row, line=before.line) != before
-        ):
-            same = dataclasses.replace(row, line=before.line) == before
-            fix = (
-                "keep the first of each: --on-bad-image skip"
-                if same
-                else "their splits or groups differ: remove one of the rows"
-            )
-            raise UserError(f"{shown(row.path)} is listed twice", where=where, fix=fix)
-    return list(seen.values()), len(rows) - len(seen)
+        by_path.setdefault(row.path, []).append(row)
+    kept, repeated, conflicts = list[Row](), list[Gone](), list[Gone]()
+    for same in by_path.values():
+        agree = len({_said(row) for row in same}) == 1
+        keep = agree or rules.on_conflict != "skip"
+        kept += same[:1] if keep else []
+        rest = same[1:] if keep else same
+        what = f"{shown(same[0].path)} is {_differing(same)}"
+        if agree:
+            repeated += [Gone(row.line, what, "listed before", (), row.path) for row in rest]
+        else:
+            conflicts += [
+                Gone(row.line, what, "of an image under two labels", (), row.path) for row in rest
+            ]
+    if conflicts and rules.on_conflict == "stop":
+        _refuse_conflicts(path, by_path)
+    if repeated and rules.on_bad != "skip":
+        same = by_path[repeated[0].name]
+        lines = f"lines {same[0].line} and {same[1].line}"
+        fix = "keep the first of each: --on-bad-image skip"
+        raise UserError(repeated[0].what, where=f"{path}, {lines}", fix=fix)
+    return kept, repeated + conflicts
 
 
-def _existing(path: Path, root: Path, rows: Sequence[Row], layout: Layout) -> tuple[list[Row], int]:
-    """The rows whose files are there, and how many are not."""
-    missing = {row.path: row for row in rows if not _is_file(root, row.path)}
-    if missing and (layout.on_bad != "skip" or len(missing) == len(rows)):
-        few = "; ".join(
-            f"{shown(row.path)} (line {row.line})" for row in list(missing.values())[:3]
-        )
+def _said(row: Row) -> tuple[str, str, str]:
+    return row.label, row.split, row.group
+
+
+def _differing(same: Sequence[Row]) -> str:
+    """What several rows say of one image, in words."""
+    names = list(dict.fromkeys(repr(row.label) for row in same))
+    if len(names) > 1:
+        return " and ".join(names[:3]) + " …" * (len(names) > 3)
+    agree = len({_said(row) for row in same}) == 1
+    return "listed twice" + (", with different splits or groups" if not agree else "")
+
+
+def _refuse_conflicts(path: Path, by_path: dict[str, list[Row]]) -> NoReturn:
+    """Refuse images of which several rows say different things: a table of several labels an image
+    where most are like that."""
+    found = [same for same in by_path.values() if len({_said(row) for row in same}) > 1]
+    several = [same for same in found if len({row.label for row in same}) > 1]
+    same = (several or found)[0]
+    other = next(row for row in same if _said(row) != _said(same[0]))
+    where = f"{path}, lines {same[0].line} and {other.line}"
+    many = len(found) - 1
+    others = f" (and so {many} other image{'s' * (many > 1)})" if many else ""
+    what = f"{shown(same[0].path)} is {_differing(same)}{others}"
+    if 2 * len(several) > len(by_path):
+        fix = f"{ONE_LABEL}; or {NO_CONFLICT}"
+        raise UserError(f"multi-label table: {what}", where=where, fix=fix)
+    raise UserError(what, where=where, fix=f"remove the wrong rows, or {NO_CONFLICT}")
+
+
+def _existing(
+    path: Path, root: Path, rows: Sequence[Row], rules: Rules
+) -> tuple[list[Row], list[Gone]]:
+    """The rows whose files are there, and the others."""
+    missing = [row for row in rows if not image_root.is_file(root, row.path)]
+    if missing and (rules.on_bad != "skip" or len(missing) == len(rows)):
+        few = "; ".join(f"{shown(row.written)} (line {row.line})" for row in missing[:3])
         what = f"{len(missing)} of {len(rows)} files are missing: {few}{' …' * (len(missing) > 3)}"
-        raise UserError(what, where=path, fix=_where_they_lie(path, root, list(missing), len(rows)))
-    return [row for row in rows if row.path not in missing], len(missing)
-
-
-def _left_out(counts: dict[str, int]) -> Iterator[str]:
-    if total := sum(counts.values()):
-        words = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
-        yield f"{total} row{'s' * (total > 1)} of the table left out: {words}"
-
-
-def _spellings(rows: Sequence[Row]) -> Iterator[str]:
-    """A line about labels that differ in case or inner spaces alone: they are different classes,
-    perhaps by mistake."""
-    alike: dict[str, list[tuple[str, int]]] = {}
-    for label, count in Counter(row.label for row in rows).items():
-        alike.setdefault(" ".join(label.casefold().split()), []).append((label, count))
-    if groups := [group for group in alike.values() if len(group) > 1]:
-        few = "; ".join(
-            " and ".join(f"{label!r} ({count})" for label, count in group) for group in groups[:3]
+        if kind := folders.special(str(root / missing[0].path)):
+            what += f"; {shown(missing[0].written)} is {kind}"
+        fix = image_root.advice(path, root, [row.written for row in missing], len(rows))
+        raise UserError(what, where=path, fix=fix)
+    gone = {row.path for row in missing}
+    return [row for row in rows if row.path not in gone], [
+        Gone(
+            row.line,
+            folders.special(str(root / row.path)) or "no such file",
+            "without a file",
+            (),
+            row.path,
         )
-        more = f"; and {len(groups) - 3} more" * (len(groups) > 3)
-        yield f"labels that differ in case or spaces alone are different classes here: {few}{more}"
+        for row in missing
+    ]
 
 
-# ----------------------------------------------------------------------------- where the images lie
+# ------------------------------------------------------------------------------------ what is told
 
 
-def _located(
-    path: Path, texts: list[str], layout: Layout
-) -> tuple[Path, list[str], tuple[str, ...]]:
-    """The folder that paths start from, the paths below it, and what was changed about them.
-
-    Below a root that was named, paths may begin with folders that are not there, as those of
-    another machine do.
-    """
-    root, notes = path.parent, list[str]()
-    if layout.root is not None:
-        root = Path(layout.root).expanduser()
-        if not root.is_dir():
-            raise UserError(
-                "no such folder",
-                where=f"--image-root {shown(root)}",
-                fix="name the folder that holds the images",
-            )
-        cut = max(range(_depth(texts) + 1), key=lambda k: (_share(root, texts, k), -k))
-        if cut:
-            notes.append(
-                f"paths are read without "
-                f"{shown(texts[0][: len(texts[0]) - len(_without(texts[0], cut))])!r}"
-            )
-            texts = [_without(text, cut) for text in texts]
-    completed = [_completed(root, text) for text in texts]
-    if added := [new for new, old in zip(completed, texts, strict=True) if new != old]:
-        count = f"{len(added)} path{'s' * (len(added) > 1)}"
-        notes.append(
-            f"{count} without an image's extension got that of the file, as in {shown(added[0])}"
-        )
-    return root, completed, tuple(notes)
-
-
-def _completed(root: Path, text: str) -> str:
-    """The path with the extension that its file has, where it has none and there is one such
-    file."""
-    if os.path.splitext(text)[1].lower() in SUFFIXES or os.path.lexists(root / text):
-        return text
-    found = [text + suffix for suffix in SUFFIXES if _is_file(root, text + suffix)]
-    return found[0] if len(found) == 1 else text
-
-
-def _where_they_lie(path: Path, root: Path, missing: Sequence[str], count: int) -> str:
-    """What to do about missing files: a folder near the table that holds most of them, else what
-    there is to say."""
-    for folder in dict.fromkeys((*_near(path.parent), Path())):
-        if any(_share(folder, missing, cut) > 0.5 for cut in range(_depth(missing) + 1)):
-            return f"they lie below {shown(folder)}: --image-root {shown(folder)}"
-    return f"paths are relative to {shown(root)}; --image-root DIR names another folder, " + OR_SKIP
-
-
-def _near(folder: Path) -> Iterator[Path]:
-    """Folders below and above a table, the nearest first."""
-    below = [folder]
-    for here in below:
-        yield here
-        if len(below) < FOLDERS and len(here.parts) - len(folder.parts) < 3:
-            try:
-                below += sorted(
-                    entry for entry in here.iterdir() if entry.is_dir() and entry.name[0] != "."
-                )[:FOLDERS]
-            except OSError:
-                continue
-    yield from list(folder.absolute().parents)[:3]
-
-
-def _share(root: Path, texts: Sequence[str], cut: int) -> float:
-    """Of some of the paths, the share that has a file below `root` without their first `cut`
-    parts."""
-    some = texts[:: max(1, len(texts) // SAMPLE)]
-    names = (_without(text, cut) for text in some)
-    return sum(_is_file(root, _completed(root, name)) for name in names) / len(some)
-
-
-def _without(text: str, cut: int) -> str:
-    return "/".join(_parts(text)[cut:]) if cut else text
-
-
-def _depth(texts: Sequence[str]) -> int:
-    """How many folders all the paths begin with."""
-    folders = [_parts(text)[:-1] for text in texts]
-    same = (first == last for first, last in zip(min(folders), max(folders), strict=False))
-    return sum(itertools.takewhile(bool, same))
-
-
-def _parts(text: str) -> tuple[str, ...]:
-    return PurePosixPath(text.replace("\\", "/")).parts
-
-
-def _is_file(root: Path, name: str) -> bool:
-    return os.path.isfile(os.path.join(root, name))
+def _counted(gone: Sequence[Gone]) -> Iterator[str]:
+    """A line about the rows that are left out: how many of each kind, and their lines."""
+    kinds: dict[str, list[int]] = {}
+    for one in gone:
+        kinds.setdefault(one.kind, []).append(one.line)
+    words = (
+        f"{len(lines)} {kind} (line{'s' * (len(lines) > 1)} "
+        f"{', '.join(map(str, sorted(lines)[:5]))}{' …' * (len(lines) > 5)})"
+        for kind, lines in kinds.items()
+    )
+    if gone:
+        yield f"{len(gone)} row{'s' * (len(gone) > 1)} of the table left out: {', '.join(words)}"

@@ -137,12 +137,11 @@ FOREIGN = (
 )
 
 
-class DecodeError(Exception):
-    """An image that cannot be decoded.
+KINDS = ("empty", "not an image", "unsupported", "too large", "truncated", "damaged")
 
-    `kind` is `empty`, `not an image`, `unsupported`, `too large`, `truncated` or `damaged`;
-    `detail` says more in words.
-    """
+
+class DecodeError(Exception):
+    """An image that cannot be decoded. `kind` is one of `KINDS`; `detail` says more in words."""
 
     def __init__(self, kind: str, detail: str) -> None:
         self.kind = kind

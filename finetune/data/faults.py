@@ -8,11 +8,34 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.errors import UserError
+from finetune.errors import UserError, printable
 from finetune.names import shown
 
 FEW = 20  # training images: a class with fewer is pointed out
+NAMED = 8  # classes that a line names
 ON_BAD = ("stop", "skip")
+TWO_LABELS = "two labels"  # the kind of fault
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is done with images at fault, as the recipe's keys of these names say (`on_bad`:
+    `on_bad_image`).
+
+    `on_bad` is for files that cannot be read and for rows of a table that name no image,
+    `on_conflict` for one image under two labels, `on_leak` for copies of test images,
+    `on_empty_class` for classes without training images, `on_stray` for images and folders beside
+    the class folders.
+    """
+
+    on_bad: str = "stop"
+    on_conflict: str = "stop"
+    on_leak: str = "tell"
+    on_empty_class: str = "stop"
+    on_stray: str = "stop"
+
+
+STOP = Rules()
 
 
 @dataclass(frozen=True)
@@ -23,11 +46,16 @@ class Fault:
     kind: str
     detail: str
 
+    def cells(self) -> tuple[str, str, str]:
+        """Path, kind and detail as text that can be printed: a row of a table."""
+        return shown(self.path), self.kind, printable(self.detail)
+
     def to_json(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "path": shown(self.path)}
+        return dict(zip(("path", "kind", "detail"), self.cells(), strict=True))
 
     def to_text(self) -> str:
-        return f"{shown(self.path)}: {self.kind} ({self.detail})"
+        path, kind, detail = self.cells()
+        return f"{path}: {kind} ({detail})"
 
 
 @dataclass(frozen=True)
@@ -38,7 +66,7 @@ class Report:
     the same bytes, `across_splits` those of them in more than one split; `imbalance` is the largest
     class over the smallest that has images; `few` are the classes with less than `FEW` training
     images, `untested` those without test images, where others have some. `notes` are lines about
-    the set as a whole.
+    the set as a whole, `ways` the options with which a job goes on in spite of the faults.
     """
 
     name: str
@@ -52,6 +80,7 @@ class Report:
     few: dict[str, int]
     untested: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         groups = {
@@ -78,19 +107,29 @@ class Report:
             yield from (f"  {name:<{width}}  {count:,}" for name, count in self.classes.items())
             yield f"largest class over smallest: {self.imbalance:.1f}"
         if self.few:
-            yield f"classes with less than {FEW} training images: " + ", ".join(
-                f"{name} ({n})" for name, n in self.few.items()
+            fewest = sorted(self.few.items(), key=lambda entry: entry[1])
+            names = some([f"{name} ({n})" for name, n in fewest], NAMED)
+            yield (
+                f"{len(self.few)} of {len(self.classes)} classes have less than {FEW} training "
+                f"images: {names}"
             )
         if self.untested:
-            yield f"classes without test images: {', '.join(self.untested)}"
+            yield f"classes without test images: {some(self.untested, NAMED)}"
         yield from (f"note: {note}" for note in self.notes)
         yield from _titled("faults", [fault.to_text() for fault in self.faults])
+        if self.ways:
+            yield f"  to go on without these: {'; '.join(self.ways)}"
+        told = {fault.path for fault in self.faults if fault.kind == TWO_LABELS}
         yield from _titled(
             "duplicates across splits", [same(group) for group in self.across_splits]
         )
         yield from _titled(
             "duplicates",
-            [same(group) for group in self.duplicates if group not in self.across_splits],
+            [
+                same(group)
+                for group in self.duplicates
+                if group not in self.across_splits and group[0] not in told
+            ],
         )
 
 

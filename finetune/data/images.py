@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from finetune import hardware, names
-from finetune.data import csv_table, datasets, decode, folders, splits
+from finetune.data import csv_table, datasets, decode, folders, layouts, splits
 from finetune.data.columns import Layout
-from finetune.data.faults import Fault, some
+from finetune.data.faults import STOP, Fault, Rules, some
+from finetune.data.faults import TWO_LABELS as TWO_LABELS
 from finetune.data.faults import check_on_bad as check_on_bad
 from finetune.data.faults import list_faults as list_faults
 from finetune.errors import UserError, printable
@@ -34,9 +35,10 @@ Ints = NDArray[np.int64]
 T = TypeVar("T")
 
 BATCH = 64  # files a thread takes at once
+PACKED = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar", ".xz", ".bz2")  # archives
 AS_NAMED = Layout()  # columns are found by their names
 # why images are left out
-EMPTY_CLASS, TWO_LABELS, IN_LATER_PART = ("empty class", "two labels", "in a later part too")
+EMPTY_CLASS, IN_LATER_PART = ("empty class", "in a later part too")
 WHAT_IS_READ = (
     "give a folder with a folder per class (or train/, val/, test/ of them), a CSV with "
     "path,label, or a named set"
@@ -121,7 +123,11 @@ class ImageSet:
 
 
 def read_file(path: str) -> bytes:
-    """The bytes of a file. Raises `UserError` where it cannot be read."""
+    """The bytes of a file. Raises `UserError` where it cannot be read; a pipe is not even opened:
+    that may never end."""
+    if what := folders.special(path):
+        fix = "give the images below it" if what == "a folder" else "give the file of an image"
+        raise UserError(f"not a regular file ({what})", where=path, fix=fix)
     try:
         with open(path, "rb") as file:
             return file.read()
@@ -141,21 +147,63 @@ def load(
     shots: int | None = None,
     seed: int = 0,
     layout: Layout = AS_NAMED,
-    on_empty_class: str = "stop",
+    rules: Rules = STOP,
 ) -> ImageSet:
     """Find the images of `data`; nothing is decoded.
 
     `data` is a folder with a folder per class, a folder with train/ val/ test/ of them, a CSV, or a
     named set. The classes are those of the training part; another class in val or test is a
-    `UserError`, or left out with its images where `on_empty_class` is skip. `test` names more
-    images in one of the same forms, all of which become the test part. With `shots` the splits are
-    made at once, and that many training images a class are kept. `layout` says which columns of a
-    CSV are what.
+    `UserError`, or left out with its images where the `rules` say so; they also say what rows of a
+    table at fault do, and images outside of the class folders. `test` names more images in one of
+    the same forms, all of which become the test part. With `shots` the splits are made at once, and
+    that many training images a class are kept. `layout` says which columns of a CSV are what.
     """
-    skip = on_empty_class == "skip"
-    found = _open(str(data), layout, skip)
+    skip = rules.on_empty_class == "skip"
+    found = _labelled(*_open(str(data), layout, rules, test), skip)
     if test is not None:
-        found = _with_test(found, _open(str(test), layout, skip), skip)
+        found = _with_test(found, _labelled(*_open(str(test), layout, rules), skip), skip)
+    found = _told_of_layout(found, layout, data, test)
+    if shots is None:
+        return found
+    if found.split is None or "test" not in found.split:
+        found = make_splits(found, digests(found), seed=seed, val=0.0)
+    return take_shots(found, shots, seed)
+
+
+def load_to_judge(
+    data: str | Path,
+    classes: Sequence[str],
+    *,
+    layout: Layout = AS_NAMED,
+    rules: Rules = STOP,
+) -> ImageSet:
+    """The images of `data` on which a model of these `classes` is judged: its test part where it
+    has one, else all of them.
+
+    Images of other classes are a `UserError`, or left out where the rules say so.
+    """
+    pictures, words, _ = _open(str(data), layout, rules)
+    if pictures.split is not None and "test" in pictures.split:
+        test = np.flatnonzero(pictures.split == "test").tolist()
+        pictures, words = pictures.subset(test), [words[i] for i in test]
+    known = set(map(printable, classes))
+    if rules.on_empty_class == "skip":
+        other = {
+            i: (EMPTY_CLASS, f"the model does not know {word!r}")
+            for i, word in enumerate(words)
+            if printable(word) not in known
+        }
+        pictures, kept = pictures.leave_out(other)
+        words = [words[i] for i in kept]
+    labels = _numbered(pictures.name, words, classes, splits.LEAVE_CLASSES_OUT)
+    pictures = dataclasses.replace(pictures, labels=labels, classes=tuple(classes))
+    return _told_of_layout(pictures, layout, data)
+
+
+def _told_of_layout(
+    found: ImageSet, layout: Layout, data: str | Path, test: str | Path | None = None
+) -> ImageSet:
+    """The set, with a note where options of tables were given and there is no table."""
     if layout.given and not any(
         _is_table(Path(text).expanduser()) for text in (data, test) if text is not None
     ):
@@ -163,11 +211,7 @@ def load(
             found,
             notes=(*found.notes, f"{', '.join(layout.given)} is for CSV tables, and not used here"),
         )
-    if shots is None:
-        return found
-    if found.split is None or "test" not in found.split:
-        found = make_splits(found, digests(found), seed=seed, val=0.0)
-    return take_shots(found, shots, seed)
+    return found
 
 
 def load_unlabelled(folder_or_paths: str | Path | Sequence[str | Path]) -> ImageSet:
@@ -189,66 +233,72 @@ def load_unlabelled(folder_or_paths: str | Path | Sequence[str | Path]) -> Image
     return ImageSet(name, root, paths, np.full(len(paths), -1, dtype=np.int64), (), ignored=ignored)
 
 
-def _open(text: str, layout: Layout, skip: bool = False) -> ImageSet:
+_Opened = tuple[ImageSet, Sequence[str], Sequence[str]]
+
+
+def _open(text: str, layout: Layout, rules: Rules, test: str | Path | None = None) -> _Opened:
+    """The images that `text` names, without labels; the class name of each; known classes."""
     text = names.written(text)
     path = Path(text).expanduser()
     if re.match(r"[a-z]{2,}:", text) and not path.exists():
-        found = datasets.load(text)
-        return ImageSet(
-            text,
-            Path(text),
-            found.paths,
-            found.labels,
-            found.classes,
-            split=found.split,
-            source=found.source,
-        )
+        return _from_named_set(text)
     if path.is_dir():
-        return _from_folder(text, path, skip)
+        return _from_folder(text, path, rules, test)
     if _is_table(path):
-        return _from_table(text, path, layout, skip)
+        return _from_table(text, path, layout, rules)
+    fix = WHAT_IS_READ
+    if text.lower().endswith(PACKED) and path.is_file():
+        fix = "unpack it, and give the folder that comes out"
     what = "neither a folder nor a CSV" if path.exists() else "no such file or folder"
-    raise UserError(what, where=text or "DATA", fix=WHAT_IS_READ)
+    raise UserError(what, where=text or "DATA", fix=fix)
 
 
 def _is_table(path: Path) -> bool:
     return path.suffix.lower() in (".csv", ".tsv") and path.is_file()
 
 
-def _from_folder(name: str, root: Path, skip: bool) -> ImageSet:
-    found = folders.scan(root)
-    note = folders.alike_inside(found.paths, found.classes) if found.split is None else ""
-    pictures = ImageSet(
+def _unlabelled(name: str, root: Path, paths: tuple[str, ...], **more: Any) -> ImageSet:
+    return ImageSet(name, root, paths, np.full(len(paths), -1, dtype=np.int64), (), **more)
+
+
+def _from_named_set(text: str) -> _Opened:
+    found = datasets.load(text)
+    words = [found.classes[label] for label in found.labels]
+    pictures = _unlabelled(text, Path(text), found.paths, split=found.split, source=found.source)
+    return pictures, words, found.classes
+
+
+def _from_folder(name: str, root: Path, rules: Rules, test: str | Path | None) -> _Opened:
+    judged = None if test is None else Path(names.written(str(test))).expanduser()
+    found = layouts.scan(root, on_stray=rules.on_stray, test=judged)
+    note = layouts.alike_inside(found.paths, found.classes) if found.split is None else ""
+    pictures = _unlabelled(
         name,
         root,
         found.paths,
-        np.full(len(found.paths), -1, dtype=np.int64),
-        (),
         split=None if found.split is None else np.array(found.split, dtype="<U5"),
         ignored=found.ignored,
         aside=found.aside,
-        notes=(note,) if note else (),
+        left_out=found.left_out,
+        notes=(*found.notes, note) if note else found.notes,
     )
     label = functools.cache(names.spelled)
-    return _labelled(
-        pictures, list(map(label, found.classes)), tuple(map(label, found.known)), skip
-    )
+    return pictures, list(map(label, found.classes)), list(map(label, found.known))
 
 
-def _from_table(name: str, path: Path, layout: Layout, skip: bool) -> ImageSet:
-    found = csv_table.read(path, layout)
+def _from_table(name: str, path: Path, layout: Layout, rules: Rules) -> _Opened:
+    found = csv_table.read(path, layout, rules)
     rows = found.rows
-    pictures = ImageSet(
+    pictures = _unlabelled(
         name,
         found.root,
         tuple(row.path for row in rows),
-        np.full(len(rows), -1, dtype=np.int64),
-        (),
         groups=tuple(row.group for row in rows) if any(row.group for row in rows) else None,
         split=np.array([row.split for row in rows], dtype="<U5") if rows[0].split else None,
+        left_out=found.left_out,
         notes=found.notes,
     )
-    return _labelled(pictures, [row.label for row in rows], (), skip)
+    return pictures, [row.label for row in rows], ()
 
 
 def _labelled(images: ImageSet, words: Sequence[str], known: Sequence[str], skip: bool) -> ImageSet:
@@ -264,6 +314,9 @@ def _labelled(images: ImageSet, words: Sequence[str], known: Sequence[str], skip
             {i: _untrained(word) for i, word in enumerate(words) if word not in trained}
         )
         words, split = [words[i] for i in kept], [split[i] for i in kept]
+    if images.in_memory:  # a named set has its own order of classes
+        labels = splits.numbered(images.name, words, known)
+        return dataclasses.replace(images, labels=labels, classes=tuple(known))
     labels, classes = splits.class_numbers(images.name, words, split, known)
     return dataclasses.replace(images, labels=labels, classes=classes)
 
@@ -276,10 +329,15 @@ def with_classes(images: ImageSet, classes: Sequence[str], way: str = "") -> Ima
     """The same images with labels that index `classes`, which may be more; a class that is not
     among them fails by name."""
     words = [images.classes[label] if label >= 0 else "" for label in images.labels]
-    known = list(map(printable, classes))  # a run of version 0.1.0 may have others
-    return dataclasses.replace(
-        images, labels=splits.numbered(images.name, words, known, way), classes=tuple(classes)
-    )
+    labels = _numbered(images.name, words, classes, way)
+    return dataclasses.replace(images, labels=labels, classes=tuple(classes))
+
+
+def _numbered(name: str, words: Sequence[str], classes: Sequence[str], way: str) -> Ints:
+    """Positions of class names in `classes`. A run of version 0.1.0 and a table may have some that
+    cannot be printed, which others write as they are shown."""
+    text = functools.cache(printable)
+    return splits.numbered(name, list(map(text, words)), list(map(text, classes)), way)
 
 
 def _with_test(images: ImageSet, test: ImageSet, skip: bool) -> ImageSet:
@@ -303,13 +361,14 @@ def _with_test(images: ImageSet, test: ImageSet, skip: bool) -> ImageSet:
             fix=fix,
         )
     if skip:
-        names = [test.classes[label] for label in test.labels]
+        known = set(map(printable, images.classes))
+        words = [test.classes[label] for label in test.labels]
         test, _ = test.leave_out(
-            {i: _untrained(name) for i, name in enumerate(names) if name not in images.classes}
+            {i: _untrained(word) for i, word in enumerate(words) if printable(word) not in known}
         )
     test = with_classes(test, images.classes, splits.LEAVE_CLASSES_OUT)
-    way = Path(os.path.relpath(test.root, images.root)).as_posix()
-    moved = [posixpath.normpath(f"{way}/{path}") for path in test.paths]
+    way = names.way(Path(test.root).absolute(), Path(images.root).absolute())
+    moved = [_seen_from(images.root, test.root, way, path) for path in test.paths]
     images = _moved_to_test(images, test, set(moved))
     before = np.full(len(images), "train") if images.split is None else images.split
     groups = None
@@ -325,6 +384,13 @@ def _with_test(images: ImageSet, test: ImageSet, skip: bool) -> ImageSet:
         split=np.concatenate([before, np.full(len(test), "test", dtype="<U5")]),
         **joined,
     )
+
+
+def _seen_from(root: Path, folder: Path, way: str, path: str) -> str:
+    """A path of `folder`, to which `way` leads, as seen from `root`."""
+    if path.startswith(".."):
+        return names.way(Path(folder, path).absolute(), Path(root).absolute())
+    return posixpath.normpath(f"{way}/{path}")
 
 
 def _moved_to_test(images: ImageSet, test: ImageSet, theirs: set[str]) -> ImageSet:
@@ -405,8 +471,11 @@ def unreadable(images: ImageSet) -> dict[int, tuple[str, str]]:
     """Positions of files that cannot be opened, with kind and detail for `leave_out`."""
 
     def one(i: int) -> str:
+        path = images.root / images.paths[i]
+        if what := folders.special(str(path)):
+            return f"not a regular file ({what})"
         try:
-            (images.root / images.paths[i]).open("rb").close()
+            path.open("rb").close()
         except OSError as error:
             return error.strerror or str(error)
         return ""
@@ -450,18 +519,26 @@ def make_splits(
         )
         raise UserError(what, where=images.name, fix=fix)
     _need_training_images(images)
-    made = splits.assign(
-        images.labels, group_ids(images, digests), images.split, seed=seed, test=test, val=val
-    )
+    together = group_ids(images, digests)
+    made = splits.assign(images.labels, together, images.split, seed=seed, test=test, val=val)
     if "test" not in made and test:
         raise UserError(
-            f"no image can be held out for the test: {len(images)} images "
-            f"are too few, or their groups too large",
+            f"no image can be held out for the test: {_why_none(images, together)}",
             where=images.name,
             fix="add images, name test images with --test, "
             "or train on all without a test: --test none",
         )
     return dataclasses.replace(images, split=made)
+
+
+def _why_none(images: ImageSet, together: Ints) -> str:
+    """Why each image is needed for the training."""
+    if np.bincount(images.labels).max() == 1:
+        return f"each of the {len(images.classes)} classes has one image alone"
+    few = f"{len(images)} images of {len(images.classes)} classes are too few"
+    if len(np.unique(together)) == len(images):
+        return few
+    return f"{few}, or what must stay together (groups, copies) is too large a part of a class"
 
 
 def all_for_training(images: ImageSet) -> ImageSet:
@@ -529,7 +606,7 @@ def check_parts(images: ImageSet, tested: bool = True) -> None:
 
 def _need_training_images(images: ImageSet) -> None:
     if len(images.classes) < 2:
-        below = folders.deeper(images.paths) if Path(images.name).expanduser().is_dir() else ""
+        below = layouts.deeper(images.paths) if Path(images.name).expanduser().is_dir() else ""
         fix = (
             f"the classes seem to lie deeper: give {Path(images.name) / below}"
             if below

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune.data import decode, folders, images
-from finetune.data.faults import some
+from finetune.data.faults import Fault, some
 from finetune.data.images import ImageSet
 from finetune.errors import UserError
 from finetune.names import shown
@@ -46,7 +46,9 @@ def load(given: Picture | Iterable[Picture], *, on_bad: str = "stop") -> ImageSe
     items, root = _several(given), Path.cwd()
     paths: list[str] = []
     ignored: list[str] = []
+    left: list[Fault] = []
     missing: list[str] = []
+    special: dict[str, str] = {}
     memory: dict[str, Callable[[], bytes]] = {}
     locks: dict[int, threading.Lock] = {}
     for position, item in enumerate(items):
@@ -60,10 +62,19 @@ def load(given: Picture | Iterable[Picture], *, on_bad: str = "stop") -> ImageSe
             found = folders.walk(Path(text))
             paths += [_below(text, path) for path in found.images]
             ignored += [_below(text, path) for path in (*found.others, *found.results)]
+            left += found.linked(_below(text, ""))
             continue
         if not text or not os.path.exists(text):
             missing.append(text or "an empty text")
+        elif kind := folders.special(text):
+            special[text] = kind
         paths.append(text)
+    if special and on_bad == "stop":
+        raise UserError(
+            f"not a regular file ({next(iter(special.values()))})",
+            where=some(list(map(shown, special))),
+            fix=f"give files of images, or {SKIP}",
+        )
     if missing and on_bad == "stop":
         what = (
             f"no such file or "
@@ -85,7 +96,14 @@ def load(given: Picture | Iterable[Picture], *, on_bad: str = "stop") -> ImageSe
     source = functools.partial(_read, root, memory) if memory else None
     labels = np.full(len(paths), -1, dtype=np.int64)
     return ImageSet(
-        name, root, tuple(paths), labels, (), ignored=tuple(dict.fromkeys(ignored)), source=source
+        name,
+        root,
+        tuple(paths),
+        labels,
+        (),
+        ignored=tuple(dict.fromkeys(ignored)),
+        left_out=tuple(dict.fromkeys(left)),
+        source=source,
     )
 
 

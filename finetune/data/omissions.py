@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from finetune.data import folders, images, splits
-from finetune.data.faults import Fault, some
+from finetune.data.csv_table import ROW
+from finetune.data.faults import Fault, Rules, some
 from finetune.data.images import ImageSet, Ints
 from finetune.errors import UserError
 from finetune.files import Digests
@@ -22,22 +22,14 @@ from finetune.names import shown
 
 # why files that are no images are
 RESULTS, NO_IMAGE, ASIDE = ("results", "not an image extension", "beside the images")
+SPECIAL = "no regular file"
 FLATTERS = "which flatters the accuracy"
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What is done with images at fault, as the recipe's keys of these names say."""
-
-    on_conflict: str = "stop"
-    on_leak: str = "tell"
-    on_empty_class: str = "stop"
 
 
 def apply(pictures: ImageSet, ids: Digests, rules: Rules) -> tuple[ImageSet, Digests]:
     """Leave out what the rules of a recipe say, before the set is divided. Raises `UserError` where
     a rule says stop."""
-    for gone in (_conflicts, _leaks):
+    for gone in (conflicts, _leaks):
         pictures, kept = pictures.leave_out(gone(pictures, ids, rules))
         ids = ids.take(kept)
     if rules.on_empty_class == "skip":
@@ -46,7 +38,7 @@ def apply(pictures: ImageSet, ids: Digests, rules: Rules) -> tuple[ImageSet, Dig
     return pictures, ids
 
 
-def _conflicts(pictures: ImageSet, ids: Sequence[str], rules: Rules) -> dict[int, tuple[str, str]]:
+def conflicts(pictures: ImageSet, ids: Sequence[str], rules: Rules) -> dict[int, tuple[str, str]]:
     """Images of a content that stands under two labels: all of them, or all but the first by
     path."""
     gone = {}
@@ -79,7 +71,8 @@ def _leaks(pictures: ImageSet, ids: Sequence[str], rules: Rules) -> dict[int, tu
             if ranks[i] < ranks[last]:
                 gone[i] = (
                     images.IN_LATER_PART,
-                    f"the same image is {pictures.paths[last]} of the {pictures.split[last]} part",
+                    f"the same image is {shown(pictures.paths[last])} of the "
+                    f"{pictures.split[last]} part",
                 )
     return gone
 
@@ -87,7 +80,7 @@ def _leaks(pictures: ImageSet, ids: Sequence[str], rules: Rules) -> dict[int, tu
 def without_untrained(pictures: ImageSet) -> tuple[ImageSet, Ints]:
     """The images and classes without the classes that have no training image, and the positions
     kept."""
-    empty = images.untrained(pictures)
+    empty = dict.fromkeys(images.untrained(pictures))
     if not empty:
         return pictures, np.arange(len(pictures))
     names = [pictures.classes[label] for label in pictures.labels]
@@ -98,7 +91,7 @@ def without_untrained(pictures: ImageSet) -> tuple[ImageSet, Ints]:
     }
     note = (
         f"left out {len(empty)} class{'es' * (len(empty) > 1)} without training images: "
-        f"{some([shown(name) for name in empty])}"
+        f"{some(list(map(shown, empty)))}"
     )
     rest, kept = pictures.leave_out(gone)
     rest = images.with_classes(rest, [name for name in pictures.classes if name not in empty])
@@ -117,12 +110,14 @@ def leaks(pictures: ImageSet, ids: Sequence[str]) -> str:
 
 def told(pictures: ImageSet) -> tuple[str, ...]:
     """What is left out, and the notes, a line each: counts and the first names."""
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[tuple[str, str], list[str]] = {}
     for fault in pictures.left_out:
-        kinds.setdefault(fault.kind, []).append(shown(fault.path))
+        if fault.kind != ROW:  # a note counts these
+            what = "folder" if fault.path.endswith("/") else "image"
+            kinds.setdefault((what, fault.kind), []).append(shown(fault.path))
     lines = [
-        f"{len(paths)} image{'s' * (len(paths) > 1)} left out ({kind}): {some(paths)}"
-        for kind, paths in kinds.items()
+        f"{len(paths)} {what}{'s' * (len(paths) > 1)} left out ({kind}): {some(paths)}"
+        for (what, kind), paths in kinds.items()
     ]
     return (*pictures.notes, *lines, *folders.told(pictures.root, pictures.ignored))
 
@@ -134,20 +129,17 @@ def account(pictures: ImageSet) -> tuple[Fault, ...]:
     all that is below it.
     """
     wrong = folders.disguised(pictures.root, pictures.ignored)
-    left = [
-        Fault(path, RESULTS, "a run, a gallery or the cache")
-        if path.endswith("/")
-        else Fault(
-            path,
-            NO_IMAGE,
-            f"left alone, though its first bytes are {wrong[path]}"
-            if path in wrong
-            else "left alone",
-        )
-        for path in pictures.ignored
-    ]
     return (
         *pictures.left_out,
-        *left,
+        *(_ignored(pictures, path, wrong) for path in pictures.ignored),
         *(Fault(path, ASIDE, "of no class") for path in pictures.aside),
     )
+
+
+def _ignored(pictures: ImageSet, path: str, wrong: dict[str, str]) -> Fault:
+    if path.endswith("/"):
+        return Fault(path, RESULTS, "a run, a gallery or the cache")
+    if what := folders.special(str(pictures.root / path)):
+        return Fault(path, SPECIAL, what)
+    though = f", though its first bytes are {wrong[path]}" if path in wrong else ""
+    return Fault(path, NO_IMAGE, f"left alone{though}")

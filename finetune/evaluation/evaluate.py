@@ -7,6 +7,8 @@ image, in order of size, so that they tell nothing of the images' order, names o
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from finetune import files, metrics
 from finetune.data import images, omissions
 from finetune.data.columns import Layout
+from finetune.data.faults import STOP, Rules, some
 from finetune.data.images import ImageSet
 from finetune.errors import UserError
 from finetune.evaluation.ensemble import open_run
@@ -61,16 +64,19 @@ def evaluate(
     on_bad: str = "stop",
     seen: str = "leave-out",
     layout: Layout = images.AS_NAMED,
+    rules: Rules = STOP,
     say: Say = quiet,
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Metrics of a run on labelled images: on the test part where `data` has one, else on all of
     them.
 
-    Images that the run was trained on are left out unless `seen` is keep. `say` tells in a line
-    what is left out, and what flatters. The counts: `n` images were judged, `left_out` could not be
-    read, `trained_on` are those that were among the images (None where the run does not record it),
-    `ignored` are files that are no images by their names.
+    Images that the run was trained on are left out unless `seen` is keep; the `rules` say what
+    images at fault do (`on_bad` is an older word for one of them). `say` tells in a line what is
+    left out, and what flatters. The counts: `n` images were judged, `left_out` could not be read,
+    `left_out_by_rules` are images and rows that a rule left out, `trained_on` are those that were
+    among the images (None where the run does not record it), `ignored` are files that are no images
+    by their names.
     """
     if seen not in SEEN:
         raise UserError(
@@ -78,17 +84,26 @@ def evaluate(
             where="seen",
             fix=f"choose {' or '.join(SEEN)}",
         )
+    if on_bad != "stop":
+        rules = dataclasses.replace(rules, on_bad=on_bad)
     with open_run(path, engine_name=engine_name, precision=precision) as model:
-        source = images.with_classes(images.load(data, layout=layout), model.classes)
-        if source.split is not None and "test" in source.split:
-            source = source.subset(source.split == "test")
+        source = images.load_to_judge(data, model.classes, layout=layout, rules=rules)
+        trained = trained_on(Path(path))
+        known_by_bytes = trained is not None or rules.on_conflict != "stop"
+        ids = images.contents(source) if known_by_bytes else [""] * len(source)
+        source, kept = source.leave_out(omissions.conflicts(source, ids, rules))
         if not len(source):
-            raise UserError("holds no images to judge on", where=data)
+            raise UserError(
+                "holds no images to judge on",
+                where=data,
+                fix="give images of the run's classes: " + some(list(model.classes), 8),
+            )
         for line in omissions.told(source):
             say(line)
-        source, known = _unseen(source, trained_on(Path(path)), seen, say)
+        ids = [ids[i] for i in kept]
+        source, known = _unseen(source, ids, trained, seen, say)
         with bar("evaluate") as progress:
-            found = model.predict(source, on_bad=on_bad, progress=progress)
+            found = model.predict(source, on_bad=rules.on_bad, progress=progress)
         say_faults(found.faults, say)
     if not len(found.images):
         raise UserError(
@@ -104,6 +119,7 @@ def evaluate(
         "data": shown(data),
         "n": len(found.images),
         "left_out": len(found.faults),
+        "left_out_by_rules": len(source.left_out),
         "trained_on": known,
         "seen": seen,
         "ignored": len(source.ignored),
@@ -115,9 +131,10 @@ def evaluate(
 
 
 def _unseen(
-    source: ImageSet, trained: Digests | None, seen: str, say: Say
+    source: ImageSet, ids: Sequence[str], trained: Digests | None, seen: str, say: Say
 ) -> tuple[ImageSet, int | None]:
-    """The images to judge on, and how many of `source` were trained on."""
+    """The images to judge on, and how many of `source`, with the digests `ids`, were trained on.
+    Those that cannot be read have no digest."""
     if trained is None:
         say(
             "caution: the run does not record which images it was trained on, as its version did "
@@ -126,7 +143,7 @@ def _unseen(
         )
         return source, None
     contents = set(trained)
-    among = np.array([digest in contents for digest in images.contents(source)])
+    among = np.array([digest in contents for digest in ids])
     count, total = int(among.sum()), len(source)
     if not count:
         return source, 0
@@ -136,9 +153,11 @@ def _unseen(
             f"this flatters, and says little about new images"
         )
         return source, count
-    if count == total:
+    if count == sum(map(bool, ids)):
+        unread = f" that can be read ({total - count} others cannot)" if count < total else ""
         raise UserError(
-            f"the run was trained on all of these {total} images: no other is left to judge on",
+            f"the run was trained on all of these {count} images{unread}: "
+            f"no other is left to judge on",
             where=source.name,
             fix="give images that are new to it; or judge on these, "
             "which says little about new ones: --seen keep",

@@ -160,9 +160,8 @@ def _train(
     own = create.load(seen.named.network.name, origin, training.input_size)
     frame = "whole" if seen.named.network.preprocess.squash else "crop"
     own = dataclasses.replace(own, network=catalog.framed(own.network, frame))
-    size, count = own.network.preprocess.size, min(training.batch_size, len(fit_on))
-    words = f"a batch of {count} and an input"
-    memory.check(own.module, own.network.name, size, memory.RUN * count, words)
+    count = min(training.batch_size, len(fit_on))
+    memory.check_training(own, training.trainable, count, half=section.precision == "bf16")
     result = loop.fit(
         own,
         seen.images,

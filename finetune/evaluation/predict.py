@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.classifier import Predictions
-from finetune.data import folders, loose
+from finetune.data import loose, omissions
 from finetune.data.faults import Fault
 from finetune.data.loose import Picture
 from finetune.evaluation import predictions
@@ -31,7 +31,7 @@ def predict(
     """What the run in `path` says about files and folders, a row an image, in the order given;
     `say` tells what is left out."""
     source = loose.load(pictures, on_bad=on_bad)
-    for line in folders.told(source.root, source.ignored):
+    for line in omissions.told(source):
         say(line)
     with (
         open_run(path, engine_name=engine_name, precision=precision) as model,

@@ -110,8 +110,14 @@ def _sums(record: object) -> Sums:
 def put(db: sqlite3.Connection, space: int, rows: Numbers, sums: Sums, *, over: bool) -> None:
     """Note the checksums of `rows`, `over` those that are there or only where none is; in the
     caller's transaction."""
-    for block in np.unique(rows // BLOCK).tolist():
-        here = rows // BLOCK == block
+    if not len(rows):
+        return
+    order = np.argsort(rows, kind="stable")
+    rows, sums = rows[order], sums[order]
+    blocks, starts = np.unique(rows // BLOCK, return_index=True)
+    ends = [*starts[1:].tolist(), len(rows)]
+    for block, start, end in zip(blocks.tolist(), starts.tolist(), ends, strict=True):
+        here = slice(start, end)
         found = db.execute(
             "select sums from checksums where space = ? and block = ?", (space, block)
         ).fetchone()

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -460,7 +461,7 @@ def clear() -> int:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
-                entry.unlink()
+                entry.unlink(missing_ok=True)
     if foreign:
         files.note(
             f"{shown(root)}: {some([shown(entry.name) for entry in foreign])} "
@@ -480,9 +481,11 @@ def prune(unused_days: float) -> int:
     limit = time.time() - unused_days * 86400
     with files.disk_errors(files.cache_dir("compiled")):
         for path in files.cache_dir("compiled").rglob("*"):
-            if path.is_file() and max(path.stat().st_atime, path.stat().st_mtime) <= limit:
-                freed += path.stat().st_size
-                path.unlink()
+            with contextlib.suppress(FileNotFoundError):  # another process makes them, too
+                info = path.stat()
+                if stat.S_ISREG(info.st_mode) and max(info.st_atime, info.st_mtime) <= limit:
+                    path.unlink(missing_ok=True)
+                    freed += info.st_size
     return freed
 
 
@@ -524,4 +527,9 @@ def overview_text() -> str:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            info = path.stat()
+            total += info.st_size if stat.S_ISREG(info.st_mode) else 0
+    return total

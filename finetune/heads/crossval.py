@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune import metrics
 from finetune.heads import solvers
 from finetune.heads.head import side_by_side
 from finetune.network import Tap
@@ -32,6 +33,7 @@ RBF: tuple[Kernel, ...] = ("rbf", "lssvm")
 Blocks = Mapping[Tap, Array]
 
 NEIGHBOURS = 5
+STEPS = 17  # of bisection, for a temperature to 1e-4 of itself
 ROUGH = 1e-2  # relative duality gap at which two settings can be compared
 
 
@@ -276,23 +278,12 @@ def class_weights(y: Ints) -> NDArray[np.float64]:
 
 
 def calibrate(scores: Array, y: Ints) -> tuple[float, NDArray[np.float64]]:
-    """The temperature that minimises the mean log loss of `softmax(scores / T)`, and the loss of
-    every row (Guo et al. 2017). The loss is convex in 1 / T, so its slope is bisected, between
-    1/1000 and 1000."""
-    z = np.asarray(scores, np.float64)
+    """The temperature of the scores (`metrics.fit_temperature`), to 1e-4 of itself, and the log
+    loss of every row with it."""
+    temperature = metrics.fit_temperature(scores, y, steps=STEPS)
+    z = np.asarray(scores, np.float64) / temperature
     z = z - z.max(axis=1, keepdims=True)
-    own = z[np.arange(len(y)), y]
-
-    def slope(b: float) -> float:
-        p = np.exp(b * z)
-        return float(((p * z).sum(axis=1) / p.sum(axis=1) - own).mean())
-
-    low, high = -np.log(1000), np.log(1000)
-    for _ in range(16):
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(np.exp(middle)) < 0 else (low, middle)
-    b = float(np.exp((low + high) / 2))
-    return 1 / b, np.log(np.exp(b * z).sum(axis=1)) - b * own
+    return temperature, np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(y)), y]
 
 
 def take(block: Array, rows: Ints) -> Array:

@@ -26,7 +26,6 @@ from finetune.evaluation.ensemble import AnyModel, Ensemble
 from finetune.evaluation.fitting import Fitted, shipped_name, svm_head
 from finetune.evaluation.judgement import Judgement
 from finetune.metrics import Estimate
-from finetune.names import shown
 from finetune.progress import Bar, Progress, clock
 from finetune.report import collect, render
 from finetune.run import RunDir
@@ -55,7 +54,7 @@ def publish(folder: RunDir, seen: Look, fitted: Fitted, began: float, bar: Bar) 
     folder.write_json("plan.json", _plan(seen, fitted))
     folder.write_json("contenders.json", _rows(fitted, on_test))
     if left := (*omissions.account(seen.images), *seen.features.faults):
-        rows = [(shown(fault.path), fault.kind, fault.detail) for fault in left]
+        rows = [fault.cells() for fault in left]
         folder.write_csv("left_out.csv", ("path", "kind", "detail"), rows)
     seen.seconds["all"] = time.monotonic() - began
     verdict = model_selection.verdict(seen, written, fitted.baseline, fitted.choice)

@@ -4,12 +4,14 @@ again."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune.backbones import catalog, create
+from finetune.backbones import architectures, catalog, create
 
 if TYPE_CHECKING:
     from finetune.backbones.stages import Backbone
@@ -93,3 +95,15 @@ def test_without_a_cache_a_network_is_loaded(
 
     assert tiny.network == catalog.open_named("test_efficientnet", str(weights)).network
     assert 1 == len(loaded)
+
+
+def test_the_list_of_backbones_needs_no_torch() -> None:
+    """Where the hub's cache is empty, the list and what else can be named import neither torch nor
+    timm; torchvision's names are those that load."""
+    code = (
+        "import sys; from finetune.backbones import catalog; catalog.here(); catalog.others(); "
+        "print([name for name in ('torch', 'timm') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "[]" == found.stdout.strip()
+    assert catalog.OF_TORCHVISION == tuple(architectures.TORCHVISION)

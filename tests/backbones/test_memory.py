@@ -13,7 +13,7 @@ from torch import nn
 
 from finetune import hardware
 from finetune.backbones import create, memory
-from finetune.backbones.stages import Backbone
+from finetune.backbones.stages import Backbone, last_stages
 from finetune.errors import UserError
 from finetune.features import conversion, engine
 from finetune.network import Tap
@@ -31,10 +31,52 @@ def free(monkeypatch: pytest.MonkeyPatch, size: float | None) -> None:
 
 def test_the_largest_operation_is_counted() -> None:
     """An operation reads and writes its tensors, and nothing is computed for it: 3 × 8 × 8 in, 16 ×
-    8 × 8 out, the weights."""
+    8 × 8 out; the weights are there once, whatever the batch."""
     convolution = nn.Conv2d(3, 16, 1, bias=False)
-    assert 4 * (3 * 64 + 16 * 64 + 48) == memory.largest(convolution, 8)
-    assert 4 * (19 * 10**10 + 48) == memory.largest(convolution, 10**5)
+    assert 4 * (3 * 64 + 16 * 64) == memory.largest(convolution, 8)
+    assert 4 * (19 * 10**10) == memory.largest(convolution, 10**5)
+
+
+def test_weights_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AlexNet's 244 MB of weights are no part of an image: a batch of 64 needs less than 1 GB."""
+    module = create.load("alexnet", "random").module
+    free(monkeypatch, 1e9)
+    memory.check(module, "alexnet", 224, memory.RUN * 64)
+    with pytest.raises(UserError, match=r"alexnet .* needs some 1\.\d GB"):
+        memory.check(module, "alexnet", 224, memory.RUN * 640)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "images", "taken"),
+    [
+        ("tf_efficientnet_lite0", 7, 32, 2.91e9),
+        ("tf_efficientnet_lite0", 2, 32, 0.80e9),
+        ("resnet18", 4, 32, 1.37e9),
+        ("resnet50", 4, 16, 2.11e9),
+        ("vit_tiny_patch16_224", 12, 16, 0.67e9),
+    ],
+)
+def test_a_training_is_reckoned_near_what_it_takes(
+    name: str, stages: int, images: int, taken: float
+) -> None:
+    """What one epoch in float32 was measured to take (peak of its process, n = 1): the activations
+    behind the freeze boundary, and the copies of the weights."""
+    own = create.load(name, "random")
+    moving = [s.name for s in own.stages] if stages > 3 else last_stages(own, stages)
+    assert 0.75 < memory.of_training(own, moving, images) / taken < 1.25
+
+
+def test_a_training_that_does_not_fit_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny: Backbone
+) -> None:
+    """The message names the batch that would fit, which does."""
+    moving = [stage.name for stage in tiny.stages]
+    free(monkeypatch, memory.of_training(tiny, moving, 64) / 2)
+    with pytest.raises(UserError, match=r"batches of 64 images of 160 pixels") as caught:
+        memory.check_training(tiny, moving, 64)
+    (fewer,) = re.findall(r"at most (\d+) images", str(caught.value))
+    assert 16 < int(fewer) < 32
+    memory.check_training(tiny, moving, int(fewer) - 1)
 
 
 def test_attention_makes_no_matrix_of_all_tokens() -> None:

@@ -17,7 +17,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from finetune.backbones import create
+from finetune.backbones import create, statedict
 from finetune.backbones.stages import Backbone
 from finetune.errors import UserError
 
@@ -204,3 +204,9 @@ def test_a_large_checkpoint_is_not_read_whole(tmp_path: Path, tiny: Backbone) ->
     )
 
     assert int(done.stdout) < 32_000  # kilobytes
+
+
+def test_a_tensor_with_the_name_of_a_wrapper_is_a_tensor(tmp_path: Path) -> None:
+    """A file whose tensors are called weights or model is read as tensors, of any size."""
+    torch.save({"weights": torch.ones(3), "model": torch.zeros(2, 2)}, tmp_path / "x.pth")
+    assert {"weights", "model"} == set(statedict.read(tmp_path / "x.pth").tensors)

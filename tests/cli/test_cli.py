@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from finetune.cli import cli as finetune
 from retrieval.cli import cli as retrieve
@@ -132,3 +133,19 @@ def test_recipes_are_listed_shown_copied_and_validated(tmp_path: Path) -> None:
     )
     assert "already" in run("finetune", "recipes", "cp", "smoke-digits", str(target), code=1).stderr
     assert "label_smoothing" in run("finetune", "recipes", "validate", str(target)).stdout
+
+
+def test_an_option_given_twice_is_told(shapes: Path) -> None:
+    """The last one counts, and a line says so; once is no reason for a word."""
+    said = CliRunner().invoke(finetune, ["check", str(shapes), "--seed", "1", "--seed", "2"])
+    assert "note: --seed is given twice; the last one counts" in said.stderr
+    assert "twice" not in CliRunner().invoke(finetune, ["check", str(shapes), "--seed", "1"]).stderr
+
+
+def test_both_modules_run_the_command() -> None:
+    """`python -m finetune` and `python -m finetune.cli` are the command."""
+    for name in ("finetune", "finetune.cli"):
+        found = subprocess.run(
+            [sys.executable, "-m", name, "--version"], capture_output=True, text=True, check=True
+        )
+        assert found.stdout.startswith("finetune, version")

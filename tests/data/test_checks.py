@@ -7,7 +7,7 @@ from pathlib import Path
 
 from faults import BAD, COPIED, IGNORED, ODD, draw, encode, make_fault_folder
 
-from finetune.data import checks, images
+from finetune.data import checks, csv_table, images
 from finetune.data.images import Fault
 
 
@@ -111,3 +111,45 @@ def test_check_tells_how_far_it_is(tmp_path: Path) -> None:
     found = images.load(make_fault_folder(tmp_path))
     checks.check(found, progress=lambda done, total: seen.append((done, total)))
     assert [(i + 1, len(found)) for i in range(len(found))] == seen
+
+
+def test_check_lists_every_fault_of_a_table(tmp_path: Path) -> None:
+    """Rows at fault do not stop the check: each is listed with its line, and with the options that
+    leave them out."""
+    names = [f"{word}/{i}.jpg" for word in ("cat", "dog") for i in range(6)]
+    make(tmp_path, *names)
+    rows = [f"{name},{name[:3]}" for name in names]
+    rows += ["cat/0.jpg,dog", "no.jpg,cat", "cat/1.jpg", ",dog"]
+    (tmp_path / "t.csv").write_text("path,label\n" + "\n".join(rows), encoding="utf-8")
+    report = checks.check_data(tmp_path / "t.csv")
+    found = [fault.detail for fault in report.faults if fault.kind == csv_table.ROW]
+    assert ["line 2", "line 14", "line 15", "line 16", "line 17"] == [
+        detail.partition(":")[0] for detail in found
+    ]
+    assert "--on-bad-image skip (images under two labels: --on-conflict skip, or first)" in (
+        report.to_text()
+    )
+
+
+def test_check_says_each_thing_once(tmp_path: Path) -> None:
+    """Copies under two labels are one line, not also duplicates and a reason against the split; a
+    class without training images is one line; the option of each is named."""
+    make(tmp_path, *(f"{p}/{c}/{i}.jpg" for p in ("train", "test") for c in "ab" for i in range(3)))
+    make(tmp_path, "train/a/x.jpg=s", "train/b/y.jpg=s", *(f"test/fox/{i}.jpg" for i in range(9)))
+    report = checks.check_data(tmp_path)
+    text = report.to_text()
+    assert 1 == text.count("x.jpg (a) = train/b/y.jpg (b)")
+    assert "duplicates: none" in text
+    assert 1 == text.count("empty class")
+    assert "no training image of 'fox' is left for this image, nor for 8 more" in text
+    assert "cannot be split" not in text
+    assert "--on-empty-class skip; --on-conflict skip, or first" in text
+
+
+def test_check_of_many_small_classes_is_short(tmp_path: Path) -> None:
+    """Sixty classes are counted one by one, and the smallest of them named once more."""
+    make(tmp_path, *(f"c{i:02d}/{n}.jpg" for i in range(60) for n in range(2)))
+    lines = checks.check_data(tmp_path).to_text().splitlines()
+    line = next(line for line in lines if "less than 20" in line)
+    assert line.startswith("60 of 60 classes have less than 20 training images: ")
+    assert line.endswith("and 52 more")

@@ -42,7 +42,7 @@ def test_report_in_words() -> None:
         "  cat   1,200",
         "  lynx  3",
         "largest class over smallest: 400.0",
-        "classes with less than 20 training images: lynx (3)",
+        "1 of 2 classes have less than 20 training images: lynx (3)",
         "faults: 2",
         "  cat/1.jpg: empty (0 bytes)",
         "  dog/2.jpg: truncated (JPEG of 10 bytes)",

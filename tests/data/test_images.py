@@ -362,11 +362,11 @@ def test_sets_that_cannot_be_split_are_refused(tmp_path: Path) -> None:
 
     assert "one class alone (a)" in why(*numbered("a", 9))
     assert "1 class without training images: b" in why(*numbered("a", 9), "b/notes.txt")
-    assert "2 images are too few" in why("a/1.jpg", "b/1.jpg")
+    assert "each of the 2 classes has one image alone" in why("a/1.jpg", "b/1.jpg")
     loose = images.load_unlabelled(make(tmp_path / "loose", "1.jpg", "2.jpg"))
     assert "without labels" in refusal(images.make_splits, loose, ["", ""], seed=0)
     whole = ImageSet("s", Path(), tuple("abcd"), np.array([0, 1, 0, 1]), ("x", "y"), ("g",) * 4)
-    assert "groups too large" in refusal(images.make_splits, whole, list("abcd"), seed=0)
+    assert "must stay together" in refusal(images.make_splits, whole, list("abcd"), seed=0)
     with pytest.raises(ValueError, match="3 digests of 4 images"):
         images.make_splits(whole, list("abc"), seed=0)
 
@@ -470,3 +470,34 @@ def test_data_may_be_written_as_it_is_shown(tmp_path: Path) -> None:
     odd.need(tmp_path / "try")
     make(tmp_path / os.fsdecode(b"caf\xe9"), "a/1.png", "b/2.png")
     assert 2 == len(images.load(str(tmp_path / r"caf\xe9")))
+
+
+def test_a_label_that_cannot_be_printed_is_its_own_class(tmp_path: Path) -> None:
+    """A table with a control character in a label is joined with test images of that label."""
+    make(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    for name, rows in (("a.csv", ("1.jpg,od\x01d", "2.jpg,plain")), ("b.csv", ("3.jpg,od\x01d",))):
+        (tmp_path / name).write_text("path,label\n" + "\n".join(rows), encoding="utf-8")
+    found = images.load(tmp_path / "a.csv", test=tmp_path / "b.csv")
+    assert ["3.jpg", 0] == [found.paths[2], found.labels[2]]
+    known = images.with_classes(found, (r"od\x01d", "plain"))
+    assert [0, 1, 0] == known.labels.tolist()
+
+
+def test_test_images_are_found_though_the_data_are_a_link(tmp_path: Path) -> None:
+    """Where DATA is a link, the way to --test begins at what it points to; also for a table that
+    names files above its folder."""
+    make(tmp_path, "far/away/data/a/1.jpg", "far/away/data/b/2.jpg", "held/a/3.jpg", "held/b/4.jpg")
+    make(tmp_path, "more/5.jpg")
+    (tmp_path / "data").symlink_to(tmp_path / "far/away/data", target_is_directory=True)
+    found = images.load(tmp_path / "data", test=tmp_path / "held")
+    assert [b"held/a/3.jpg", b"held/b/4.jpg"] == [found.read(i) for i in (2, 3)]
+    (tmp_path / "held/t.csv").write_text("path,label\n../more/5.jpg,a\n", encoding="utf-8")
+    table = images.load(tmp_path / "data", test=tmp_path / "held/t.csv")
+    assert b"more/5.jpg" == table.read(2)
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path: Path) -> None:
+    """A packed folder is no folder: the message says what to do with it."""
+    make(tmp_path, "photos.zip")
+    with pytest.raises(UserError, match="unpack it"):
+        images.load(tmp_path / "photos.zip")

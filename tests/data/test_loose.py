@@ -3,6 +3,7 @@ are."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,24 @@ def test_arrays_are_pictures(here: Path) -> None:
         saved = decode.encode(Image.fromarray(np.array(array)))
         assert saved == found.read(0)
     assert 3 == len(loose.load(np.zeros((3, 5, 7, 3), np.uint8)))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes and links")
+def test_a_pipe_is_refused_at_once(here: Path) -> None:
+    """A pipe that is named is never opened: refused by name, or left for reading, which refuses it,
+    too."""
+    os.mkfifo(here / "pipe.jpg")
+    assert "pipe.jpg: not a regular file (a pipe)" in refusal(["pipe.jpg", "a.png"])
+    found = loose.load(["a.png", "pipe.jpg"], on_bad="skip")
+    with pytest.raises(UserError, match=r"not a regular file \(a pipe\)"):
+        found.read(1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links")
+def test_links_that_are_read_already_are_told(here: Path) -> None:
+    """A link inside a folder that leads round in a circle has no images of its own, and is
+    named."""
+    (here / "round").mkdir()
+    (here / "round/1.png").write_bytes(b"x")
+    (here / "round/up").symlink_to(here / "round", target_is_directory=True)
+    assert ["round/up/"] == [fault.path for fault in loose.load(["round"]).left_out]

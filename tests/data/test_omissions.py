@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import odd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data import images, omissions
+from finetune.data.faults import Rules
 from finetune.data.images import ImageSet
-from finetune.data.omissions import Rules
 from finetune.errors import UserError
 from finetune.files import Digests
 
@@ -31,7 +32,7 @@ def make(root: Path, *names: str) -> Path:
 
 
 def applied(root: Path, **rules: Any) -> ImageSet:
-    found = images.load(root, on_empty_class=rules.get("on_empty_class", "stop"))
+    found = images.load(root, rules=Rules(**rules))
     rest, ids = omissions.apply(found, Digests.of(images.digests(found)), Rules(**rules))
     assert images.digests(rest) == list(ids)
     return images.make_splits(rest, ids, seed=0)
@@ -79,6 +80,7 @@ def test_leaks_are_left_out_of_the_training(tmp_path: Path) -> None:
     rest = applied(tmp_path, on_leak="skip")
     assert ["train/a/x.jpg"] == [fault.path for fault in rest.left_out]
     assert "test/a/y.jpg" in rest.paths
+    assert "the same image is test/a/y.jpg of the test part" == rest.left_out[0].detail
     with pytest.raises(UserError, match="--on-leak skip"):
         applied(tmp_path, on_leak="stop")
     assert () == applied(tmp_path).left_out
@@ -179,7 +181,7 @@ def test_every_file_is_used_or_named_as_left_out(names: set[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = make(Path(folder), *names)
         try:
-            found = images.load(root, on_empty_class="skip")
+            found = images.load(root, rules=Rules(on_empty_class="skip"))
         except UserError:
             return
         there = {
@@ -193,3 +195,13 @@ def test_every_file_is_used_or_named_as_left_out(names: set[str]) -> None:
         }
         assert there == set(found.paths) | (set(named) & there) | below
         assert set(found.paths).isdisjoint(set(named) | below)
+
+
+def test_the_account_can_be_written_whatever_names_hold(tmp_path: Path) -> None:
+    """A copy of a test image whose name is no UTF-8 is named in text that any table takes."""
+    odd.need(tmp_path / "try")
+    copy = os.fsdecode(b"caf\xe9.jpg")
+    make(tmp_path, *LEAK[:-2], "train/a/x.jpg=s", f"test/a/{copy}=s")
+    rest = applied(tmp_path, on_leak="skip")
+    assert r"test/a/caf\xe9.jpg" in rest.left_out[0].detail
+    "".join(rest.left_out[0].cells()).encode()

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from finetune import cli, job
 from finetune.data import images
+from finetune.data.faults import Rules
 from finetune.errors import UserError
 from finetune.evaluation import evaluate
 
@@ -140,3 +141,58 @@ def test_the_command_has_the_counts_as_json(fitted: Path, shapes: Path) -> None:
     assert "caution" in done.stderr
     with pytest.raises(UserError, match="choose leave-out or keep"):
         evaluate.evaluate(fitted, shapes, seen="nonsense")
+
+
+def test_classes_that_the_run_does_not_know_can_be_left_out(
+    fitted: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """An unknown class stops with an option that evaluate has, which leaves its images out; the
+    run's classes decide, whether a training part is there or not."""
+    shutil.copytree(shapes, tmp_path / "data")
+    shutil.copytree(shapes / "circle", tmp_path / "data" / "oval")
+    with pytest.raises(UserError, match="--on-empty-class skip"):
+        told(fitted, tmp_path / "data", seen="keep")
+    command = ["evaluate", str(fitted), str(tmp_path / "data"), "--seen", "keep", "--json"]
+    result = CliRunner().invoke(cli.cli, [*command, "--on-empty-class", "skip"])
+    assert (60, 20) == tuple(json.loads(result.stdout)[key] for key in ("n", "left_out_by_rules"))
+    assert "20 images left out (empty class)" in result.stderr
+    rows = [f"data/circle/{i:02d}.png,circle,test" for i in range(5)]
+    (tmp_path / "t.csv").write_text("path,label,split\n" + "\n".join(rows), encoding="utf-8")
+    assert 5 == told(fitted, tmp_path / "t.csv", seen="keep")[0]["n"]
+
+
+def test_conflicts_and_strays_follow_their_rules(
+    fitted: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """One image under two labels in a table, copies under two labels, and images beside the class
+    folders are left out where that was asked for."""
+    rows = [f"{shapes}/circle/{i:02d}.png,circle" for i in range(5)]
+    rows.append(rows[0].replace("circle", "square").replace("square/00", "circle/00"))
+    (tmp_path / "t.csv").write_text("path,label\n" + "\n".join(rows), encoding="utf-8")
+    with pytest.raises(UserError, match="--on-conflict skip"):
+        told(fitted, tmp_path / "t.csv", seen="keep")
+    skip = Rules(on_conflict="skip", on_stray="skip")
+    assert 4 == told(fitted, tmp_path / "t.csv", seen="keep", rules=skip)[0]["n"]
+    shutil.copytree(shapes, tmp_path / "data")
+    shutil.copy(shapes / "circle/00.png", tmp_path / "data/square/copy.png")
+    shutil.copy(shapes / "circle/00.png", tmp_path / "data/stray.png")
+    with pytest.raises(UserError, match="--on-stray skip"):
+        told(fitted, tmp_path / "data", seen="keep")
+    result, said = told(fitted, tmp_path / "data", seen="keep", rules=skip)
+    assert (59, 3) == (result["n"], result["left_out_by_rules"])
+    assert "1 image left out (outside of the class folders): stray.png" in said
+
+
+def test_unreadable_images_beside_known_ones_are_no_new_ones(
+    fitted: Path, shapes: Path, tmp_path: Path
+) -> None:
+    """Where all that can be read was trained on, that is the reason, whatever else lies there."""
+    trained = set(evaluate.trained_on(fitted) or ())
+    found = images.load(shapes)
+    keep = [i for i, digest in enumerate(images.digests(found)) if digest in trained][:3]
+    (tmp_path / "circle").mkdir()
+    for i in keep:
+        shutil.copy(shapes / found.paths[i], tmp_path / "circle" / f"{i}.png")
+    (tmp_path / "circle" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"all of these 3 images that can be read \(1 others"):
+        told(fitted, tmp_path, rules=Rules(on_bad="skip"))

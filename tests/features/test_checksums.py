@@ -392,3 +392,30 @@ def test_the_checksum_of_a_row_is_that_of_its_bytes_and_its_content() -> None:
 
     assert 4 == len(values)
     assert 0 not in values
+
+
+def test_a_row_that_was_verified_for_one_image_is_not_taken_for_another(store: Store) -> None:
+    """A damaged index that gives a second image the row of the first is noticed, though that row
+    was found whole before."""
+    opened, space = again(store)
+    assert [] == missing(opened, space, 1, 2)
+    (row,) = opened.find(space, ids(1)).tolist()
+    opened.db.execute(
+        "update rows set row = ? where space = ? and digest = ?",
+        (row, space.number, bytes.fromhex(ids(2)[0])),
+    )
+    assert [2] == missing(opened, space, 1, 2)
+    opened.close()
+
+
+def test_sums_are_noted_in_any_order(tmp_path: Path) -> None:
+    """Rows of several records, not sorted, get each its own checksum."""
+    opened = Store(tmp_path)
+    space = opened.space(ABOUT, WIDTH)
+    order = np.random.default_rng(0).permutation(3 * checksums.BLOCK)
+    checksums.put(opened.db, space.number, order, (order + 1).astype(np.uint32), over=True)
+    assert np.array_equal(
+        np.arange(1, 3 * checksums.BLOCK + 1),
+        checksums.read(opened.db, space.number, 3 * checksums.BLOCK),
+    )
+    opened.close()

@@ -541,3 +541,23 @@ def test_any_path_is_remembered(store: Store) -> None:
     assert ids(*range(len(paths))) == store.remembered([(path, 1, 2) for path in paths])
     store.forget(paths[:1])
     assert [None, ids(1)[0]] == store.remembered([(path, 1, 2) for path in paths[:2]])
+
+
+def test_pruning_goes_on_where_files_vanish(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converted network that another process removes meanwhile stops neither the pruning nor the
+    overview."""
+    folder = files.cache_dir("compiled")
+    for name in ("a", "b"):
+        (folder / name).write_bytes(b"x" * 10)
+    real = Path.rglob
+
+    def vanishing(self: Path, pattern: str) -> list[Path]:
+        found = list(real(self, pattern))
+        (folder / "a").unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "rglob", vanishing)
+    assert home.prune(0) >= 10
+    assert not (folder / "b").exists()
+    (folder / "a").write_bytes(b"x")
+    assert home.overview()["folder"] == str(cache)

@@ -11,6 +11,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
+from finetune import metrics
 from finetune.errors import UserError
 from finetune.heads import crossval, svm, tap_search
 from finetune.heads.head import Head, KernelHead, softmax
@@ -352,3 +353,16 @@ def test_a_named_c_is_kept_where_nothing_can_be_held_out() -> None:
     assert np.allclose(again.weight, result.head.weight, atol=1e-4)
     assert not np.allclose(other.weight, result.head.weight, atol=1e-2)
     assert np.array_equal(svm.refit(result, few, y[first]).weight, again.weight)
+
+
+def test_probabilities_of_few_rows_are_not_certain() -> None:
+    """Rows that are all right out of fold, by equal margins, are as sure as their number allows:
+    one image's doubt, spread over the classes. The rule is that of the fine-tuned model."""
+    y = np.arange(72) % 2
+    z = np.where(np.eye(2)[y] > 0, 1.0, -1.0)
+
+    temperature, _ = crossval.calibrate(z, y)
+
+    assert pytest.approx(metrics.fit_temperature(z, y), rel=1e-3) == temperature
+    wrong = 1 - softmax(z, temperature)[np.arange(72), y].astype(float)
+    assert pytest.approx((1 / 144) / (1 + 1 / 72), rel=0.01) == wrong.max()
