@@ -165,7 +165,11 @@ def _training(
     scratch, whole = strategy == "scratch", strategy in ("full", "scratch")
     tiny = facts.short_side < TINY
     batch = 32 if total < 20_000 else 64
-    most = 60 if scratch else 12 if whole else 8
+    most = 60 if scratch else 12 if whole else 6
+    # BiT's rule (Kolesnikov et al. 2020): the number of steps, not of epochs, follows the size of
+    # the data.
+    epochs = most if scratch else max(4, min(most, round(STEPS * batch / total)))
+    epochs = overrides.get("epochs") or epochs
     values: dict[str, Any] = {
         "trainable": trainable(strategy, facts.stages),
         "head_init": "zero" if scratch else "probe",
@@ -174,9 +178,7 @@ def _training(
         "lr": 3e-3 if whole else 9e-4,
         "trunk_lr_scale": 1.0 if scratch else 1 / 3,
         "layer_decay": 1.0,
-        # BiT's rule (Kolesnikov et al. 2020): the number of steps, not of epochs, follows the size
-        # of the data.
-        "epochs": most if scratch else max(4, min(most, round(STEPS * batch / total))),
+        "epochs": epochs,
         "batch_size": batch,
         "warmup": 0.25,
         "weight_decay": 0.02 if whole else 1e-4,
@@ -185,7 +187,8 @@ def _training(
         # Crops cut strokes off; small images are turned, shifted and scaled as a whole.
         "augment": "affine" if tiny else "medium" if scratch else "photo",
         "flip": facts.flip and not (tiny and facts.similarity == "far"),
-        "views": 4,
+        # One for each epoch: seen again and again, a few views are learned by heart.
+        "views": epochs,
         "input_size": facts.input_size if scratch else _input_size(facts),
         "norm_moves": scratch,
     }
