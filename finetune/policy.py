@@ -73,9 +73,7 @@ MATRIX: dict[tuple[str, str], Cell] = {
 }
 
 FEW = 20  # images: a class with fewer is named in the advice
-ENOUGH = (
-    100  # images per class that the advice asks for: where the matrix first lets the backbone move
-)
+ENOUGH = 100  # images per class that the advice asks for
 TINY = 64  # pixels: sources below gain nothing from a large input, and fine-tuning pays for it
 TRAINED = 160  # pixels: the side of the input of a training, at most
 STEPS = 1500  # of a training, at most
@@ -241,8 +239,8 @@ def _advice(counts: dict[str, int], row: str) -> tuple[str, ...]:
         advice.append(f"… and {len(few) - 5} more classes with fewer than {FEW} images")
     small = sum(FEW <= n < ENOUGH for n in counts.values())
     if row in ("few", "small") and small:
-        pay = f"with {ENOUGH} each, adapting the backbone may pay"
-        advice.append(f"{small} of {len(counts)} classes have {FEW} to {ENOUGH - 1} images: {pay}")
+        few_words = f"{small} of {len(counts)} classes have {FEW} to {ENOUGH - 1} images"
+        advice.append(f"{few_words}: collect for them, too; {ENOUGH} each are worth having")
     largest, smallest = max(counts.values()), min(counts.values())
     if smallest and largest >= 5 * smallest:
         times = f"the largest class has {largest / smallest:.0f} times the images of the smallest"

@@ -145,7 +145,7 @@ def average(first: Contender, second: Contender, selection: Selection, seed: int
         chosen = weight(np.ones(len(y), bool))
     return Contender(
         kind="average",
-        name=f"the average of {first.name} and {second.name}",
+        name="the average of both",
         scores=mixed,
         seconds=first.seconds + second.seconds,
         passes=first.passes + second.passes,

@@ -575,5 +575,7 @@ def _doubts(state: State, n: int) -> list[str]:
     error = math.sqrt(after * (1 - after) / n)
     if after - before >= error:
         return []
+    if after < before:
+        return [f"validation top-1 fell from {before:.1%} to {after:.1%} (n = {n})"]
     change = f"validation top-1 went from {before:.1%} to {after:.1%}"
     return [f"{change}: less than one binomial standard error ({error:.1%} with {n} images)"]

@@ -462,6 +462,8 @@ def test_a_gain_within_the_noise_is_pointed_out() -> None:
         "from 80.0% to 82.0%: less than one binomial standard error (3.8% with 100 images)" in doubt
     )
     assert [] == loop._doubts(state, 10_000)
+    state.history[0]["val/top1"] = 0.70
+    assert ["validation top-1 fell from 80.0% to 70.0% (n = 100)"] == loop._doubts(state, 100)
 
 
 def test_bad_input_is_refused_by_name(data: ImageSet) -> None:
