@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from finetune import device, job, similarity, timings
 from finetune.data import images
 from finetune.device import Way
-from finetune.evaluation import predict
+from finetune.evaluation import fitting, predict
 from finetune.features import engine, extraction
 from finetune.features.extraction import Features
 from finetune.network import Network, Preprocess, Tap
-from retrieval import encode, maintenance
+from retrieval import encoder, maintenance
 from retrieval.gallery import Gallery
 
 FLOAT32, BF16 = Way("openvino", "float32"), Way("openvino", "bf16")
@@ -197,8 +197,8 @@ def test_a_run_predicts_as_it_was_made(
             model.predict([shapes / "circle" / "00.png"])
             (runner,) = model._runners
         assert taken == (runner.engine, runner.precision)
-    encoder = encode.open_run(run)
-    assert taken == (encoder.engine, encoder.precision)
+    made = encoder.open_run(run)
+    assert taken == (made.engine, made.precision)
 
 
 def test_a_run_that_goes_on_keeps_its_way(
@@ -209,7 +209,7 @@ def test_a_run_that_goes_on_keeps_its_way(
     how: dict[str, Any] = {"out": tmp_path / "run", "strategy": "svm", "engine": "torch", **SMALL}
     rates(100, 200)
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_baseline", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(fitting, "baseline", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             job.fit(shapes, **how)
     rates(200, 100)
@@ -227,7 +227,7 @@ def test_a_run_on_a_machine_without_its_engine(
     how: dict[str, Any] = {"out": tmp_path / "half", "strategy": "svm", **SMALL}
     run = job.fit(shapes, **{**how, "out": tmp_path / "run"}).path
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_baseline", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(fitting, "baseline", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             job.fit(shapes, **how)
     monkeypatch.setattr(device, "has_openvino", lambda: False)
@@ -246,12 +246,13 @@ def test_a_gallery_keeps_the_way_of_its_vectors(shapes: Path, tmp_path: Path, ra
     """What is timed later changes neither additions nor queries."""
     rates(100, 200)
     shutil.copytree(shapes, tmp_path / "photos")
-    encoder = encode.open_named("test_efficientnet", "random", engine_name="torch")
-    maintenance.build([tmp_path / "photos" / "circle"], tmp_path / "index", encoder)
+    options = encoder.EncoderOptions(engine="torch")
+    made = encoder.open_named("test_efficientnet", "random", options=options)
+    maintenance.build([tmp_path / "photos" / "circle"], tmp_path / "index", made)
     rates(200, 100)
     maintenance.add(tmp_path / "index", [tmp_path / "photos" / "square"])
     with Gallery(tmp_path / "index") as gallery:
-        opened = encode.from_manifest(tmp_path / "index", gallery.manifest)
+        opened = encoder.from_manifest(tmp_path / "index", gallery.manifest)
 
-    assert "bf16" == encoder.precision == opened.precision
+    assert "bf16" == made.precision == opened.precision
     assert "bf16" == gallery.manifest["vector"]["precision"]
