@@ -31,9 +31,17 @@ TINY: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def fitted(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, made once."""
+    out = tmp_path_factory.mktemp("fitted") / "run"
+    return job.fit(shapes, out=out, strategy="svm", **TINY).path
+
+
 @pytest.fixture
-def done(shapes: Path, tmp_path: Path) -> job.Outcome:
-    return job.fit(shapes, out=tmp_path / "run", strategy="svm", **TINY)
+def done(fitted: Path, tmp_path: Path) -> job.Outcome:
+    """A finished run of one's own."""
+    return job.outcome(Path(shutil.copytree(fitted, tmp_path / "run")))
 
 
 def test_a_run_holds_everything_that_the_design_names(done: job.Outcome) -> None:
