@@ -44,6 +44,8 @@ WHITENING_SAMPLE = 50_000  # vectors that a whitening is fitted on
 
 # ----------------------------------------------------------------------------------------- commands
 
+MOUNTED = "is the disk mounted? If it is right, say so with --allow-empty"
+
 
 def build(
     given: Sequence[str | Path],
@@ -184,15 +186,15 @@ def sync(
 ) -> ChangeSummary:
     """Make a gallery equal to its folders: files that came, changed, moved and went.
 
-    `root` says where the folder of the images is now. A folder that is not there, or that holds no
-    image at all where the gallery has some, is a `UserError` (a disk that is not mounted looks the
-    same), unless `allow_empty`.
+    `root` says where the folder of the images is now. A folder that is not there, or from which all
+    images would go, is a `UserError` (an unmounted disk looks the same), unless `allow_empty`.
     """
     with writing(folder, wait=wait) as writer:
         root = root.absolute() if root is not None else find_root(writer.meta, folder)
         known = [from_database(path) for (path,) in writer.db.execute("select path from path")]
         paths: dict[str, None] = {}
         left: list[str] = []
+        emptied: list[tuple[Path, str]] = []
         for (value,) in writer.db.execute("select path from source order by path").fetchall():
             source = from_database(value)
             place = Path(os.path.normpath(root / source))
@@ -203,6 +205,8 @@ def sync(
                 )
                 raise UserError("the folder of the images is not there", where=place, fix=fix)
             walked = folders.walk(place)
+            if not walked.images:
+                emptied.append((place, source))
             paths |= dict.fromkeys(
                 posixpath.normpath(posixpath.join(source, image)) for image in walked.images
             )
@@ -214,10 +218,12 @@ def sync(
         seen = {one.path for one in found.files}
         gone = tuple(path for path in known if path not in seen)
         if known and not seen and not allow_empty:
-            fix = "is the disk mounted? If it is right, say so with --allow-empty"
-            raise UserError(
-                f"no image is left: all {len(known)} would be removed", where=root, fix=fix
-            )
+            what = f"no image is left: all {len(known)} would be removed"
+            raise UserError(what, where=root, fix=MOUNTED)
+        for place, source in emptied if not allow_empty else ():
+            if lost := sum(diff.is_below(path, source) for path in gone):
+                what = f"no image is left in this folder: its {lost} would be removed"
+                raise UserError(what, where=place, fix=MOUNTED)
         found = dataclasses.replace(found, gone=gone)
         done = _update(writer, found, Commit(whole=True), on_bad=on_bad, bar=bar)
         return _noted(done, folders.told(root, left))

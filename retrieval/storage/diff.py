@@ -211,3 +211,8 @@ def way(path: Path, start: Path) -> str:
 def listed(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Paths as a list, where one alone was given, too."""
     return [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(one) for one in paths]
+
+
+def is_below(path: str, source: str) -> bool:
+    """Whether a path of the gallery lies in one of its folders; both start from the root."""
+    return not path.startswith("../") if source == "." else path.startswith(f"{source}/")

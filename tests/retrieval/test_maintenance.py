@@ -273,6 +273,24 @@ def test_a_folder_that_is_not_mounted_empties_nothing(index: Path, photos: Path)
         assert (0, [()]) == (len(gallery), gallery.search(vector_of("one")[None]))
 
 
+def test_one_emptied_folder_of_several_is_not_a_removal(tmp_path: Path) -> None:
+    """Where the other folders still have images, too, the empty one is named: its disk may not be
+    mounted."""
+    photos, more = write(tmp_path / "photos", words(4)), write(tmp_path / "more", words(3, start=9))
+    index = tmp_path / "photos.gallery"
+    maintenance.build([photos], index, ENCODER)
+    maintenance.add(index, [more])
+    for path in more.iterdir():
+        path.unlink()
+
+    assert "more: no image is left in this folder: its 3" in refusal(maintenance.sync, index)
+    assert {"removed": 3} == {
+        key: value
+        for key, value in counts(maintenance.sync(index, allow_empty=True)).items()
+        if key == "removed"
+    }
+
+
 def test_a_moved_folder_is_told(index: Path, photos: Path) -> None:
     """`root` says where the folder is now; from then on the gallery knows."""
     photos.rename(photos.with_name("away"))
