@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from retrieval.cli.options import (
 
 @click.command()
 @a_gallery
-@click.argument("images", nargs=-1, required=True, type=a_path)
+@click.argument("images", nargs=-1, required=True, type=click.Path())
 @click.option("-k", type=click.IntRange(min=1), default=10, help="results per query [10]")
 @click.option(
     "--threshold",
@@ -52,7 +51,7 @@ from retrieval.cli.options import (
 @as_json
 def query(
     folder: Path,
-    images: tuple[Path, ...],
+    images: tuple[str, ...],
     k: int,
     average: bool,
     html: Path | None,
@@ -70,17 +69,14 @@ def query(
       retrieve query photos.gallery cat.jpg -k 10
       retrieve query photos.gallery front.jpg back.jpg --average --html found.html
     """
-    from finetune.data.images import load_unlabelled
+    from finetune.data import loose
     from retrieval import hits
     from retrieval.gallery import Gallery
 
     with Gallery(folder) as gallery:
         warn(gallery.warnings())
-        source = load_unlabelled(images)
-        names = _as_typed(images, [source.root / path for path in source.paths])
-        answers, faults = gallery.query(
-            source, k, names=names, together=average, on_bad=on_bad, **how
-        )
+        source = loose.load(images, on_bad=on_bad)
+        answers, faults = gallery.query(source, k, together=average, on_bad=on_bad, **how)
         root = gallery.root
     say_faults(faults)
     found = [hit for answer in answers for hit in answer.hits]
@@ -106,18 +102,6 @@ def query(
         click.echo(f"written to {shown(html)}")
     else:
         click.echo("\n\n".join(answer.to_text() for answer in answers))
-
-
-def _as_typed(given: Sequence[Path], found: Sequence[Path]) -> list[str]:
-    """Names of found files as the user would write them."""
-    import os
-
-    typed = {Path(os.path.abspath(item.expanduser())): item for item in given}
-    names = []
-    for file in found:
-        parent = next((folder for folder in (file, *file.parents) if folder in typed), None)
-        names.append(str(file) if parent is None else str(typed[parent] / file.relative_to(parent)))
-    return names
 
 
 @click.command()

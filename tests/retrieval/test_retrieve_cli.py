@@ -132,6 +132,18 @@ def test_query_as_json(texts: Path) -> None:
     assert sorted(scores, reverse=True) == scores
 
 
+def test_a_query_for_each_word(texts: Path) -> None:
+    """An image that is named twice is answered twice, in order and as it was typed; an empty word
+    is refused."""
+    write(texts.parent, {"near.png": "near:word 0:q"})
+    words = ["near.png", "./near.png", "photos/a/0001.png", "near.png"]
+    found = json.loads(run("query", texts, *words, "-k", 1, "--json").stdout)
+    with pytest.raises(UserError, match="empty text"):
+        run("query", texts, "")
+
+    assert words == [answer["query"] for answer in found]
+
+
 def test_query_options(texts: Path) -> None:
     """Threshold, average, expansion, self and collapse reach the search."""
     write(texts.parent, {"near.png": "near:word 0:q"})
