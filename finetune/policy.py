@@ -147,7 +147,7 @@ def decide(
         tuple(taps),
         training,
         tuple(because),
-        _advice(facts.counts, row),
+        (*_advice(facts.counts, row), *_of_flips(facts, training)),
         minutes,
         per_class,
         smallest,
@@ -184,7 +184,7 @@ def _training(
         "ema": True,
         # Crops cut strokes off; small images are turned, shifted and scaled as a whole.
         "augment": "affine" if tiny else "medium" if scratch else "photo",
-        "flip": facts.flip and not (tiny and facts.similarity == "far"),
+        "flip": facts.flip and not _like_signs(facts),
         # One for each epoch: seen again and again, a few views are learned by heart.
         "views": epochs,
         "input_size": facts.input_size if scratch else _input_size(facts),
@@ -200,6 +200,19 @@ def _training(
     return Training(
         **{**values, **{key: value for key, value in overrides.items() if value is not None}}
     )
+
+
+def _of_flips(facts: Facts, training: Training | None) -> tuple[str, ...]:
+    """A line where images are not mirrored though nobody has forbidden it."""
+    if training is None or training.augment == "none" or training.flip or not facts.flip:
+        return ()
+    what = "tiny images unlike photographs, digits perhaps, are not mirrored in the training"
+    return (f"{what}: if a mirrored one keeps its class, --set train.flip=true",)
+
+
+def _like_signs(facts: Facts) -> bool:
+    """Whether the images may be digits, letters or the like, of which a mirror makes others."""
+    return facts.short_side < TINY and facts.similarity == "far"
 
 
 def _input_size(facts: Facts) -> int:

@@ -41,7 +41,7 @@ LATER: tuple[str, ...] = (
         "data.group_column",
         "data.image_root",
     ),
-    *("train.taps", "policy.ship"),
+    *("train.taps", "train.flip", "policy.ship"),
     *("data.on_conflict", "data.on_leak", "data.on_empty_class"),
     *("data.on_stray", "data.no_header"),
 )
@@ -254,6 +254,11 @@ class Train(Section):
         default=None,
         description="none, affine (turned, shifted, scaled, sheared), photo, light, medium, strong "
         "(crops and colours) or null",
+    )
+    flip: bool | None = Field(
+        default=None,
+        description="true or false: half of the views are mirrored; null: unless data.no_flip, or "
+        "the images are tiny and unlike photographs",
     )
     taps: Annotated[tuple[Text, ...], BeforeValidator(_listed)] | None = Field(
         default=None,

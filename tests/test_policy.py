@@ -145,6 +145,11 @@ def test_tiny_images_unlike_photographs_are_not_mirrored() -> None:
     assert digits.training is not None
     assert stamps.training is not None
     assert (False, True) == (digits.training.flip, stamps.training.flip)
+    assert any("train.flip=true" in line for line in digits.advice)
+    asked = policy.decide(facts(400, similarity="far", short_side=28), overrides={"flip": True})
+    assert asked.training is not None
+    assert asked.training.flip
+    assert not any("mirrored" in line for line in asked.advice)
 
 
 def test_the_number_of_steps_is_bounded() -> None:

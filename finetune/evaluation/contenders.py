@@ -37,7 +37,7 @@ class Selection:
         return len(self.index)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Contender:
     """A model that may ship. `scores` (n, C) are its calibrated log-probabilities of the selection
     images; `members` the weights of the contenders that it averages, by kind; `passes` the networks
@@ -176,18 +176,18 @@ def choose(contenders: Sequence[Contender], selection: Selection, ship: str = "a
     able = [one for one in rivals if not one.doubt]
     best = base
     for one in sorted(able, key=lambda one: one.passes):
-        if is_better(one, best, selection) and (
-            one.passes > DEARER * best.passes or _rank(one, selection) > _rank(best, selection)
-        ):
+        cheaper = [other for other in (base, *able) if one.passes > DEARER * other.passes]
+        shown = all(is_better(one, other, selection) for other in (base, *cheaper))
+        if shown and (best in cheaper or _rank(one, selection) > _rank(best, selection)):
             best = one
     by_rule = best
     if ship != "auto":
         best = next(one for one in contenders if one.kind == ship)
-    shown = best if best is not base else max(rivals, key=lambda one: _rank(one, selection))
-    because = _because(base, shown, best, selection)
+    rival = best if best is not base else max(rivals, key=lambda one: _rank(one, selection))
+    because = _because(base, rival, best, selection)
     if ship != "auto":
         because += f", as policy.ship {ship} was asked for"
-    pair = compared(base, shown, selection)
+    pair = compared(base, rival, selection)
     return Choice(best, by_rule, tuple(contenders), selection, pair, because)
 
 

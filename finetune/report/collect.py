@@ -77,9 +77,9 @@ def collect(
         pair=choice.pair if choice else None,
         pair_on=choice.selection.words if choice else "",
         candidates=_candidates(baseline),
-        curves=_curves(training.history if training else ()),
+        curves=_curves(training) if training else (),
         best_epoch=training.best_epoch if training else None,
-        diagnosis=_diagnosis(training.history) if training else (),
+        diagnosis=_diagnosis(training.history, training.best_epoch) if training else (),
         mistakes=_mistakes(found) if found else (),
         facts=_facts(seen, fitted),
         test_evaluations=int(judged.part == "test"),
@@ -195,14 +195,17 @@ def _candidates(baseline: SvmResult) -> tuple[Candidate, ...]:
     return tuple(rows)
 
 
-def _curves(history: Sequence[dict[str, Any]]) -> tuple[Curve, ...]:
-    """Loss, accuracy and learning rates over epochs."""
+def _curves(training: TrainResult) -> tuple[Curve, ...]:
+    """Loss, accuracy and learning rates over epochs; epoch 0 is the start, judged before the first
+    step. Vectors that are not decayed learn at their stage's rate: one line stands for both."""
+    before = {key: value for key, value in training.start.items() if key.startswith("val/")}
+    history = [*([{"epoch": 0, **before}] if before else []), *training.history]
     keys = list(dict.fromkeys(key for row in history for key in row))
     panels = {"train/loss": "loss", "val/loss": "loss", "val/top1": "accuracy"}
     curves = []
     for key in keys:
         panel = panels.get(key) or ("learning rate" if key.startswith("lr/") else None)
-        if panel is None:
+        if panel is None or key.endswith("/no-decay"):
             continue
         points = [
             (row["epoch"], row[key]) for row in history if isinstance(row.get(key), (int, float))
@@ -218,8 +221,9 @@ def _curves(history: Sequence[dict[str, Any]]) -> tuple[Curve, ...]:
     return tuple(curves)
 
 
-def _diagnosis(history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """What the curves say, each line with the rule behind it."""
+def _diagnosis(history: Sequence[dict[str, Any]], kept: int) -> tuple[str, ...]:
+    """What the curves say, each line with the rule behind it; the weights of epoch `kept` were
+    kept."""
     train = [row["train/loss"] for row in history if "train/loss" in row]
     val = [row["val/loss"] for row in history if "val/loss" in row]
     lines = []
@@ -233,8 +237,7 @@ def _diagnosis(history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
         at = int(np.argmin(val)) + 1
         lines.append(
             f"The validation loss turned upwards after epoch {at} ({min(val):.2f} → "
-            f"{val[-1]:.2f}): overfitting; "
-            "the best epoch was kept."
+            f"{val[-1]:.2f}): overfitting; epoch {kept} was kept."
         )
     if len(val) >= 2 and len(val) == int(np.argmin(val)) + 1:
         lines.append(

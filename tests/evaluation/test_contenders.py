@@ -74,6 +74,20 @@ def test_a_dearer_model_has_to_be_better_than_the_cheaper_ones() -> None:
     assert "fine-tuned" == contenders.choose((svm, tuned, same), selection()).winner.kind
 
 
+def test_the_average_has_to_beat_its_cheaper_member_too() -> None:
+    """Better than the SVM is not enough where the fine-tuned model alone says the same, though it
+    is not shown to be better than the SVM itself."""
+    svm, tuned = contender("svm", 0.95), contender("fine-tuned", 0.955, 1)
+    rows = svm.scores.copy()
+    wrong = np.flatnonzero(rows.argmax(1) != LABELS)
+    rows[wrong] = tuned.scores[wrong]
+    both = Contender(kind="average", name="average", scores=rows, passes=2)
+    alike = Contender(kind="fine-tuned", name="fine-tuned", scores=rows)
+
+    assert "average" == contenders.choose((svm, tuned, both), selection()).winner.kind
+    assert "fine-tuned" == contenders.choose((svm, alike, both), selection()).winner.kind
+
+
 def test_what_was_asked_for_ships() -> None:
     """Whatever the comparison says, which is told beside it."""
     pair = contender("svm", 0.95), contender("fine-tuned", 0.6, 1)
