@@ -229,9 +229,10 @@ def _rank(one: Contender, selection: Selection) -> tuple[float, float]:
 def _because(base: Contender, shown: Contender, best: Contender, selection: Selection) -> str:
     pair, (gain, error) = compared(base, shown, selection), loss_gain(base, shown, selection)
     points = f"{100 * pair.difference.value:+.1f} points"
+    word = "lower" if gain >= 0 else "higher"
     numbers = (
         f"{shown.name} against the SVM: {points} (one paired standard error is "
-        f"{100 * pair.standard_error:.1f}), log loss lower by {gain:.3f} ± {error:.3f}, "
+        f"{100 * pair.standard_error:.1f}), log loss {word} by {abs(gain):.3f} ± {error:.3f}, "
         f"on {len(selection)} {selection.words}"
     )
     if best is base:
