@@ -37,7 +37,8 @@ def opened() -> tuple[Any, list[Any]]:
 def ways(rounds: int) -> None:
     """Rates of all ways (a list each), and what `auto` comes to with the flag as it is, and faked:
     one JSON line."""
-    from finetune import device, timings
+    from finetune import timings
+    from finetune.backbones import device
     from finetune.features import engine
 
     named, taps = opened()

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import device, files
+from finetune import files
+from finetune.backbones import device
 from finetune.data import loose
 from finetune.data.images import Fault, ImageSet, check_on_bad
 from finetune.data.loose import Picture

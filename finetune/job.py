@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune import analysis, device, files, names, options, recipe, run
+from finetune import analysis, files, names, options, recipe, run
 from finetune import recipe as recipes
 from finetune.analysis import Look
+from finetune.backbones import device
 from finetune.data import folders, images, omissions
 from finetune.errors import UserError
 from finetune.evaluation import ensemble, fitting, model_selection

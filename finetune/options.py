@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import device, names, recipe
+from finetune import names, recipe
+from finetune.backbones import device
 from finetune.errors import UserError
 from finetune.policy import Plan
 from finetune.recipe import Recipe

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import device, files
+from finetune import files
+from finetune.backbones import device
 from finetune.data import decode
 from finetune.errors import UserError
 from finetune.features import conversion, engine

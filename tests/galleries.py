@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from finetune.backbones.device import Way
 from finetune.data.images import Fault, ImageSet
-from finetune.device import Way
 from finetune.features import engine, extraction
 from finetune.features.extraction import Features
 from finetune.files import Digests

@@ -460,7 +460,7 @@ def test_engine_and_precision_may_be_overridden(
     assert "torch" == classifier.load(folder, engine_name="torch").engine
     assert "bf16" == classifier.load(folder, precision="bf16").precision
     assert "openvino" == classifier.load(folder, engine_name="auto").engine
-    monkeypatch.setattr("finetune.device.has_openvino", lambda: False)
+    monkeypatch.setattr("finetune.backbones.device.has_openvino", lambda: False)
     assert "torch" == classifier.load(folder).engine
 
 

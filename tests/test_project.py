@@ -137,7 +137,7 @@ def test_the_tables_of_the_design_were_read() -> None:
     they are known to be."""
     home = {(line.package, line.name): line for line in lines()}
 
-    assert {"torch", "timm", "torchvision", "huggingface_hub"} == home[
+    assert {"openvino", "torch", "timm", "torchvision", "huggingface_hub"} == home[
         "finetune", "backbones/"
     ].libraries
     assert {"faiss"} == home["retrieval", "index/"].libraries

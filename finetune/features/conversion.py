@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune import files, hardware, names
-from finetune.device import _core, _openvino
+from finetune.backbones.device import _core, _openvino
 from finetune.errors import UserError
 from finetune.network import Network, Tap
 

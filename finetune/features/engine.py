@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import device, files, hardware, timings
-from finetune.device import Way, _openvino
+from finetune import files, hardware, timings
+from finetune.backbones import device
+from finetune.backbones.device import Way, _openvino
 from finetune.features import conversion
 from finetune.network import Network, Tap
 

@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import device, files, hardware, timings
+from finetune import files, hardware, timings
+from finetune.backbones import device
+from finetune.backbones.device import Way
 from finetune.data import decode, images
 from finetune.data.images import Fault, ImageSet
-from finetune.device import Way
 from finetune.errors import UserError
 from finetune.features import conversion, engine
 from finetune.features.store import Rows, Space, Store

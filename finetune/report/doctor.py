@@ -13,8 +13,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune import device, hardware, names, run
-from finetune.backbones import catalog
+from finetune import hardware, names, run
+from finetune.backbones import catalog, device
 from finetune.errors import UserError
 from finetune.features import engine, store
 from finetune.network import Tap

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from finetune import device as devices
 from finetune import files, timings
+from finetune.backbones import device as devices
 from finetune.backbones.stages import Backbone, freeze, trainable_stages
 from finetune.training import checkpoints
 from finetune.training.config import Training

@@ -23,10 +23,10 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune import device, files
-from finetune.backbones import create
+from finetune import files
+from finetune.backbones import create, device
+from finetune.backbones.device import Way
 from finetune.data import decode
-from finetune.device import Way
 from finetune.errors import UserError
 from finetune.features import conversion, engine
 from finetune.network import Tap

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from finetune import device, job, similarity, timings
+from finetune import job, similarity, timings
+from finetune.backbones import device
+from finetune.backbones.device import Way
 from finetune.data import images
-from finetune.device import Way
 from finetune.evaluation import fitting, predict
 from finetune.features import engine, extraction
 from finetune.features.extraction import Features

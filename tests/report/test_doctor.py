@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from finetune import device
-from finetune.backbones import catalog
+from finetune.backbones import catalog, device
 from finetune.cli import cli
 from finetune.errors import UserError
 from finetune.report import doctor

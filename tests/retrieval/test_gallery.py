@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from galleries import ENCODER, Asked, features_of, vector_of, words, write
 
-from finetune import device
+from finetune.backbones import device
 from finetune.data import decode
 from finetune.data.images import ImageSet, load_unlabelled
 from finetune.errors import UserError

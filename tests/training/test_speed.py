@@ -10,7 +10,8 @@ import pytest
 import torch
 from trainings import TRAIN, fit, make, plan, tensors
 
-from finetune import device, timings
+from finetune import timings
+from finetune.backbones import device
 from finetune.data.images import ImageSet
 from finetune.training import checkpoints, speed
 
