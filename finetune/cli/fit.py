@@ -8,6 +8,7 @@ import click
 
 from finetune import console, names
 from finetune.cli.options import (
+    TRACKERS,
     as_json,
     deciding,
     looking,
@@ -27,12 +28,20 @@ from finetune.cli.options import (
     help="folder of the run; an unfinished one is continued [runs/NAME-DIGEST]",
 )
 @click.option("--force", is_flag=True, help="repeat a finished run")
+@click.option(
+    "--track",
+    "trackers",
+    multiple=True,
+    type=click.Choice(TRACKERS),
+    help="copy curves and results into another tool's logs, beside the run; nothing is sent",
+)
 @waiting
 @as_json
 def fit(
     data: str | None,
     assignments: tuple[str, ...],
     force: bool,
+    trackers: tuple[str, ...],
     wait: float,
     json_: bool,
     **given: Any,
@@ -50,7 +59,10 @@ def fit(
       finetune fit photos/ --seed 1 --out runs/photos
     """
     from finetune import job
+    from finetune.report import tracking
 
+    for name in trackers:
+        tracking.check(name)
     outcome = job.fit(
         data,
         assignments=assignments,
@@ -60,6 +72,8 @@ def fit(
         bar=console.progress,
         **given,
     )
+    for name in trackers:
+        say(tracking.track(outcome.path, name))
     if json_:
         print_json(
             {

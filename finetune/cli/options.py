@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+TRACKERS = ("tensorboard", "mlflow", "wandb", "trackio")
 STRATEGIES = "auto, svm, probe, stages:K, half, full or scratch"
 
 

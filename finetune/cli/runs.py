@@ -1,4 +1,4 @@
-"""Commands on finished runs and recipes: predict, evaluate, runs, recipes."""
+"""Commands on finished runs and recipes: predict, evaluate, track, runs, recipes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import click
 
 from finetune import console, names
 from finetune.cli.options import (
+    TRACKERS,
     as_json,
     at_fault,
     bad_images,
@@ -126,6 +127,37 @@ def evaluate(
         print_json(result)
     else:
         click.echo(home.metrics_text(result))
+
+
+@click.command(cls=console.Command)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "tracker",
+    type=click.Choice(TRACKERS),
+    required=True,
+    help="tool whose logs are written; it must be installed",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="folder of the logs [a folder of the tool's name, beside the run]",
+)
+def track(run: Path, tracker: str, output: Path | None) -> None:
+    """Copy the curves and results of a finished run into another tool's logs.
+
+    Nothing is sent anywhere, and no model is stored again. `fit --track` does the same when a run
+    ends.
+
+    \b
+    Example:
+      finetune track runs/photos --to tensorboard
+    """
+    from finetune.report import tracking
+
+    click.echo(tracking.track(run, tracker, output))
 
 
 @click.group()
