@@ -92,7 +92,13 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
             where="DATA",
             fix="give a folder, a CSV table or a named set such as sklearn:digits",
         )
-    tested = about.test != "none"
+    tested = recipe.is_tested(about)
+    if about.folds is not None and about.test not in (None, "none"):
+        raise UserError(
+            "folds judge with every image in turn, and test images would judge, too",
+            where="--folds",
+            fix="leave --folds or --test out",
+        )
     test = about.test if tested else None
     rules = recipe.rules(about)
     found = images.load(about.data, test=test, layout=recipe.layout(about), rules=rules)
@@ -118,7 +124,7 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
     sizes = {name: int((found.split == name).sum()) for name in splits.SPLITS}
     for line in (*short, *of_parts(settings, given, sizes)):
         say(line)
-    if not tested:
+    if not tested and about.folds is None:
         say(
             "           no test image is held out: what is said of the accuracy comes from "
             "cross-validation, if from anything"
@@ -196,7 +202,7 @@ def _with_whole_classes(found: Features, settings: Recipe, say: Say) -> Features
             found = dataclasses.replace(
                 found, blocks=blocks, images=rest, digests=found.digests.take(kept)
             )
-    images.check_parts(found.images, tested=settings.data.test != "none")
+    images.check_parts(found.images, tested=recipe.is_tested(settings.data))
     return found
 
 

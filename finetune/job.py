@@ -24,7 +24,7 @@ from finetune.analysis import Look
 from finetune.backbones import device
 from finetune.data import folders, images, omissions
 from finetune.errors import UserError
-from finetune.evaluation import ensemble, fitting, model_selection
+from finetune.evaluation import ensemble, fitting, folds, model_selection
 from finetune.evaluation.ensemble import AnyModel
 from finetune.evaluation.fitting import Fitted
 from finetune.features import extraction
@@ -35,7 +35,7 @@ from finetune.network import Tap
 from finetune.progress import Bar, Say, no_bar, quiet
 from finetune.recipe import Recipe
 from finetune.report import publish
-from finetune.run import RunDir
+from finetune.run import Part, RunDir
 
 if TYPE_CHECKING:
     pass
@@ -227,14 +227,30 @@ def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar:
         seen = analysis.take(_as_begun(settings, folder, say), pictures, ids, store, say, bar)
         seen = dataclasses.replace(seen, recipe=settings)
         files.write_json(folder.checkpoint(WAY), dataclasses.asdict(seen.features.way))
+        repeated = None
+        if settings.data.folds is not None:
+
+            def procedure(look: Look, part: Part) -> Fitted:
+                return _fitted(look, part, quiet, bar)
+
+            repeated = folds.judge(
+                _as_begun(settings, folder, quiet),
+                seen.images,
+                seen.digests,
+                folder,
+                procedure,
+                store=store,
+                say=say,
+                bar=bar,
+            )
         _say_all(options.unused(settings, seen.plan), say)
         fitted = _fitted(seen, folder, say, bar)
-        written = publish.publish(folder, seen, fitted, began, bar)
+        written = publish.publish(folder, seen, fitted, began, bar, repeated)
     say(f"judge      {model_selection.short(written)}; {seen.seconds['all']:.1f} s in all")
     return outcome(folder.path)
 
 
-def _fitted(seen: Look, folder: RunDir, say: Say, bar: Bar) -> Fitted:
+def _fitted(seen: Look, folder: RunDir | Part, say: Say, bar: Bar) -> Fitted:
     """The SVM, the fine-tuned model where it may pay, and the choice between them."""
     base = fitting.baseline(seen, say)
     if seen.plan.training is None:

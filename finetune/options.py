@@ -18,6 +18,7 @@ OPTIONS = {  # options of the commands and of `fit`, and the recipe's keys behin
     "seed": "data.seed",
     "shots": "data.shots",
     "test": "data.test",
+    "folds": "data.folds",
     "on_bad_image": "data.on_bad_image",
     "on_conflict": "data.on_conflict",
     "on_leak": "data.on_leak",

@@ -43,7 +43,7 @@ LATER: tuple[str, ...] = (
     ),
     *("train.taps", "train.flip", "policy.ship"),
     *("data.on_conflict", "data.on_leak", "data.on_empty_class"),
-    *("data.on_stray", "data.no_header"),
+    *("data.on_stray", "data.no_header", "data.folds"),
 )
 # where things lie: no part of what is asked for
 PLACES = ("data.data", "data.test", "data.image_root", "out")
@@ -97,6 +97,11 @@ class Data(Section):
     validation_share: Share = Field(
         default=0.15,
         description="a share between 0 and 1: the part of the rest that chooses between models",
+    )
+    folds: Annotated[int, Field(ge=2)] | None = Field(
+        default=None,
+        description="2 or more: judge the whole procedure in so many folds of all images, and "
+        "train what ships on all of them; null: test images judge",
     )
     shots: Count | None = Field(
         default=None, description="training images per class, 1 or more; null: all"
@@ -649,6 +654,11 @@ def layout(about: Data) -> Layout:
         about.image_root,
         header=not about.no_header,
     )
+
+
+def is_tested(about: Data) -> bool:
+    """Whether test images are held out of what ships."""
+    return about.test != "none" and about.folds is None
 
 
 def rules(about: Data) -> Rules:

@@ -152,6 +152,21 @@ class RunDir:
         return self.path / name
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a run that is worked on like a run of its own: its checkpoints and its lines of
+    the log bear its `name`."""
+
+    run: RunDir
+    name: str
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        self.run.log({"part": self.name, **entry})
+
+    def checkpoint(self, name: str) -> Path:
+        return self.run.checkpoint(self.name) / name
+
+
 def open_run(
     out: Path | None,
     name: str,

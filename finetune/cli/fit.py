@@ -11,6 +11,7 @@ from finetune.cli.options import (
     TRACKERS,
     as_json,
     deciding,
+    folding,
     looking,
     print_json,
     say,
@@ -21,6 +22,7 @@ from finetune.cli.options import (
 @click.command(cls=console.Command)
 @click.argument("data", required=False)
 @looking
+@folding
 @deciding
 @click.option(
     "--out",
@@ -114,6 +116,7 @@ def advise(data: str | None, assignments: tuple[str, ...], json_: bool, **given:
 @click.command(cls=console.Command)
 @click.argument("data", required=False)
 @looking
+@folding
 @click.option("--taps", metavar="TAP[,TAP]", help="taps to compare, as in pooled,stage6/3x3 [auto]")
 @click.option("--recipe", metavar="FILE", help="recipe file, or name of a shipped recipe")
 @click.option(

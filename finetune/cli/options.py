@@ -134,6 +134,13 @@ looking = options(
         help="what to do with copies of test images: leave them out of the training (skip) [tell]",
     ),
 )
+folding = click.option(
+    "--folds",
+    type=click.IntRange(min=2),
+    metavar="K",
+    help="judge the whole procedure in K folds instead of on test images, and train what ships on "
+    "all images; takes K + 1 times as long",
+)
 unheard = options(  # taken by `extract` of version 0.1.0 without effect: told or refused now
     click.option("--seed", type=click.IntRange(min=0), hidden=True),
     click.option("--shots", type=click.IntRange(min=1), hidden=True),

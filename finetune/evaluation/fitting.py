@@ -21,7 +21,7 @@ from finetune.heads.head import AnyHead, Head
 from finetune.heads.svm import SvmResult
 from finetune.network import Tap
 from finetune.progress import Bar, Progress, Say, clock
-from finetune.run import RunDir
+from finetune.run import Part, RunDir
 
 if TYPE_CHECKING:
     from finetune.analysis import Floats, Ints
@@ -112,7 +112,7 @@ def _asked(seen: Look, blocks: dict[Tap, Floats]) -> dict[Tap, Floats]:
 
 
 def tune(
-    seen: Look, base: SvmResult, selection: Selection, folder: RunDir, say: Say, bar: Bar
+    seen: Look, base: SvmResult, selection: Selection, folder: RunDir | Part, say: Say, bar: Bar
 ) -> Tuned:
     """Fine-tune as the plan says, on the training part but for the selection images, which are
     watched."""
@@ -145,7 +145,7 @@ def _train(
     base: SvmResult,
     fit_on: Ints,
     watched: Ints | None,
-    folder: RunDir,
+    folder: RunDir | Part,
     phase: str,
     progress: Progress,
     epochs: int | None = None,
@@ -218,7 +218,7 @@ def finish(
     base: SvmResult,
     tuned: Tuned | None,
     choice: Choice | None,
-    folder: RunDir,
+    folder: RunDir | Part,
     say: Say,
     bar: Bar,
 ) -> Fitted:

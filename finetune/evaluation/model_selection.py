@@ -84,6 +84,7 @@ def reason_to_skip(seen: Look, baseline: SvmResult) -> str:
 
 JUDGED_ON = {  # how metrics.json's names begin, and what a few words say of the accuracy there
     "test": "on {n} test images",
+    "folds": "on {n} images, each answered without its fold; what ships is fitted on all of them",
     "cv": "out of fold on {n} training images, which also chose the settings; no test image",
     "choice": "on {n} training images that it was not fitted on when they chose it; no test image",
 }

@@ -24,6 +24,7 @@ from finetune.evaluation import (
 )
 from finetune.evaluation.ensemble import AnyModel, Ensemble
 from finetune.evaluation.fitting import Fitted, shipped_name, svm_head
+from finetune.evaluation.folds import Repeated
 from finetune.evaluation.judgement import Judgement
 from finetune.metrics import Estimate
 from finetune.progress import Bar, Progress, clock
@@ -31,8 +32,17 @@ from finetune.report import collect, render
 from finetune.run import RunDir
 
 
-def publish(folder: RunDir, seen: Look, fitted: Fitted, began: float, bar: Bar) -> dict[str, Any]:
+def publish(
+    folder: RunDir,
+    seen: Look,
+    fitted: Fitted,
+    began: float,
+    bar: Bar,
+    repeated: Repeated | None = None,
+) -> dict[str, Any]:
     """Write everything that a run holds, `run.json` last; returns what metrics.json holds.
+
+    What folds said (`repeated`) judges the run, where there were any.
 
     The test part, if there is one, is looked at here for the first time, by all contenders at once,
     and the shipped model goes the way that `predict` goes.
@@ -43,7 +53,7 @@ def publish(folder: RunDir, seen: Look, fitted: Fitted, began: float, bar: Bar) 
     if text := weights.notice(name, weights.find(name, seen.recipe.backbone.weights)):
         folder.write_text("LICENSE-weights.txt", text)
     with clock(seen.seconds, "judge"), bar("judge") as progress:
-        judged = _judged(seen, fitted, progress)
+        judged = repeated.judgement() if repeated else _judged(seen, fitted, progress)
         on_test = _on_test(seen, fitted, judged)
     written = judged.to_json()
     if judged.part == "test" and fitted.kind != "svm":
@@ -53,6 +63,8 @@ def publish(folder: RunDir, seen: Look, fitted: Fitted, began: float, bar: Bar) 
     folder.write_json("metrics.json", written)
     folder.write_json("plan.json", _plan(seen, fitted))
     folder.write_json("contenders.json", _rows(fitted, on_test))
+    if repeated:
+        folder.write_json("folds.json", list(repeated.rows))
     if left := (*omissions.account(seen.images), *seen.features.faults):
         rows = [fault.cells() for fault in left]
         folder.write_csv("left_out.csv", ("path", "kind", "detail"), rows)

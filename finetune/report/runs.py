@@ -12,7 +12,7 @@ from finetune.errors import UserError
 from finetune.names import shown
 from finetune.run import CHECKPOINTS, MANIFEST, METRICS, STARTED, load_run
 
-UNTESTED = ("cv/top1", "choice/top1")  # the accuracy of a run without test images
+UNTESTED = ("folds/top1", "cv/top1", "choice/top1")  # the accuracy of a run without test images
 
 
 def list_runs(folder: Path) -> list[dict[str, Any]]:
