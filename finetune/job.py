@@ -38,7 +38,7 @@ from finetune.report import publish
 from finetune.run import Part, RunDir
 
 if TYPE_CHECKING:
-    pass
+    from finetune.evaluation.search import Found
 
 # options that `extract` of version 0.1.0 took and did not heed
 _UNHEARD = ("seed", "shots", "test")
@@ -117,6 +117,71 @@ def advise(
         store.close()
     _say_all((*options.unused(settings, seen.plan), *options.of_advice(settings)), say)
     return seen
+
+
+def search(
+    data: str | Path | None = None,
+    *,
+    out: Path,
+    ranges: Sequence[str] = (),
+    trials: Sequence[int] = (30, 8, 2),
+    sampler: str = "random",
+    prune: bool = True,
+    recipe: str | Path | Recipe | None = None,
+    assignments: Sequence[str] = (),
+    say: Say = quiet,
+    bar: Bar = no_bar,
+    **given: Any,
+) -> Found:
+    """Search ranges of training values, at random: `trials` in a coarse, a fine and a long round.
+
+    `out` keeps the trials, `search.json`, the page `search.html` and `best.yaml`, the recipe of the
+    best trial: `fit(recipe=out / "best.yaml")` trains and judges it. The same call goes on where a
+    killed one stopped. `ranges` are texts as `lr=1e-5..1e-2`; other options are those of `fit`.
+    Raises `UserError` where the plan trains nothing, and for everything else a user can mend.
+    """
+    from finetune.evaluation import search as home
+    from finetune.report import search_page
+
+    spans = home.parse(ranges)
+    settings, notes = options.build(data, recipe, assignments, given)
+    _say_all(notes, say)
+    store = Store()
+    try:
+        pictures, ids = analysis.scan(settings, store, say)
+        digest = _job_digest(settings, pictures, ids)
+        home.claim(out, files.digest(digest, *map(str, (spans, trials, sampler, prune))))
+        seen = analysis.take(settings, pictures, ids, store, say, bar)
+        if seen.plan.training is None:
+            raise UserError(
+                f"the plan trains nothing ({seen.plan.strategy}): there is nothing to search",
+                where="search",
+                fix="ask for a strategy, as in --strategy stages:2",
+            )
+        base = fitting.baseline(seen, say)
+        rounds = home.planned_rounds(trials, seen.plan.training.epochs)
+        chosen = model_selection.selection(seen)
+        found = home.search(
+            seen,
+            base,
+            chosen,
+            out,
+            ranges=spans,
+            rounds=rounds,
+            sampler=sampler,
+            prune=prune,
+            say=say,
+            bar=bar,
+        )
+    finally:
+        store.close()
+    epochs = next(one.epochs for one in rounds if one.name == found.best.round)
+    changes = {f"train.{name}": value for name, value in found.best.values.items()}
+    best = recipes.update(settings, {**changes, "train.epochs": epochs, "out": None})
+    files.write_text(out / "best.yaml", recipes.dump(best))
+    files.write_json(out / "search.json", found.to_json())
+    files.write_text(out / "search.html", search_page.render(found, names.shown(_name(settings))))
+    return found
 
 
 def extract(

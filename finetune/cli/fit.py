@@ -1,7 +1,8 @@
-"""Commands that make a classifier: fit, advise, svm."""
+"""Commands that make a classifier: fit, advise, svm, search."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from finetune.cli.options import (
     print_json,
     say,
     waiting,
+    whole_numbers,
 )
 
 
@@ -139,3 +141,85 @@ def svm(context: click.Context, **given: Any) -> None:
       finetune svm photos/ --taps pooled,stage6/3x3
     """
     context.invoke(fit, **given, strategy="svm")
+
+
+@click.command(cls=console.Command)
+@click.argument("data", required=False)
+@looking
+@deciding
+@click.option(
+    "--range",
+    "ranges",
+    multiple=True,
+    metavar="NAME=LOW..HIGH",
+    help="values to search, by their logarithm [lr=1e-5..1e-1, weight_decay=1e-6..1e-1]",
+)
+@click.option(
+    "--trials",
+    metavar="N[,N[,N]]",
+    default="30,8,2",
+    help="trials of the coarse, the fine and the long round; 0: no such round [30,8,2]",
+)
+@click.option(
+    "--sampler",
+    type=click.Choice(["random", "tpe"]),
+    default="random",
+    help="draw values at random, or by TPE, where earlier trials did well [random]",
+)
+@click.option(
+    "--no-prune/--prune",
+    "no_prune",
+    default=False,
+    help="carry every trial to its end; else one below the median is given up early [--prune]",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="folder of the search; an unfinished one is continued",
+)
+@as_json
+def search(
+    data: str | None,
+    ranges: tuple[str, ...],
+    trials: str,
+    sampler: str,
+    no_prune: bool,
+    out: Path,
+    assignments: tuple[str, ...],
+    json_: bool,
+    **given: Any,
+) -> None:
+    """Search ranges of training values at random: coarse, then fine, then long.
+
+    Trials are compared on validation images; the test part is not touched. DIR gets search.html,
+    search.json and best.yaml, the recipe with which `fit` trains the winner and judges it once.
+    Several processes may work in one DIR.
+
+    \b
+    Example:
+      finetune search photos/ --out runs/search
+      finetune fit photos/ --recipe runs/search/best.yaml
+    """
+    from finetune import job
+
+    found = job.search(
+        data,
+        out=out,
+        ranges=ranges,
+        trials=whole_numbers(trials, "--trials"),
+        sampler=sampler,
+        prune=not no_prune,
+        assignments=assignments,
+        say=say,
+        bar=console.progress,
+        **given,
+    )
+    if json_:
+        print_json(found.to_json())
+        return
+    click.echo("\n".join(check.to_text() for check in found.checks()))
+    page, best = names.shown(out / "search.html"), names.typed(out / "best.yaml")
+    what = names.typed(data) if data else "DATA"
+    click.echo(f"\n  page     {page}\n  fit      finetune fit {what} --recipe {best}")

@@ -208,6 +208,14 @@ def rules(given: dict[str, Any]) -> Any:
     return Rules(**said)
 
 
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """`30,8,2` as numbers."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise click.UsageError(f"{option} {text}: give whole numbers, as in 30,8,2")
+    return tuple(map(int, parts))
+
+
 def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 

@@ -150,18 +150,13 @@ def _train(
     progress: Progress,
     epochs: int | None = None,
 ) -> Tuned:
-    from finetune.backbones import create, memory
+    from finetune.backbones import create
     from finetune.training import loop
 
     section, training = seen.recipe.backbone, training_of(seen, base)
     if epochs is not None:
         training = dataclasses.replace(training, epochs=epochs)
-    origin = "random" if seen.plan.strategy == "scratch" else section.weights
-    own = create.load(seen.named.network.name, origin, training.input_size)
-    frame = "whole" if seen.named.network.preprocess.squash else "crop"
-    own = dataclasses.replace(own, network=catalog.framed(own.network, frame))
-    count = min(training.batch_size, len(fit_on))
-    memory.check_training(own, training.trainable, count, half=section.precision == "bf16")
+    own = to_train(seen, training, len(fit_on))
     result = loop.fit(
         own,
         seen.images,
@@ -185,6 +180,21 @@ def _train(
         kind="fine-tuned",
     )
     return Tuned(create.described(own, words), head, result)
+
+
+def to_train(seen: Look, training: Training, rows: int) -> Backbone:
+    """A backbone of its own for a training on `rows` images, framed as the features were; refused
+    where its memory would not do."""
+    from finetune.backbones import create, memory
+
+    section = seen.recipe.backbone
+    origin = "random" if seen.plan.strategy == "scratch" else section.weights
+    own = create.load(seen.named.network.name, origin, training.input_size)
+    frame = "whole" if seen.named.network.preprocess.squash else "crop"
+    own = dataclasses.replace(own, network=catalog.framed(own.network, frame))
+    count = min(training.batch_size, rows)
+    memory.check_training(own, training.trainable, count, half=section.precision == "bf16")
+    return own
 
 
 def choose(seen: Look, base: SvmResult, tuned: Tuned, selection: Selection, say: Say) -> Choice:
