@@ -140,6 +140,20 @@ def training_of(seen: Look, base: SvmResult) -> Training:
     return dataclasses.replace(training, taps=taps if pooled in taps else (*taps, pooled))
 
 
+def backbone_of(seen: Look, training: Training, images: int) -> Backbone:
+    """The backbone that `training` starts from, loaded anew, where the memory is enough for it."""
+    from finetune.backbones import create, memory
+
+    section = seen.recipe.backbone
+    origin = "random" if seen.plan.strategy == "scratch" else section.weights
+    own = create.load(seen.named.network.name, origin, training.input_size)
+    frame = "whole" if seen.named.network.preprocess.squash else "crop"
+    own = dataclasses.replace(own, network=catalog.framed(own.network, frame))
+    count = min(training.batch_size, images)
+    memory.check_training(own, training.trainable, count, half=section.precision == "bf16")
+    return own
+
+
 def _train(
     seen: Look,
     base: SvmResult,
@@ -150,18 +164,13 @@ def _train(
     progress: Progress,
     epochs: int | None = None,
 ) -> Tuned:
-    from finetune.backbones import create, memory
+    from finetune.backbones import create
     from finetune.training import loop
 
     section, training = seen.recipe.backbone, training_of(seen, base)
     if epochs is not None:
         training = dataclasses.replace(training, epochs=epochs)
-    origin = "random" if seen.plan.strategy == "scratch" else section.weights
-    own = create.load(seen.named.network.name, origin, training.input_size)
-    frame = "whole" if seen.named.network.preprocess.squash else "crop"
-    own = dataclasses.replace(own, network=catalog.framed(own.network, frame))
-    count = min(training.batch_size, len(fit_on))
-    memory.check_training(own, training.trainable, count, half=section.precision == "bf16")
+    own = backbone_of(seen, training, len(fit_on))
     result = loop.fit(
         own,
         seen.images,

@@ -122,6 +122,47 @@ def fit(
     gradient is no longer finite; the backbone then holds the weights of the last finished epoch.
     After any other end, Ctrl-C included, it holds those it started with.
     """
+    with open_job(
+        backbone,
+        images,
+        train_index,
+        val_index,
+        training,
+        classes=classes,
+        seed=seed,
+        checkpoint=checkpoint,
+        log=log,
+        progress=progress,
+        class_weights=class_weights,
+        device=device,
+        precision=precision,
+    ) as job:
+        return _run(job, head_start)
+
+
+@contextlib.contextmanager
+def open_job(
+    backbone: Backbone,
+    images: ImageSet,
+    train_index: ArrayLike,
+    val_index: ArrayLike | None,
+    training: Training,
+    *,
+    classes: int,
+    seed: int,
+    checkpoint: Path | None = None,
+    log: Log | None = None,
+    progress: Progress | None = None,
+    class_weights: ArrayLike | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    count: int | None = None,
+) -> Iterator[Job]:
+    """What `fit` works on, checked, frozen and on its device; everything is put back at the end.
+
+    The way to compute is settled for `count` images in all epochs together (those of the job
+    itself, unless it is a sample of a longer one).
+    """
     log, progress = log or (lambda row: None), progress or (lambda done, total: None)
     where = _device(device)
     train, val = (
@@ -135,7 +176,7 @@ def fit(
         training,
         where,
         precision,
-        count=len(train) * training.epochs,
+        count=len(train) * training.epochs if count is None else count,
         folder=checkpoint,
     )
     with (
@@ -144,7 +185,7 @@ def fit(
     ):
         taps = map(Tap.parse, training.taps)
         width = sum(backbone.network.width(tap) for tap in taps)
-        job = Job(
+        yield Job(
             backbone=backbone,
             images=images,
             train=train,
@@ -159,7 +200,6 @@ def fit(
             log=log,
             progress=progress,
         )
-        return _run(job, head_start)
 
 
 def _run(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> TrainResult:
@@ -205,7 +245,7 @@ def _begin(
     nn.init.zeros_(job.head.bias)
     job.backbone.module.eval()
     if head_start is None and job.training.head_init == "probe":
-        head_start = _head_start(job, _features(job, feed, job.train).cpu().numpy())
+        head_start = linear_start(job, features_of(job, feed, job.train).cpu().numpy())
     if head_start is not None:
         with torch.no_grad():
             job.head.weight.copy_(torch.as_tensor(head_start[0]))
@@ -224,7 +264,7 @@ def _begin(
         state.best = copied(trainable.live)
 
 
-def _head_start(job: Job, features: Floats) -> tuple[Floats, Floats]:
+def linear_start(job: Job, features: Floats) -> tuple[Floats, Floats]:
     """`(weight, bias)` of a logistic regression on what the head reads, `(n, width)`."""
     labels, weights = job.images.labels[job.train], job.class_weights.cpu().numpy()
     if not job.training.normalize:
@@ -405,7 +445,7 @@ def _worth(rows: Sequence[Mapping[str, float]], epoch: int) -> tuple[float, floa
     return top1, -sum(row["val/calibrated"] for row in pair) / len(pair)
 
 
-def _features(job: Job, feed: Feed, index: Ints) -> Tensor:
+def features_of(job: Job, feed: Feed, index: Ints) -> Tensor:
     """What the head reads of unaugmented images, `(n, width)`."""
     plan = even_batches([(int(i), 0) for i in index], STORE_BATCH)
     with torch.no_grad(), job.autocast():
@@ -416,7 +456,7 @@ def _evaluate(job: Job, feed: Feed) -> tuple[dict[str, float], Tensor]:
     """Mean cross-entropy (no smoothing, no class weights), the same after one fitted temperature,
     top-1; and the scores (n, C) of the validation images."""
     job.backbone.module.eval()
-    features = _features(job, feed, job.val)
+    features = features_of(job, feed, job.val)
     with torch.no_grad():
         scores, labels = job.head(features), job.labels([(int(i), 0) for i in job.val])
         loss = nn.functional.cross_entropy(scores, labels).item()
