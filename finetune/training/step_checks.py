@@ -18,6 +18,7 @@ from finetune.training.subject import Batch, Subject
 STEPS = 3  # of the look at gradients and updates
 RATIOS = (1e-4, 1e-2)  # ‖Δw‖ / ‖w‖ of one step: about 1e-3 is healthy
 WILD = 0.1  # a step that changes a group by a tenth of itself
+LARGE = "steps are large"  # of the verdict on ratios above them
 DEAD = 0.5  # share of a layer's units without any gradient
 
 BY_HEART = 20  # images
@@ -166,7 +167,7 @@ def _of_ratios(subject: Subject, ratios: dict[str, float | str]) -> Check:
         meaning = f"a step overthrows {_some(wild)}: what was learned before is lost"
         return Check(name, "fail", value, meaning, "divide the learning rate by 10 or more")
     if fast:
-        meaning = f"above {high:g} in {_some(fast)}: steps are large, training may be unstable"
+        meaning = f"above {high:g} in {_some(fast)}: {LARGE}, training may be unstable"
         return Check(name, "warn", value, meaning, "divide the learning rate by 3 to 10")
     if still:
         meaning = f"{_some(still)} do not move at all"

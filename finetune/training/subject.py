@@ -31,8 +31,7 @@ class Subject:
     `modules` hold all that a step may change. `groups` are the layers that verdicts name (`name`,
     `params`), in the order of the network; the `optimizer`'s own groups hold `base_lr`. `step`
     makes one update at the rates that the optimiser holds; `scores` are the model's answers,
-    without gradients, in the mode it is in. `train` sets the mode of the training, and `still` the same
-    without dropout.
+    without gradients, in the mode it is in. `train` sets the mode of the training.
     """
 
     modules: tuple[nn.Module, ...]
