@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from finetune.classifier import Classifier, Predictions
     from finetune.estimators import RegraftClassifier, RegraftFeatures
     from finetune.job import advise, fit, load
+    from finetune.training.preflight import preflight
 
 __all__ = [
     "Classifier",
@@ -25,6 +26,7 @@ __all__ = [
     "advise",
     "fit",
     "load",
+    "preflight",
 ]
 
 
@@ -36,6 +38,7 @@ def __getattr__(name: str) -> Any:
         **dict.fromkeys(("fit", "load", "advise"), "job"),
         **dict.fromkeys(("Classifier", "Predictions"), "classifier"),
         **dict.fromkeys(("RegraftClassifier", "RegraftFeatures"), "estimators"),
+        "preflight": "training.preflight",
     }
     if name in homes:
         return getattr(importlib.import_module(f"finetune.{homes[name]}"), name)

@@ -25,6 +25,7 @@ from finetune.backbones import device
 from finetune.data import folders, images, omissions
 from finetune.errors import UserError
 from finetune.evaluation import ensemble, fitting, folds, model_selection
+from finetune.evaluation import preflight as preflight_of
 from finetune.evaluation.ensemble import AnyModel
 from finetune.evaluation.fitting import Fitted
 from finetune.features import extraction
@@ -39,6 +40,7 @@ from finetune.run import Part, RunDir
 
 if TYPE_CHECKING:
     from finetune.evaluation.search import Found
+    from finetune.training.preflight import Preflight
 
 # options that `extract` of version 0.1.0 took and did not heed
 _UNHEARD = ("seed", "shots", "test")
@@ -117,6 +119,28 @@ def advise(
         store.close()
     _say_all((*options.unused(settings, seen.plan), *options.of_advice(settings)), say)
     return seen
+
+
+def preflight(
+    data: str | Path | None = None,
+    *,
+    recipe: str | Path | Recipe | None = None,
+    assignments: Sequence[str] = (),
+    say: Say = quiet,
+    bar: Bar = no_bar,
+    **given: Any,
+) -> Preflight:
+    """Check what `fit` would do with the same words, on a sample, before it takes its time."""
+    settings, notes = options.build(data, recipe, assignments, given, "preflight")
+    _say_all(notes, say)
+    store = Store()
+    try:
+        pictures, ids = analysis.scan(settings, store, say)
+        seen = analysis.take(settings, pictures, ids, store, say, bar)
+        _say_all(options.unused(settings, seen.plan), say)
+        return preflight_of.whole(seen, fitting.baseline(seen, say), bar)
+    finally:
+        store.close()
 
 
 def search(
@@ -326,6 +350,9 @@ def _fitted(seen: Look, folder: RunDir | Part, say: Say, bar: Bar) -> Fitted:
         return fitting.finish(seen, base, None, None, folder, say, bar)
     _say_all(options.of_weights(seen.recipe, base.balanced), say)
     selection = model_selection.selection(seen)
+    rest = np.setdiff1d(seen.part("train"), selection.index)
+    if isinstance(folder, RunDir):  # a fold is checked as part of the whole
+        preflight_of.quick(seen, base, rest, folder, say)
     tuned = fitting.tune(seen, base, selection, folder, say, bar)
     choice = fitting.choose(seen, base, tuned, selection, say)
     return fitting.finish(seen, base, tuned, choice, folder, say, bar)

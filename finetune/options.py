@@ -126,7 +126,7 @@ def check_names(given: Iterable[str], known: Collection[str], where: str) -> Non
     keys = [key for name in unknown for key in recipe.all_keys() if key.rpartition(".")[2] == name]
     if near:
         fix = f"did you mean {', '.join(dict.fromkeys(near))}?"
-    elif keys and where in ("fit", "advise"):
+    elif keys and where in ("fit", "advise", "preflight"):
         fix = f"write a recipe's key as assignments=[{keys[0] + '=…'!r}]"
     else:
         fix = f"choose from {', '.join(known)}"

@@ -24,7 +24,8 @@ def cli() -> None:
 
 
 for command in (
-    fit.fit, fit.advise, fit.svm, fit.search, data.check, data.extract, data.cache, data.doctor,
+    fit.fit, fit.advise, fit.preflight, fit.svm, fit.search, data.check, data.extract,
+    data.cache, data.doctor,
     networks.backbones, networks.profile, runs.predict, runs.evaluate, runs.recipes, runs.runs,
     runs.track,
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Commands that make a classifier: fit, advise, svm, search."""
+"""Commands that make a classifier: fit, advise, preflight, svm, search."""
 
 from __future__ import annotations
 
@@ -113,6 +113,43 @@ def advise(data: str | None, assignments: tuple[str, ...], json_: bool, **given:
         print_json({"plan": seen.plan.to_json(), "similarity": seen.similarity.to_json()})
     else:
         click.echo(policy.matrix_text(seen.plan))
+
+
+@click.command(cls=console.Command)
+@click.argument("data", required=False)
+@looking
+@deciding
+@click.option(
+    "--picture",
+    metavar="FILE",
+    help="write the learning-rate range test as a picture: .svg, or .html to open in a browser",
+)
+@as_json
+def preflight(
+    data: str | None, assignments: tuple[str, ...], picture: str | None, json_: bool, **given: Any
+) -> None:
+    """Check what fit would do, in seconds: labels, first loss, gradients, updates, learning rate.
+
+    The planned training is tried out on a sample of the training images. Each check passes, warns
+    or fails, with its number, what it means and what to do. The exit code is 1 if any fails.
+
+    \b
+    Example:
+      finetune preflight photos/ --picture rates.html
+    """
+    from finetune import job
+    from finetune.report import pictures
+
+    pictures.check(picture)
+    found = job.preflight(data, assignments=assignments, say=say, bar=console.progress, **given)
+    if picture is not None:
+        say(pictures.range_test(found.range_test, picture, data or "the recipe's data"))
+    if json_:
+        print_json(found.to_json())
+    else:
+        click.echo(found.to_text())
+    if found.status == "fail":
+        raise SystemExit(1)
 
 
 @click.command(cls=console.Command)

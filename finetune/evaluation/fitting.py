@@ -140,6 +140,20 @@ def training_of(seen: Look, base: SvmResult) -> Training:
     return dataclasses.replace(training, taps=taps if pooled in taps else (*taps, pooled))
 
 
+def backbone_of(seen: Look, training: Training, images: int) -> Backbone:
+    """The backbone that `training` starts from, loaded anew, where the memory is enough for it."""
+    from finetune.backbones import create, memory
+
+    section = seen.recipe.backbone
+    origin = "random" if seen.plan.strategy == "scratch" else section.weights
+    own = create.load(seen.named.network.name, origin, training.input_size)
+    frame = "whole" if seen.named.network.preprocess.squash else "crop"
+    own = dataclasses.replace(own, network=catalog.framed(own.network, frame))
+    count = min(training.batch_size, images)
+    memory.check_training(own, training.trainable, count, half=section.precision == "bf16")
+    return own
+
+
 def _train(
     seen: Look,
     base: SvmResult,
@@ -156,7 +170,7 @@ def _train(
     section, training = seen.recipe.backbone, training_of(seen, base)
     if epochs is not None:
         training = dataclasses.replace(training, epochs=epochs)
-    own = to_train(seen, training, len(fit_on))
+    own = backbone_of(seen, training, len(fit_on))
     result = loop.fit(
         own,
         seen.images,
@@ -180,21 +194,6 @@ def _train(
         kind="fine-tuned",
     )
     return Tuned(create.described(own, words), head, result)
-
-
-def to_train(seen: Look, training: Training, rows: int) -> Backbone:
-    """A backbone of its own for a training on `rows` images, framed as the features were; refused
-    where its memory would not do."""
-    from finetune.backbones import create, memory
-
-    section = seen.recipe.backbone
-    origin = "random" if seen.plan.strategy == "scratch" else section.weights
-    own = create.load(seen.named.network.name, origin, training.input_size)
-    frame = "whole" if seen.named.network.preprocess.squash else "crop"
-    own = dataclasses.replace(own, network=catalog.framed(own.network, frame))
-    count = min(training.batch_size, rows)
-    memory.check_training(own, training.trainable, count, half=section.precision == "bf16")
-    return own
 
 
 def choose(seen: Look, base: SvmResult, tuned: Tuned, selection: Selection, say: Say) -> Choice:

@@ -244,7 +244,7 @@ def search(
     spans: dict[str, tuple[Range, ...]] = {}
     section = seen.recipe.backbone
     with trials.open_trials(
-        fitting.to_train(seen, training, len(rest)),
+        fitting.backbone_of(seen, training, len(rest)),
         seen.images,
         rest,
         selection.index,
