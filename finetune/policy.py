@@ -4,11 +4,12 @@ in words."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import UserError
+from finetune.training import schedules
 from finetune.training.config import Training, check_strategy, trainable
 
 
@@ -77,6 +78,7 @@ ENOUGH = 100  # images per class that the advice asks for
 TINY = 64  # pixels: sources below gain nothing from a large input, and fine-tuning pays for it
 TRAINED = 160  # pixels: the side of the input of a training, at most
 STEPS = 1500  # of a training, at most
+WARMUP = 0.25  # of the steps: a fitted head must not be shaken
 UNKNOWN_COLUMN = "moderate"  # where similarity is unknown: the middle
 
 
@@ -178,7 +180,7 @@ def _training(
         "layer_decay": 1.0,
         "epochs": epochs,
         "batch_size": batch,
-        "warmup": 0.25,
+        "warmup": WARMUP,
         "weight_decay": 0.02 if whole else 1e-4,
         "label_smoothing": 0.1,
         "ema": True,
@@ -259,6 +261,16 @@ def _advice(counts: dict[str, int], row: str) -> tuple[str, ...]:
         times = f"the largest class has {largest / smallest:.0f} times the images of the smallest"
         advice.append(f"{times}: judge by balanced accuracy, and collect for the small ones")
     return tuple(advice)
+
+
+def schedule_line(asked: Mapping[str, Any]) -> str:
+    """The learning rate over a training, drawn in a line. What `asked` (training values, None: not
+    said) leaves open is the policy's."""
+    words = {name: asked[name] for name in ("schedule", "warmup") if asked.get(name) is not None}
+    training = Training((), **{"warmup": WARMUP, **words})
+    who = "as the recipe says" if words else "as the policy plans"
+    shape = f"{training.schedule}, {training.warmup:.0%} warm-up"
+    return f"learning rate  {schedules.drawn(training)}  {shape}, {who}"
 
 
 def row_words() -> dict[str, str]:

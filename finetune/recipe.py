@@ -41,7 +41,7 @@ LATER: tuple[str, ...] = (
         "data.group_column",
         "data.image_root",
     ),
-    *("train.taps", "train.flip", "policy.ship"),
+    *("train.taps", "train.flip", "train.decay_norms", "train.drop_path", "policy.ship"),
     *("data.on_conflict", "data.on_leak", "data.on_empty_class"),
     *("data.on_stray", "data.no_header", "data.folds"),
 )
@@ -229,14 +229,28 @@ class Train(Section):
     batch_size: Count | None = Field(
         default=None, description="images per step, 1 or more, or null"
     )
-    schedule: Literal["cosine", "step", "linear", "constant", "rsqrt"] | None = Field(
+    schedule: (
+        Literal["cosine", "step", "linear", "constant", "rsqrt", "onecycle", "restarts", "plateau"]
+        | None
+    ) = Field(
         default=None,
-        description="cosine, step, linear, constant, rsqrt (inverse square root) or null",
+        description="cosine, step, linear, constant, rsqrt (inverse square root), onecycle, "
+        "restarts (cosine three times over), plateau (a fifth when the validation loss no longer "
+        "falls) or null",
     )
     warmup: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="share of the steps, 0 or more and below 1, or null"
     )
     weight_decay: NotNegative | None = Field(default=None, description="0 or more, or null")
+    decay_norms: bool | None = Field(
+        default=None,
+        description="true, false or null: weight decay on norms, biases and tokens, too",
+    )
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="probability with which the last residual branch is left out in a step, the "
+        "earlier ones less; 0 or more and below 1, or null",
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         default=None, description="0 or more and below 1, or null"
     )

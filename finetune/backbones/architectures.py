@@ -86,10 +86,19 @@ def known(name: str) -> None:
     )
 
 
-def create(name: str, source: weights.Source, size: int | None = None) -> Whole:
-    """Create the model `name` with weights from `source`, its classifier included."""
+def create(
+    name: str, source: weights.Source, size: int | None = None, *, drop_path: float = 0.0
+) -> Whole:
+    """Create the model `name` with weights from `source`, its classifier included; in training its
+    residual branches are left out with a probability that rises to `drop_path` (stochastic depth,
+    Huang et al. 2016)."""
     known(name)
-    whole = _torchvision(name, source) if name in TORCHVISION else _timm(name, source, size)
+    if name not in TORCHVISION:
+        whole = _timm(name, source, size, drop_path)
+    elif drop_path:
+        raise _no_drop_path(name)
+    else:
+        whole = _torchvision(name, source)
     _without_inplace(whole.module)
     return whole
 
@@ -126,9 +135,21 @@ def _without_inplace(module: nn.Module) -> None:
             part.inplace = False
 
 
-def _timm(name: str, source: weights.Source, size: int | None) -> Whole:
+def _no_drop_path(name: str) -> UserError:
+    return UserError(
+        f"{name} has no residual branches that could be left out",
+        where="train.drop_path",
+        fix="leave train.drop_path out",
+    )
+
+
+def _timm(name: str, source: weights.Source, size: int | None, drop_path: float) -> Whole:
     # Networks with position tables need the size when they are created; the others take any.
     extra: dict[str, Any] = {"img_size": size} if size and _takes_img_size(name) else {}
+    if drop_path:
+        if not _takes_drop_path(name):
+            raise _no_drop_path(name)
+        extra["drop_path_rate"] = drop_path
     module: Any
     if source.kind in ("hub", "cache"):
         overlay = {"file": str(source.path)} if source.path else None
@@ -163,6 +184,16 @@ def _takes_img_size(name: str) -> bool:
     except Exception:  # a size that does not fit is still a model that takes one
         return True
     return True
+
+
+@functools.cache
+def _takes_drop_path(name: str) -> bool:
+    with torch.device("meta"):
+        try:
+            module = timm.create_model(name, pretrained=False, drop_path_rate=0.5)
+        except TypeError:
+            return False
+    return any(isinstance(part, timm.layers.DropPath) for part in module.modules())
 
 
 @contextlib.contextmanager

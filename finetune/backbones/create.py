@@ -25,14 +25,18 @@ from finetune.network import Network, Preprocess, Tap
 PHOTO_TAGS = re.compile(r"in1k|in12k|in21k|in22k")  # timm's tags for ImageNet's photographs
 
 
-def load(name: str, weights: str = "auto", size: int | None = None) -> Backbone:
+def load(
+    name: str, weights: str = "auto", size: int | None = None, *, drop_path: float = 0.0
+) -> Backbone:
     """Create the timm or torchvision model `name`, its classifier removed, in eval mode.
 
-    `weights`: see `weights.find`; `size` overrides the input size of the weights (pixels). Raises
+    `weights`: see `weights.find`; `size` overrides the input size of the weights (pixels);
+    `drop_path`: see `architectures.create`. Raises
     `UserError` for an unknown name, weights that cannot be had and sizes that the model cannot
     take.
     """
-    whole = architectures.create(name, weights_home.find(name, weights), size)
+    source = weights_home.find(name, weights)
+    whole = architectures.create(name, source, size, drop_path=drop_path)
     architectures.strip(whole)
     module, source = whole.module, whole.source
     module.eval()

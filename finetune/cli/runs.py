@@ -187,15 +187,16 @@ def recipes_ls() -> None:
 @recipes.command("show")
 @click.argument("name")
 def recipes_show(name: str) -> None:
-    """Show a shipped recipe with its header.
+    """Show a shipped recipe with its header, and the learning rate that it makes.
 
     \b
     Example:
       finetune recipes show digits
     """
-    from finetune import recipe
+    from finetune import policy, recipe
 
     click.echo(recipe.source(name), nl=False)
+    say(policy.schedule_line(recipe.load(name).train.model_dump()))
 
 
 @recipes.command("cp")

@@ -146,7 +146,8 @@ def backbone_of(seen: Look, training: Training, images: int) -> Backbone:
 
     section = seen.recipe.backbone
     origin = "random" if seen.plan.strategy == "scratch" else section.weights
-    own = create.load(seen.named.network.name, origin, training.input_size)
+    name, size = seen.named.network.name, training.input_size
+    own = create.load(name, origin, size, drop_path=training.drop_path)
     frame = "whole" if seen.named.network.preprocess.squash else "crop"
     own = dataclasses.replace(own, network=catalog.framed(own.network, frame))
     count = min(training.batch_size, images)

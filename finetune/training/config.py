@@ -21,6 +21,9 @@ class Training:
     copies of each image whose activations are stored at the freeze boundary. `l2_sp` pulls
     trainable trunk weights to where they started (Li et al. 2018).
 
+    `decay_norms` decays vectors and scalars (norms, biases, tokens), too; `drop_path` is the
+    probability with which the last residual branch is left out in a step.
+
     The head reads `taps`: the pooled end as it is, or several taps side by side, each
     L2-normalised (Head2Toe, Evci et al. 2022). `head_init` probe starts it from a logistic
     regression on them (LP-FT, Kumar et al. 2022), for several taps with the inverse strength
@@ -35,7 +38,7 @@ class Training:
     layer_decay: float = 0.8
     epochs: int = 10
     batch_size: int = 32
-    schedule: str = "cosine"  # cosine | step | linear | constant | rsqrt
+    schedule: str = "cosine"  # one of schedules.SCHEDULES
     warmup: float = 0.1
     weight_decay: float = 1e-4
     label_smoothing: float = 0.0
@@ -52,6 +55,8 @@ class Training:
     norm_moves: bool = False
     taps: tuple[str, ...] = ("pooled",)
     head_strength: float = 10.0
+    decay_norms: bool = False
+    drop_path: float = 0.0
 
     @property
     def normalize(self) -> bool:

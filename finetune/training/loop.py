@@ -31,7 +31,7 @@ from finetune.heads.crossval import Setting
 from finetune.heads.head import Head
 from finetune.network import Tap
 from finetune.progress import Progress
-from finetune.training import checkpoints, optim, speed
+from finetune.training import checkpoints, optim, schedules, speed
 from finetune.training.checkpoints import State, Trainable, copied
 from finetune.training.inputs import (
     STORE_BATCH,
@@ -302,7 +302,7 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
     """Every epoch from `state` on: its steps, the validation, what is kept, the checkpoint."""
     training, groups = job.training, trainable.groups
     steps = math.ceil(len(job.train) / training.batch_size) * training.epochs
-    factor, decay = optim.schedule(training, steps), optim.ema_decay(steps)
+    factor, decay = schedules.factors(training, steps), optim.ema_decay(steps)
     job.log(
         {
             "groups": optim.group_table(groups),
@@ -320,13 +320,14 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
         plan = _order(job, feed, epoch, rng)
         job.backbone.module.train()
         total, ratios = 0.0, dict[str, float | str]()
+        scale = _lowered(job, state)
         for number, (items, x) in enumerate(zip(plan, feed.batches(plan), strict=True), 1):
             targets = nn.functional.one_hot(job.labels(items), len(job.class_weights)).float()
             if training.mixup:
                 share, other = augment.mixing(len(targets), training.mixup, rng)
                 other = other.to(job.device)
                 x, targets = x.mixed(share, other), targets * share + targets[other] * (1 - share)
-            optim.set_rates(groups, factor(state.step))
+            optim.set_rates(groups, scale * factor(state.step))
             before = optim.copies(groups) if number == len(plan) else None
             stats = step(job, feed, trainable, x, targets)
             if not stats.finite:
@@ -368,6 +369,14 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
         checkpoints.save(job, mark, state, trainable)
         if state.stopped:
             break
+
+
+def _lowered(job: Job, state: State) -> float:
+    """By how much a plateau has lowered the learning rates."""
+    if job.training.schedule != "plateau":
+        return 1.0
+    key = "val/loss" if len(job.val) else "train/loss"
+    return schedules.lowered([row[key] for row in state.history])
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""Parameter groups with real learning rates, schedules as plain functions, moving averages, L2-SP
-and the loss."""
+"""Parameter groups with real learning rates, moving averages, L2-SP and the loss."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from finetune.training.config import Training
 
 OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("cosine", "step", "linear", "constant", "rsqrt")
 LONGEST_DECAY = 0.9998  # of a moving average, however many the steps
 
 Group = dict[str, Any]
@@ -30,7 +28,8 @@ def param_groups(backbone: Backbone, head: nn.Module, training: Training) -> lis
 
     The head learns at `training.lr`, a stage at `lr * trunk_lr_scale * layer_decay ** (stages
     between it and the head)`. Vectors, scalars and what the network's `no_weight_decay()` names
-    (tokens, position tables) are not decayed: their group is called `<stage>/no-decay`. With L2-SP,
+    (tokens, position tables) are not decayed unless `training.decay_norms`: their group is called
+    `<stage>/no-decay`. With L2-SP,
     which pulls the trunk to its start, weight decay would pull it to zero as well, so that the
     trunk has none.
     """
@@ -41,10 +40,11 @@ def param_groups(backbone: Backbone, head: nn.Module, training: Training) -> lis
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for key, parameter in backbone.module.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and key not in spared
+            decays = training.decay_norms or (parameter.ndim > 1 and key not in spared)
             members.setdefault((stage_of(key), decays), []).append(parameter)
     for parameter in head.parameters():
-        members.setdefault(("head", parameter.ndim > 1), []).append(parameter)
+        decays = training.decay_norms or parameter.ndim > 1
+        members.setdefault(("head", decays), []).append(parameter)
     groups: list[Group] = []
     for stage in [*(stage.name for stage in backbone.stages), "head"]:
         lr, decay = training.lr, training.weight_decay
@@ -99,39 +99,6 @@ def optimizer(groups: list[Group], training: Training) -> torch.optim.Optimizer:
         where="train.optimizer",
         fix=f"use {' or '.join(OPTIMIZERS)}",
     )
-
-
-def schedule(training: Training, total_steps: int) -> Callable[[int], float]:
-    """The factor on every learning rate at step t = 0, 1, …, T − 1, with T = `total_steps`.
-
-    Over the first W = `round(warmup * T)` steps it rises as (t + 1) / W. After that, with p = (t −
-    W) / (T − W): cosine (1 + cos πp) / 2; linear 1 − p; step 0.1 ** ⌊3p⌋ (a tenth after each
-    third); constant 1; and rsqrt, the inverse square root √(W / (t + 1)) of Vaswani et al. 2017,
-    with W at least 1.
-    """
-    shape = training.schedule
-    if shape not in SCHEDULES:
-        raise UserError(
-            f"no schedule is called {shape!r}",
-            where="train.schedule",
-            fix=f"use {', '.join(SCHEDULES)}",
-        )
-    warm = min(round(training.warmup * total_steps), max(total_steps - 1, 0))
-
-    def factor(t: int) -> float:
-        if t < warm:
-            return (t + 1) / warm
-        p = (t - warm) / max(total_steps - warm, 1)
-        if shape == "cosine":
-            return (1 + math.cos(math.pi * p)) / 2
-        if shape == "linear":
-            return 1 - p
-        if shape == "step":
-            # 1e-9: a third that rounding puts a hair below its edge still counts as reached.
-            return 0.1 ** math.floor(3 * p + 1e-9)
-        return math.sqrt(max(warm, 1) / (t + 1)) if shape == "rsqrt" else 1.0
-
-    return factor
 
 
 def set_rates(groups: Iterable[Group], factor: float) -> None:

@@ -639,3 +639,19 @@ def test_what_freezing_leaves_trainable_is_its_stages_with_their_statistics(coun
 
     keys = {key for stage in found.stages if stage.name in names for key in stage.keys}
     assert keys == set(stages.trainable_tensors(found))
+
+
+def test_drop_path_leaves_branches_out_in_training_and_changes_no_weight() -> None:
+    """The same network with stochastic depth: equal in evaluation, different from step to step in
+    training."""
+    plain, own = create.load("test_vit", "random"), create.load("test_vit", "random", drop_path=0.5)
+    x = torch.rand(2, 3, plain.network.preprocess.size, plain.network.preprocess.size)
+    assert torch.equal(plain.module(x), own.module(x))
+    own.module.train()
+    assert not torch.equal(own.module(x), own.module(x))
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg11"])
+def test_a_network_without_residual_branches_refuses_drop_path(name: str) -> None:
+    with pytest.raises(UserError, match="drop_path"):
+        create.load(name, "random", drop_path=0.1)

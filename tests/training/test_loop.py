@@ -25,7 +25,7 @@ from finetune.data.images import ImageSet
 from finetune.errors import UserError
 from finetune.heads.head import side_by_side
 from finetune.network import Tap
-from finetune.training import checkpoints, loop, optim, probe
+from finetune.training import checkpoints, loop, probe, schedules
 from finetune.training import inputs as feeding
 from finetune.training import partial_forward as tails
 
@@ -282,7 +282,7 @@ def test_rates_and_ratios_are_logged_by_group(data: ImageSet) -> None:
         plan(backbone, head_init="zero", batch_size=64, epochs=3, trunk_lr_scale=0.5),
     )
     ratios = [row["lr/stage5"] / row["lr/head"] for row in result.history]
-    factor = optim.schedule(plan(backbone), 3)
+    factor = schedules.factors(plan(backbone), 3)
 
     assert [0.01 * factor(step) for step in range(3)] == pytest.approx(
         [row["lr/head"] for row in result.history]

@@ -10,16 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
-from torch.optim import lr_scheduler
 
 from finetune.backbones import create as home
 from finetune.backbones import stages
 from finetune.backbones.stages import Backbone
 from finetune.errors import UserError
-from finetune.training import optim
+from finetune.training import optim, schedules
 from finetune.training.config import Training
 
 NAMES = ("test_resnet", "test_efficientnet", "test_convnext", "test_vit")
@@ -139,7 +136,7 @@ def test_group_rates_keep_their_ratios_under_a_schedule(small: Backbone, name: s
     """The rate of every group that the optimizer uses is its own times the factor, at every
     step."""
     groups, _, training = everything(small, optimizer=name, schedule="cosine", warmup=0.2)
-    optimizer, factor = optim.optimizer(groups, training), optim.schedule(training, 10)
+    optimizer, factor = optim.optimizer(groups, training), schedules.factors(training, 10)
     for step in range(10):
         optim.set_rates(optimizer.param_groups, factor(step))
         for group in optimizer.param_groups:
@@ -164,81 +161,10 @@ def test_adamw_steps_as_torchs_default_does() -> None:
 
 
 def test_unknown_names_are_refused(small: Backbone) -> None:
-    """A misspelt optimizer or schedule is named, with those that exist."""
+    """A misspelt optimizer is named, with those that exist."""
     groups, _, training = everything(small)
     with pytest.raises(UserError, match=r"(?s)'adam'.*adamw or sgd"):
         optim.optimizer(groups, dataclasses.replace(training, optimizer="adam"))
-    with pytest.raises(UserError, match=r"(?s)'cosin'.*cosine, step, linear, constant, rsqrt"):
-        optim.schedule(dataclasses.replace(training, schedule="cosin"), 10)
-
-
-# ---------------------------------------------------------------------------------------- schedules
-
-
-def factors(total: int, **changes: Any) -> list[float]:
-    factor = optim.schedule(Training((), **changes), total)
-    return [factor(step) for step in range(total)]
-
-
-def reference(make: Any, steps: int, rate: float = 1.0) -> list[float]:
-    """What a scheduler of torch gives over `steps`."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
-    scheduler = make(optimizer)
-    values = []
-    for _ in range(steps):
-        values.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return values
-
-
-SHAPES = {
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=30),
-    "linear": lambda o: lr_scheduler.LinearLR(o, start_factor=1.0, end_factor=0.0, total_iters=30),
-    "step": lambda o: lr_scheduler.StepLR(o, step_size=10, gamma=0.1),
-    "constant": lambda o: lr_scheduler.ConstantLR(o, factor=1.0),
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_schedules_are_those_of_torch(shape: str) -> None:
-    """Without warm-up, cosine, linear, step and constant are torch's schedulers."""
-    assert reference(SHAPES[shape], 30) == pytest.approx(
-        factors(30, schedule=shape, warmup=0.0), abs=1e-9
-    )
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_warm_up_is_torchs_linear_one(shape: str) -> None:
-    """A quarter of warm-up is LinearLR up to 1, and the schedule then runs over the rest as if it
-    began there."""
-    warm = reference(
-        lambda o: lr_scheduler.LinearLR(o, start_factor=0.1, end_factor=1.0, total_iters=9), 10
-    )
-
-    assert [*warm, *reference(SHAPES[shape], 30)] == pytest.approx(
-        factors(40, schedule=shape, warmup=0.25), abs=1e-9
-    )
-
-
-def test_inverse_square_root_is_the_formula() -> None:
-    """Vaswani et al.: min(s / W, √(W / s)) at step s = t + 1, its peak of 1 at s = W."""
-    expected = [min(s / 10, math.sqrt(10 / s)) for s in range(1, 41)]
-
-    assert expected == pytest.approx(factors(40, schedule="rsqrt", warmup=0.25))
-    assert [math.sqrt(1 / s) for s in range(1, 6)] == pytest.approx(
-        factors(5, schedule="rsqrt", warmup=0.0)
-    )
-
-
-@settings(deadline=None)
-@given(st.sampled_from(optim.SCHEDULES), st.integers(1, 300), st.floats(0, 0.99))
-def test_factors_stay_between_zero_and_one(shape: str, total: int, warmup: float) -> None:
-    """However short a run or long its warm-up, every step has a rate above 0, and none above the
-    planned one."""
-    values = factors(total, schedule=shape, warmup=warmup)
-
-    assert 0 < min(values) <= max(values) <= 1
 
 
 # ------------------------------------------------------------------------------- averages and L2-SP
@@ -358,3 +284,15 @@ def test_a_head_of_zeros_is_warming() -> None:
         parameter.data += 1
 
     assert {"head": "warming", "stage1": pytest.approx(0.5)} == optim.update_ratios(groups, before)
+
+
+def test_decay_spares_norms_and_biases_unless_it_is_asked_for(small: Backbone) -> None:
+    groups, _, _ = everything(small)
+    spared = {group["name"] for group in groups if not group["weight_decay"]}
+    assert all(name.endswith("/no-decay") for name in spared)
+    all_decay, _, _ = everything(small, decay_norms=True)
+    assert [group["name"] for group in all_decay if not group["weight_decay"]] == []
+    counts = [
+        sum(p.numel() for group in own for p in group["params"]) for own in (groups, all_decay)
+    ]
+    assert counts[0] == counts[1]
