@@ -43,9 +43,7 @@ LATER: tuple[str, ...] = (
     ),
     *("train.taps", "train.flip", "policy.ship"),
     *("data.on_conflict", "data.on_leak", "data.on_empty_class"),
-    *("data.on_stray", "data.no_header", "data.folds"),
-    *("data.on_stray", "data.no_header"),
-    "data.labels",
+    *("data.on_stray", "data.no_header", "data.folds", "data.labels"),
 )
 # where things lie: no part of what is asked for
 PLACES = ("data.data", "data.test", "data.image_root", "data.labels", "out")

@@ -34,6 +34,13 @@ from finetune.cli.options import (
     metavar="BELOW",
     help="mark predictions whose probability is below this",
 )
+@click.option(
+    "--unknown",
+    type=click.FloatRange(0, 1),
+    metavar="ABOVE",
+    help="mark images unlike the training images: farther from them than this share of their own "
+    "kind, as in 0.99",
+)
 @running
 @bad_images
 @as_json
@@ -42,6 +49,7 @@ def predict(
     images: tuple[str, ...],
     output: Path | None,
     unsure: float | None,
+    unknown: float | None,
     engine: str | None,
     precision: str | None,
     on_bad_image: str | None,
@@ -50,13 +58,14 @@ def predict(
     """Predict classes and calibrated probabilities of images, or of all images in folders.
 
     One row per image, in the order given, under the name given. The table has the columns path,
-    label (empty), prediction, score, second, second_score, unsure (with --unsure), and p:CLASS for
-    each class, as in predictions.csv of a run.
+    label (empty), prediction, score, second, second_score, unsure (with --unsure), unfamiliar and
+    unknown (with --unknown), and p:CLASS for each class, as in predictions.csv of a run.
 
     \b
     Example:
       finetune predict runs/photos cat.jpg
       finetune predict runs/photos holiday/ -o holiday.csv --unsure 0.6
+      finetune predict runs/photos holiday/ --unknown 0.99
     """
     from finetune.evaluation import predict as home
 
@@ -69,13 +78,15 @@ def predict(
         say=say,
         bar=console.progress,
     )
+    if unknown is not None:
+        home.unfamiliar(run, found)
     if output:
-        home.write_csv(output, found, unsure)
+        home.write_csv(output, found, unsure, unknown)
         click.echo(f"{len(found.images)} predictions written to {names.shown(output)}", err=json_)
     if json_:
-        print_json(home.rows(found, unsure))
+        print_json(home.rows(found, unsure, unknown))
     elif not output:
-        click.echo(home.table(home.rows(found, unsure)))
+        click.echo(home.table(home.rows(found, unsure, unknown)))
 
 
 @click.command(cls=console.Command)
