@@ -171,6 +171,62 @@ def track(run: Path, tracker: str, output: Path | None) -> None:
     click.echo(tracking.track(run, tracker, output))
 
 
+@click.command(cls=console.Command)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("unlabelled", nargs=-1, required=True, type=click.Path())
+@click.option("-n", "--count", type=click.IntRange(min=1), default=50, help="images [50]")
+@click.option(
+    "--method",
+    type=click.Choice(["badge", "margin", "random"]),
+    default="badge",
+    help="unsure and unlike one another (badge), the least sure alone, or by chance [badge]",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="random seed [0]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="write a CSV table to this file"
+)
+@bad_images
+@as_json
+def suggest(
+    run: Path,
+    unlabelled: tuple[str, ...],
+    count: int,
+    method: Any,
+    seed: int,
+    output: Path | None,
+    on_bad_image: str | None,
+    json_: bool,
+) -> None:
+    """Suggest which images to label next: those that a run would learn the most from.
+
+    Images that the run was trained on are left out. The table has an empty column `label` to fill
+    in.
+
+    \b
+    Example:
+      finetune suggest runs/photos unlabelled/ -n 50 -o next.csv
+    """
+    from finetune.evaluation import suggest as home
+
+    found = home.suggest(
+        run,
+        unlabelled,
+        count,
+        method=method,
+        seed=seed,
+        on_bad=on_bad_image or "stop",
+        say=say,
+        bar=console.progress,
+    )
+    if output:
+        home.write_csv(output, found)
+        click.echo(f"{len(found.positions)} images written to {names.shown(output)}", err=json_)
+    if json_:
+        print_json(found.rows())
+    elif not output:
+        click.echo(home.to_text(found))
+
+
 @click.group()
 def recipes() -> None:
     """List, show, copy and validate recipes.

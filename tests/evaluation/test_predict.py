@@ -158,12 +158,12 @@ def test_unknown_adds_two_columns_and_a_mark(fitted: Path, here: Path) -> None:
 
 
 def test_an_image_alone_is_as_unfamiliar_as_beside_others(fitted: Path, here: Path) -> None:
-    """To the bit."""
+    """But for one rank: BLAS rounds by the place of a row."""
     both = predict.predict(fitted, ["a.png", "b.png"]).unfamiliar
     alone = predict.predict(fitted, ["b.png"]).unfamiliar
     assert both is not None and alone is not None  # noqa: PT018 (for the types)
 
-    assert both[1] == alone[0]
+    assert both[1] == pytest.approx(alone[0], abs=0.03)
 
 
 def test_an_old_run_says_what_to_do(here: Path) -> None:
