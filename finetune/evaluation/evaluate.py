@@ -211,9 +211,7 @@ def metrics_text(result: dict[str, Any]) -> str:
         else:
             lines.append(f"{WORDS.get(name, name):<32}{value:.3f}")
     if strange := result["unfamiliar"]:
-        words = f"unlike the training images, > {strange['level']:g}"
-        lines.append(
-            f"{words:<32} {strange['share']:.3f}  (of images like these {1 - strange['level']:.2f} "
-            f"is expected)"
-        )
+        level = strange["level"]
+        words = f"(beyond {level:g}; {1 - level:.2g} is expected of images like them)"
+        lines.append(f"{'unlike the training images':<32}{strange['share']:.3f}  {words}")
     return "\n".join(lines)
