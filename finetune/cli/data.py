@@ -94,6 +94,8 @@ def check(
         raise click.UsageError(f"-o {output}: the page is HTML, as in suspects.html")
     with console.progress("check") as progress:
         found = home.check_data(data, seed=seed, layout=layout(given), progress=progress)
+    if not json_:
+        click.echo(found.to_text())
     doubts = None
     if labels:
         from finetune.report import suspects
@@ -104,10 +106,8 @@ def check(
     if json_:
         told = {"labels": suspects.to_json(doubts)} if doubts else {}
         print_json({**found.to_json(), **told})
-    else:
-        click.echo(found.to_text())
-        if doubts:
-            click.echo(suspects.to_text(doubts))
+    elif doubts:
+        click.echo(suspects.to_text(doubts))
     if doubts and output:
         for path in suspects.write(doubts, output):
             click.echo(f"written to {names.shown(path)}", err=json_)

@@ -15,6 +15,7 @@ of the training images were nearer to others than this image is. It says nothing
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from finetune.heads.head import side_by_side
 Array = NDArray[np.float32]
 Half = NDArray[np.float16]
 Ints = NDArray[np.int64]
+Known = tuple[Array, Array]
 
 FILE = "familiar.safetensors"
 LEVEL = 0.99  # the percentile above which an image counts as unlike, where none is said
@@ -53,12 +55,17 @@ class Space:
     scales: Array
     rest: float
 
+    @functools.cached_property
+    def _wide(self) -> Array:
+        """The components as they are multiplied with: made once, not at every prediction."""
+        return np.ascontiguousarray(self.components.T, dtype=np.float32)
+
     def project(self, x: Array) -> tuple[Array, Array]:
         """Whitened coordinates `(n, r)`, and the squared distance `(n,)` from the components."""
         centred = x - self.mean
-        z = centred @ self.components.T.astype(np.float32)
+        z = centred @ self._wide
         outside = np.einsum("ij,ij->i", centred, centred) - np.einsum("ij,ij->i", z, z)
-        return z / self.scales, np.maximum(outside, 0) / self.rest
+        return np.asarray(z / self.scales, np.float32), np.maximum(outside, 0) / self.rest
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +81,11 @@ class Familiarity:
     def distance(self, blocks: Sequence[NDArray[Any]]) -> Array:
         """Squared distances `(n,)` of images to their nearest training image; `blocks` are their
         features as for the head."""
-        return _distances(self.space, self.rows, side_by_side(blocks, self.normalize))
+        return _distances(self.space, self._known, side_by_side(blocks, self.normalize))
+
+    @functools.cached_property
+    def _known(self) -> Known:
+        return _widened(self.rows)
 
     def percentile(self, blocks: Sequence[NDArray[Any]]) -> Array:
         """The share of the training images that are nearer to others than each image is to them,
@@ -112,7 +123,7 @@ def fit(
 def _held_out(x: Array, held: NDArray[np.bool_], random: np.random.Generator) -> Array:
     """Distances of the rows held out to the others, in the space of these."""
     space = _space(x[~held], random)
-    return _distances(space, _rows(space, x[~held]), x[held])
+    return _distances(space, _widened(_rows(space, x[~held])), x[held])
 
 
 def _space(x: Array, random: np.random.Generator) -> Space:
@@ -141,10 +152,15 @@ def _rows(space: Space, x: Array) -> Half:
     ).astype(np.float16)
 
 
-def _distances(space: Space, rows: Half, x: Array) -> Array:
-    """Squared distances `(n,)` of `x` to the `NEAREST`-th of the rows."""
+def _widened(rows: Half) -> Known:
+    """Rows as they are compared with, and their squared lengths."""
     base = rows.astype(np.float32)
-    squares = np.einsum("ij,ij->i", base, base)
+    return base, np.einsum("ij,ij->i", base, base)
+
+
+def _distances(space: Space, known: Known, x: Array) -> Array:
+    """Squared distances `(n,)` of `x` to the `NEAREST`-th of the known rows."""
+    base, squares = known
     k = min(NEAREST, len(base))
     found = np.empty(len(x), dtype=np.float32)
     for low in range(0, len(x), BLOCK):
