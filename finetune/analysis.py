@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from finetune import policy, recipe, similarity
 from finetune.backbones import catalog
 from finetune.backbones.catalog import Named
-from finetune.data import images, omissions, splits
+from finetune.data import corrections, images, omissions, splits
 from finetune.data.faults import some
 from finetune.data.images import ImageSet
 from finetune.data.splits import MIN_VAL
@@ -106,9 +106,11 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
         found = images.all_for_training(found)
     given = set() if found.split is None else set(found.split.tolist())
     found, ids = digests(found, store, about.on_bad_image)
+    if about.labels is not None:
+        found = corrections.apply(found, ids, about.labels)
     found, ids = omissions.apply(found, ids, rules)
     shares = (about.test_share, about.validation_share) if tested else (0.0, 0.0)
-    found = images.make_splits(found, ids, seed=about.seed, test=shares[0], val=shares[1])
+    found = _divided(found, ids, about.seed, shares)
     short: list[str] = []
     if about.shots is not None:
         short = short_classes(about.shots, images.class_counts(found, "train"))
@@ -122,7 +124,7 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
     )
     say(f"images     {len(found)} in {len(found.classes)} classes: {counts}")
     sizes = {name: int((found.split == name).sum()) for name in splits.SPLITS}
-    for line in (*short, *of_parts(settings, given, sizes)):
+    for line in (*short, *of_parts(settings, given, sizes), *of_labels(settings, found)):
         say(line)
     if not tested and about.folds is None:
         say(
@@ -139,6 +141,19 @@ def scan(settings: Recipe, store: Store, say: Say) -> tuple[ImageSet, Digests]:
     if seen_before := omissions.leaks(found, ids):
         say(f"           {seen_before}; --on-leak skip leaves the copies out of the training")
     return found, ids
+
+
+def _divided(found: ImageSet, ids: Digests, seed: int, shares: tuple[float, float]) -> ImageSet:
+    """The images with their parts, which corrected labels do not change: nothing that was tested on
+    is trained on thereby."""
+    by = found
+    if found.corrections and not images.two_labels(found, ids):
+        by = corrections.as_given(found, ids)
+    by = images.make_splits(by, ids, seed=seed, test=shares[0], val=shares[1])
+    found = dataclasses.replace(found, split=by.split)
+    if found.corrections:
+        images.check_parts(found, tested=bool(shares[0]))
+    return found
 
 
 def digests(pictures: ImageSet, store: Store, on_bad: str) -> tuple[ImageSet, Digests]:
@@ -468,6 +483,23 @@ def of_parts(settings: Recipe, given: Collection[str], made: Mapping[str, int]) 
                 f"so that all train and cross-validation selects"
             )
     return [f"not used   {line}" for line in lines]
+
+
+def of_labels(settings: Recipe, found: ImageSet) -> list[str]:
+    """Lines about corrected labels: how many, and in which part."""
+    if settings.data.labels is None:
+        return []
+    counts = corrections.changed(found)
+    words = ", ".join(
+        f"{counts[part]} {word}"
+        for part, word in (("train", "training"), ("val", "validation"), ("test", "test"))
+    )
+    lines = [f"labels     {sum(counts.values())} corrected by {settings.data.labels}: {words}"]
+    if counts["test"]:
+        lines.append(
+            "           labels of test images are changed, too: the accuracy is told for both"
+        )
+    return lines
 
 
 def short_classes(shots: int, counts: Mapping[str, int]) -> list[str]:

@@ -26,8 +26,9 @@ from finetune.data import loose
 from finetune.data.images import Fault, ImageSet, check_on_bad
 from finetune.data.loose import Picture
 from finetune.errors import UserError
-from finetune.features import engine, extraction
+from finetune.features import engine, extraction, familiarity
 from finetune.features.engine import Runner
+from finetune.features.familiarity import Familiarity
 from finetune.heads.head import AnyHead, Array, Head, KernelHead, softmax
 from finetune.names import shown
 from finetune.network import Network, Tap
@@ -45,13 +46,16 @@ class Predictions:
     each.
 
     `faults` are the images that could not be read and were skipped, by the same names: rows and
-    faults together are as many as the images that were asked for.
+    faults together are as many as the images that were asked for. `unfamiliar` `(n,)` in [0, 1]
+    says how unlike the training images each one is: above 0.99, say, are images farther from them
+    than 99 % of their own kind (`familiarity`); None where the run does not know.
     """
 
     images: ImageSet
     classes: tuple[str, ...]
     probabilities: Array
     faults: tuple[Fault, ...]
+    unfamiliar: Array | None = None
 
     @property
     def best(self) -> NDArray[np.int64]:
@@ -64,7 +68,8 @@ class Classifier:
     """A frozen network and the head that reads it. `load` gives the torch backbone where it must be
     converted.
 
-    `views` are averaged: the scores of an image are the mean over them.
+    `views` are averaged: the scores of an image are the mean over them. `known` tells how unlike
+    the training images an image is.
 
     The network is opened by the first prediction and held for the next ones. `close` lets it go,
     and so does the end of `with finetune.load(run) as model:`; a later prediction opens it again.
@@ -78,6 +83,7 @@ class Classifier:
     engine: str = "auto"
     precision: str = "auto"
     views: tuple[str, ...] = ("",)
+    known: Familiarity | None = dataclasses.field(default=None, repr=False, compare=False)
     _runners: list[Runner] = dataclasses.field(
         default_factory=list, init=False, repr=False, compare=False
     )
@@ -131,6 +137,7 @@ class Classifier:
         todo = list(first.values())
         faults: dict[int, Fault] = {}
         total = np.zeros((len(images), len(self.classes)), dtype=np.float32)
+        strange = np.zeros((len(images), 1), dtype=np.float32)
         with self._lock:
             for view in self.views:
                 stream = extraction.stream(
@@ -138,7 +145,9 @@ class Classifier:
                 )
                 with contextlib.closing(stream):  # an error below ends the decoding, too
                     for positions, blocks in _gathered(stream, SCORED):
-                        total[positions] += self._scores(blocks)
+                        total[positions] += _alike(self.head.scores, blocks)
+                        if self.known is not None and view == self.views[0]:
+                            strange[positions] = _alike(self._strangeness, blocks)
         if faults and on_bad == "stop":
             extraction.refuse(list(faults.values()), images.name)
         keep = np.array([i for i, at in enumerate(same) if int(at) not in faults], dtype=np.int64)
@@ -149,6 +158,7 @@ class Classifier:
             self.classes,
             probabilities,
             tuple(faults[int(at)] for at in same if int(at) in faults),
+            None if self.known is None else strange[same[keep], 0],
         )
 
     def _opened(self) -> Runner:
@@ -158,19 +168,35 @@ class Classifier:
             self._runners.append(engine.open_runner(self.network, self.head.taps, self.load, **how))
         return self._runners[0]
 
-    def _scores(self, blocks: Sequence[Array]) -> Array:
-        # Always as many rows: BLAS may sum in another order for another number of them, and one
-        # image alone must get the same bits as in a batch.
-        count = len(blocks[0])
-        full = [
-            np.concatenate([block, np.repeat(block[-1:], -count % SCORED, axis=0)])
-            for block in blocks
-        ]
-        parts = [
-            self.head.scores([block[i : i + SCORED] for block in full])
-            for i in range(0, count, SCORED)
-        ]
-        return np.concatenate(parts)[:count]
+    def _strangeness(self, blocks: Sequence[Array]) -> Array:
+        assert self.known is not None
+        return self.known.percentile(blocks)[:, None]
+
+
+def _alike(judge: Callable[[Sequence[Array]], Array], blocks: Sequence[Array]) -> Array:
+    """What `judge` says of the rows of `blocks`, always of as many at once: BLAS may sum in another
+    order for another number of them, and one image alone must get the same bits as in a batch."""
+    count = len(blocks[0])
+    full = [
+        np.concatenate([block, np.repeat(block[-1:], -count % SCORED, axis=0)]) for block in blocks
+    ]
+    parts = [judge([block[i : i + SCORED] for block in full]) for i in range(0, count, SCORED)]
+    return np.concatenate(parts)[:count]
+
+
+def remember(
+    model: Classifier, images: ImageSet, groups: NDArray[np.int64], *, seed: int, most: int = 1000
+) -> Classifier:
+    """The classifier with `known` filled in from at most `most` of its training `images`, which are
+    read through its own network."""
+    chosen = np.sort(np.random.default_rng([seed, 5]).permutation(len(images))[:most])
+    faults: dict[int, Fault] = {}
+    stream = extraction.stream(images, chosen, model.network, model._opened, faults)
+    with contextlib.closing(stream):
+        positions, blocks = extraction.joined(list(stream))
+    known = familiarity.fit(blocks, groups[positions], normalize=model.head.normalize, seed=seed)
+    model.close()
+    return dataclasses.replace(model, known=known)
 
 
 def _gathered(stream: Iterable[extraction.Batch], rows: int) -> Iterator[extraction.Batch]:
@@ -215,6 +241,8 @@ def save(folder: Path, classifier: Classifier, extra: dict[str, Any] | None = No
         name: np.ascontiguousarray(array, dtype=np.float32) for name, array in head.arrays().items()
     }
     files.write_bytes(folder / "head.safetensors", to_bytes(arrays, about))
+    if classifier.known is not None:
+        familiarity.save(folder, classifier.known)
     pre = classifier.network.preprocess
     files.write_json(
         folder / "config.json",
@@ -269,7 +297,9 @@ def load(
             fix="fit again with --force",
         ) from error
     head = _read_head(folder / "head.safetensors")
-    _check(head, sum(network.width(tap) for tap in head.taps), folder / "head.safetensors")
+    width = sum(network.width(tap) for tap in head.taps)
+    _check(head, width, folder / "head.safetensors")
+    known = familiarity.load(folder, width)
     if engine_name is None and used == "openvino" and not device.has_openvino():
         files.note(
             f"{shown(folder)}: was made with openvino, which is not installed here; torch runs it "
@@ -289,7 +319,7 @@ def load(
             )
         return dataclasses.replace(own, network=network)
 
-    return Classifier(network, head, load_backbone, used, bits, views)
+    return Classifier(network, head, load_backbone, used, bits, views, known)
 
 
 def _read_head(path: Path) -> AnyHead:

@@ -336,6 +336,13 @@ def _fit(settings: Recipe, store: Store, force: bool, wait: Wait, say: Say, bar:
         fitted = _fitted(seen, folder, say, bar)
         written = publish.publish(folder, seen, fitted, began, bar, repeated)
     say(f"judge      {model_selection.short(written)}; {seen.seconds['all']:.1f} s in all")
+    if before := written.get("test/top1_as_given"):
+        count = written["test/labels_changed"]
+        say(
+            f"           {count} test label{'s were' if count > 1 else ' was'} corrected: accuracy "
+            f"{before['value']:.1%} with the labels as given, {written['test/top1']['value']:.1%} "
+            f"as corrected"
+        )
     return outcome(folder.path)
 
 

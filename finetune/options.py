@@ -31,6 +31,7 @@ OPTIONS = {  # options of the commands and of `fit`, and the recipe's keys behin
     "group_column": "data.group_column",
     "image_root": "data.image_root",
     "no_header": "data.no_header",
+    "labels": "data.labels",
     "backbone": "backbone.names",
     "weights": "backbone.weights",
     "engine": "backbone.engine",
@@ -49,7 +50,7 @@ OF_EXTRACT = (
 OTHERS = ("recipe", "assignments", "force", "say", "bar")  # of the functions, beside the options
 LISTS = ("backbone", "taps")  # written a,b
 # their bytes may be no text: recipes spell them (`names.spelled`)
-PATHS = ("test", "weights", "out", "image_root")
+PATHS = ("test", "weights", "out", "image_root", "labels")
 
 # --------------------------------------------------------------------------------------- the recipe
 

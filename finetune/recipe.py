@@ -43,10 +43,10 @@ LATER: tuple[str, ...] = (
     ),
     *("train.taps", "train.flip", "train.decay_norms", "train.drop_path", "policy.ship"),
     *("data.on_conflict", "data.on_leak", "data.on_empty_class"),
-    *("data.on_stray", "data.no_header", "data.folds"),
+    *("data.on_stray", "data.no_header", "data.folds", "data.labels"),
 )
 # where things lie: no part of what is asked for
-PLACES = ("data.data", "data.test", "data.image_root", "out")
+PLACES = ("data.data", "data.test", "data.image_root", "data.labels", "out")
 
 
 def _one_or_more(value: object) -> object:
@@ -160,6 +160,11 @@ class Data(Section):
     no_header: bool = Field(
         default=False,
         description="true where the first line of a table is a row: its columns are called 1, 2 …",
+    )
+    labels: Text | None = Field(
+        default=None,
+        description="a table of corrected labels, path,given,corrected, as `finetune check "
+        "--labels` prepares it; null: none",
     )
 
 

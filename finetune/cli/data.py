@@ -59,23 +59,58 @@ def extract(data: str, output: Path, **given: Any) -> None:
     default=0,
     help="random seed of the split that is checked [0]",
 )
+@click.option(
+    "--labels",
+    is_flag=True,
+    help="list the images whose label a model doubts that had not seen them",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="with --labels: write them to this page, and to a CSV table to correct beside it",
+)
 @columns
 @as_json
-def check(data: str, seed: int, json_: bool, **given: Any) -> None:
+def check(
+    data: str, seed: int, labels: bool, output: Path | None, json_: bool, **given: Any
+) -> None:
     """Check the images for unreadable files, duplicates, leakage and imbalance.
+
+    With --labels, also look for wrong labels: confident learning on out-of-fold probabilities of
+    the SVM. Correct the column `corrected` of the table that -o writes beside its page, and give it
+    to `finetune fit --labels`.
 
     \b
     Example:
       finetune check photos/
+      finetune check photos/ --labels -o suspects.html
     """
     from finetune.data import checks as home
 
+    if output is not None and not labels:
+        raise click.UsageError("-o is for --labels")
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise click.UsageError(f"-o {output}: the page is HTML, as in suspects.html")
     with console.progress("check") as progress:
         found = home.check_data(data, seed=seed, layout=layout(given), progress=progress)
-    if json_:
-        print_json(found.to_json())
-    else:
+    if not json_:
         click.echo(found.to_text())
+    doubts = None
+    if labels:
+        from finetune.report import suspects
+
+        doubts = suspects.examine(
+            data, seed=seed, layout=layout(given), say=say, bar=console.progress
+        )
+    if json_:
+        told = {"labels": suspects.to_json(doubts)} if doubts else {}
+        print_json({**found.to_json(), **told})
+    elif doubts:
+        click.echo(suspects.to_text(doubts))
+    if doubts and output:
+        for path in suspects.write(doubts, output):
+            click.echo(f"written to {names.shown(path)}", err=json_)
     if found.faults:
         raise SystemExit(1)
 

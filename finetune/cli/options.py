@@ -126,6 +126,11 @@ looking = options(
         metavar="DIR|none",
         help="test on these images instead of a part of DATA; none: train on all of it",
     ),
+    click.option(
+        "--labels",
+        metavar="CSV",
+        help="correct labels by this table, which `finetune check --labels` prepares",
+    ),
     network,
     at_fault,
     click.option(

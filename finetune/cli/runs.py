@@ -34,6 +34,13 @@ from finetune.cli.options import (
     metavar="BELOW",
     help="mark predictions whose probability is below this",
 )
+@click.option(
+    "--unknown",
+    type=click.FloatRange(0, 1),
+    metavar="ABOVE",
+    help="mark images unlike the training images: farther from them than this share of their own "
+    "kind, as in 0.99",
+)
 @running
 @bad_images
 @as_json
@@ -42,6 +49,7 @@ def predict(
     images: tuple[str, ...],
     output: Path | None,
     unsure: float | None,
+    unknown: float | None,
     engine: str | None,
     precision: str | None,
     on_bad_image: str | None,
@@ -50,13 +58,14 @@ def predict(
     """Predict classes and calibrated probabilities of images, or of all images in folders.
 
     One row per image, in the order given, under the name given. The table has the columns path,
-    label (empty), prediction, score, second, second_score, unsure (with --unsure), and p:CLASS for
-    each class, as in predictions.csv of a run.
+    label (empty), prediction, score, second, second_score, unsure (with --unsure), unfamiliar and
+    unknown (with --unknown), and p:CLASS for each class, as in predictions.csv of a run.
 
     \b
     Example:
       finetune predict runs/photos cat.jpg
       finetune predict runs/photos holiday/ -o holiday.csv --unsure 0.6
+      finetune predict runs/photos holiday/ --unknown 0.99
     """
     from finetune.evaluation import predict as home
 
@@ -69,13 +78,15 @@ def predict(
         say=say,
         bar=console.progress,
     )
+    if unknown is not None:
+        home.unfamiliar(run, found)
     if output:
-        home.write_csv(output, found, unsure)
+        home.write_csv(output, found, unsure, unknown)
         click.echo(f"{len(found.images)} predictions written to {names.shown(output)}", err=json_)
     if json_:
-        print_json(home.rows(found, unsure))
+        print_json(home.rows(found, unsure, unknown))
     elif not output:
-        click.echo(home.table(home.rows(found, unsure)))
+        click.echo(home.table(home.rows(found, unsure, unknown)))
 
 
 @click.command(cls=console.Command)
@@ -158,6 +169,62 @@ def track(run: Path, tracker: str, output: Path | None) -> None:
     from finetune.report import tracking
 
     click.echo(tracking.track(run, tracker, output))
+
+
+@click.command(cls=console.Command)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("unlabelled", nargs=-1, required=True, type=click.Path())
+@click.option("-n", "--count", type=click.IntRange(min=1), default=50, help="images [50]")
+@click.option(
+    "--method",
+    type=click.Choice(["badge", "margin", "random"]),
+    default="badge",
+    help="unsure and unlike one another (badge), the least sure alone, or by chance [badge]",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="random seed [0]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="write a CSV table to this file"
+)
+@bad_images
+@as_json
+def suggest(
+    run: Path,
+    unlabelled: tuple[str, ...],
+    count: int,
+    method: Any,
+    seed: int,
+    output: Path | None,
+    on_bad_image: str | None,
+    json_: bool,
+) -> None:
+    """Suggest which images to label next: those that a run would learn the most from.
+
+    Images that the run was trained on are left out. The table has an empty column `label` to fill
+    in.
+
+    \b
+    Example:
+      finetune suggest runs/photos unlabelled/ -n 50 -o next.csv
+    """
+    from finetune.evaluation import suggest as home
+
+    found = home.suggest(
+        run,
+        unlabelled,
+        count,
+        method=method,
+        seed=seed,
+        on_bad=on_bad_image or "stop",
+        say=say,
+        bar=console.progress,
+    )
+    if output:
+        home.write_csv(output, found)
+        click.echo(f"{len(found.positions)} images written to {names.shown(output)}", err=json_)
+    if json_:
+        print_json(found.rows())
+    elif not output:
+        click.echo(home.to_text(found))
 
 
 @click.group()

@@ -72,7 +72,7 @@ class Table:
 
 def read(path: Path, layout: Layout = Layout(), rules: Rules = STOP) -> Table:  # noqa: B008 (frozen)
     """Read and check a table; raises `UserError` that names the line or the column."""
-    header, lines = _lines(path, layout.header)
+    header, lines = read_lines(path, layout.header)
     columns.refuse_twins(path, header)
     whole, gone = _of_one_width(path, header, lines, rules)
     chosen = columns.choose(path, header, whole, layout)
@@ -106,7 +106,7 @@ def read(path: Path, layout: Layout = Layout(), rules: Rules = STOP) -> Table:  
 # ---------------------------------------------------------------------------------- lines and cells
 
 
-def _lines(path: Path, has_header: bool) -> tuple[list[str], Rows]:
+def read_lines(path: Path, has_header: bool = True) -> tuple[list[str], Rows]:
     """The header, and (line number, values) of every row that is not blank. A row that goes over
     several lines has the number of its first."""
     start, lines = 1, list[tuple[int, list[str]]]()

@@ -45,6 +45,15 @@ WHAT_IS_READ = (
 )
 
 
+@dataclass(frozen=True)
+class Correction:
+    """A label that a table corrected: the image's path, its class before, and now."""
+
+    path: str
+    given: str
+    corrected: str
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images with one label each; `labels` (n,) index `classes`, -1 means unlabelled.
@@ -54,7 +63,8 @@ class ImageSet:
     None where not known. `source` makes the bytes of a named set. What lies there and is not among
     the images: `left_out` by a rule, each with its reason; `ignored` are files in class folders
     that no image extension announces, and folders of results, which end with a slash; `aside` is
-    hidden or stands beside the class folders. `notes` are lines to be told.
+    hidden or stands beside the class folders. `notes` are lines to be told; `corrections` say which
+    labels are not those that were given.
     """
 
     name: str
@@ -68,6 +78,7 @@ class ImageSet:
     aside: tuple[str, ...] = ()
     left_out: tuple[Fault, ...] = ()
     notes: tuple[str, ...] = ()
+    corrections: tuple[Correction, ...] = ()
     source: Callable[[str], bytes] | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:

@@ -31,7 +31,8 @@ class Ensemble:
 
     `predict` answers as that of a `Classifier` does: probabilities are the softmax of the weighted
     mean of the members' log-probabilities, a geometric mean. Each member is calibrated by its own
-    temperature already.
+    temperature already. How unfamiliar an image is, the features of the member `svm` say, which
+    are those of the frozen network.
     """
 
     members: dict[str, Classifier]
@@ -65,6 +66,7 @@ class Ensemble:
         if not isinstance(images, ImageSet):
             images = loose.load(images, on_bad=on_bad)
         total: Any = 0.0
+        strange = None
         for k, (name, member) in enumerate(self.members.items()):
             found = member.predict(
                 images, on_bad=on_bad, progress=_part(progress, k, len(self.members))
@@ -72,7 +74,11 @@ class Ensemble:
             total = total + self.weights[name] * np.log(
                 np.maximum(found.probabilities.astype(np.float64), 1e-30)
             )
-        return dataclasses.replace(found, probabilities=classifier.softmax(total))
+            if name == "svm" or strange is None:
+                strange = found.unfamiliar if found.unfamiliar is not None else strange
+        return dataclasses.replace(
+            found, probabilities=classifier.softmax(total), unfamiliar=strange
+        )
 
 
 def _part(progress: Progress | None, k: int, count: int) -> Progress | None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from finetune import files, metrics
+from finetune.classifier import Predictions
 from finetune.data import images, omissions
 from finetune.data.columns import Layout
 from finetune.data.faults import STOP, Rules, some
@@ -22,6 +23,7 @@ from finetune.data.images import ImageSet
 from finetune.errors import UserError
 from finetune.evaluation.ensemble import open_run
 from finetune.evaluation.predict import say_faults
+from finetune.features import familiarity
 from finetune.files import Digests
 from finetune.names import shown
 from finetune.progress import Bar, Say, no_bar, quiet
@@ -76,7 +78,7 @@ def evaluate(
     left out, and what flatters. The counts: `n` images were judged, `left_out` could not be read,
     `left_out_by_rules` are images and rows that a rule left out, `trained_on` are those that were
     among the images (None where the run does not record it), `ignored` are files that are no images
-    by their names.
+    by their names. `unfamiliar` is the share of images that are unlike the training images.
     """
     if seen not in SEEN:
         raise UserError(
@@ -123,11 +125,21 @@ def evaluate(
         "trained_on": known,
         "seen": seen,
         "ignored": len(source.ignored),
+        "unfamiliar": _unfamiliar(found),
         "metrics": {
             name: value.to_json() if isinstance(value, metrics.Estimate) else value
             for name, value in judged.items()
         },
     }
+
+
+def _unfamiliar(found: Predictions) -> dict[str, float] | None:
+    """The share of the images that `predict --unknown` would mark at the usual level; None where
+    the run does not know."""
+    if found.unfamiliar is None:
+        return None
+    share = float((found.unfamiliar > familiarity.LEVEL).mean())
+    return {"level": familiarity.LEVEL, "share": share}
 
 
 def _unseen(
@@ -198,4 +210,8 @@ def metrics_text(result: dict[str, Any]) -> str:
             )
         else:
             lines.append(f"{WORDS.get(name, name):<32}{value:.3f}")
+    if strange := result["unfamiliar"]:
+        level = strange["level"]
+        words = f"(beyond {level:g}; {1 - level:.2g} is expected of images like them)"
+        lines.append(f"{'unlike the training images':<32}{strange['share']:.3f}  {words}")
     return "\n".join(lines)

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune import classifier
 from finetune.analysis import Look
 from finetune.backbones import catalog
 from finetune.classifier import Classifier
 from finetune.evaluation import contenders, model_selection
 from finetune.evaluation.contenders import Choice, Contender, Selection
 from finetune.evaluation.ensemble import AnyModel, Ensemble
+from finetune.features import familiarity
 from finetune.heads import svm
 from finetune.heads.crossval import Kernel
 from finetune.heads.head import AnyHead, Head
@@ -237,8 +239,15 @@ def finish(
     both, (used, bits) = seen.part("train", "val"), seen.how
     with clock(seen.seconds, "refit"):
         head = svm.refit(base, seen.blocks(both), seen.images.labels[both])
+    with clock(seen.seconds, "familiar"):
+        known = familiarity.fit(
+            [seen.features.blocks[tap][both] for tap in head.taps],
+            seen.groups[both],
+            normalize=head.normalize,
+            seed=seen.recipe.data.seed,
+        )
     models: dict[str, AnyModel] = {
-        "svm": Classifier(seen.named.network, head, seen.named.load, used, bits)
+        "svm": Classifier(seen.named.network, head, seen.named.load, used, bits, known=known)
     }
     refitted: tuple[str, ...] = ("svm",)
     kind = choice.winner.kind if choice else "svm"
@@ -261,9 +270,13 @@ def finish(
         tuned = dataclasses.replace(
             tuned, head=dataclasses.replace(tuned.head, temperature=temperature)
         )
-        models["fine-tuned"] = Classifier(
-            tuned.backbone.network, tuned.head, _held(tuned.backbone), used, bits
-        )
+        moved = Classifier(tuned.backbone.network, tuned.head, _held(tuned.backbone), used, bits)
+        if kind == "fine-tuned":  # no frozen network is at hand then, whose features would do
+            with clock(seen.seconds, "familiar"):
+                moved = classifier.remember(
+                    moved, seen.images.subset(both), seen.groups[both], seed=seen.recipe.data.seed
+                )
+        models["fine-tuned"] = moved
         weights = next(one.members for one in choice.contenders if one.kind == "average")
         members = {name: model for name, model in models.items() if isinstance(model, Classifier)}
         models["average"] = Ensemble(members, weights)

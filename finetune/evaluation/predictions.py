@@ -1,8 +1,9 @@
 """The table of predictions, whoever writes it: one order of columns, one way of quoting, names as
 `names.shown` shows them.
 
-The columns are `path,label,prediction,score`, then `second,second_score,unsure` where they were
-asked for, then a column `p:CLASS` a class, in the order of the classes.
+The columns are `path,label,prediction,score`, then `second,second_score,unsure` and
+`unfamiliar,unknown` where they were asked for, then a column `p:CLASS` a class, in the order of the
+classes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from finetune.names import meant, shown
 
 FIRST = ("path", "label", "prediction", "score")
 # after those, before the probabilities
-SECOND, SECOND_SCORE, UNSURE = EXTRA = ("second", "second_score", "unsure")
+SECOND, SECOND_SCORE, UNSURE, UNFAMILIAR, UNKNOWN = EXTRA = (
+    *("second", "second_score", "unsure"),
+    *("unfamiliar", "unknown"),
+)
 # begins the name of a probability's column, so that a class called `path` collides with nothing
 PROBABILITY = "p:"
 
@@ -45,22 +49,28 @@ def write_predictions(
     *,
     runner_up: bool = False,
     unsure: float | None = None,
+    unfamiliar: NDArray[Any] | None = None,
+    unknown: float = 1.0,
 ) -> None:
     """Write `path,label,prediction,score,p:<class>,…`, a row an image.
 
     The prediction is the first class of the largest probability, the score that probability.
     `runner_up` adds the columns `second` and `second_score`, `unsure` the column `unsure`: `yes`
-    where the score is below it, else `no`.
+    where the score is below it, else `no`. `unfamiliar` `(n,)` adds the columns `unfamiliar` and
+    `unknown`: `yes` where it is above the level `unknown`, else `no`.
     """
     extra = [SECOND, SECOND_SCORE] * runner_up + [UNSURE] * (unsure is not None)
+    extra += [] if unfamiliar is None else [UNFAMILIAR, UNKNOWN]
+    strange = [None] * len(paths) if unfamiliar is None else unfamiliar.tolist()
 
     def rows() -> Iterator[list[object]]:
-        for name, label, row, (best, *others) in zip(
-            paths, labels, probabilities, ranked(probabilities), strict=True
+        for name, label, row, (best, *others), value in zip(
+            paths, labels, probabilities, ranked(probabilities), strange, strict=True
         ):
             second = [classes[others[0]], row[others[0]]] if runner_up else []
             doubt = [] if unsure is None else ["yes" if row[best] < unsure else "no"]
-            yield [shown(name), label, classes[best], row[best], *second, *doubt, *row]
+            far = [] if value is None else [value, "yes" if value > unknown else "no"]
+            yield [shown(name), label, classes[best], row[best], *second, *doubt, *far, *row]
 
     write_csv(path, [*FIRST, *extra, *(f"{PROBABILITY}{name}" for name in classes)], rows())
 

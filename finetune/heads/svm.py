@@ -23,6 +23,7 @@ from finetune.heads.crossval import (
     assign_folds,
     class_weights,
     subset,
+    take,
     with_ones,
 )
 from finetune.heads.head import AnyHead, Head, KernelHead, rbf, side_by_side
@@ -156,6 +157,18 @@ def refit(result: SvmResult, blocks: Blocks, y: Array) -> AnyHead:
     winner = result.candidates[0]
     setting = Setting(winner.taps, winner.kernel, winner.gamma)
     return fit_head(blocks, labels, head.classes, setting, winner.C, weights, head.temperature)
+
+
+def unseen(result: SvmResult, blocks: Blocks, y: Array) -> NDArray[np.float32]:
+    """Scores `(n, C)` of every row by a machine that had not seen it: those out of fold and, of
+    rows outside the subset that chose, those of the winner fitted on that subset."""
+    scores = np.array(result.oof_scores)
+    rest = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    if len(rest):
+        known = np.setdiff1d(np.arange(len(y)), rest)
+        head = refit(result, {tap: take(block, known) for tap, block in blocks.items()}, y[known])
+        scores[rest] = head.scores([take(blocks[tap], rest) for tap in head.taps])
+    return scores
 
 
 def quick(blocks: Blocks, y: Array, *, groups: Array | None = None, seed: int = 0) -> Trial | None:

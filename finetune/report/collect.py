@@ -15,9 +15,10 @@ import numpy as np
 from finetune import metrics, policy, similarity
 from finetune.analysis import Look
 from finetune.classifier import Classifier, Predictions
-from finetune.data import decode, omissions
+from finetune.data import corrections, decode, omissions
 from finetune.data.images import ImageSet
 from finetune.errors import UserError
+from finetune.evaluation import suspects
 from finetune.evaluation.fitting import Fitted, shipped_name
 from finetune.evaluation.judgement import Judgement
 from finetune.heads.svm import SvmResult
@@ -28,6 +29,7 @@ from finetune.report.render import (
     Contender,
     Curve,
     Distance,
+    Doubt,
     Matrix,
     Mistake,
     ReportData,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from finetune.training.loop import TrainResult
 
 MISTAKES = 12  # pictures of the worst mistakes
+DOUBTS = 12  # pictures of labels that are doubted
 THUMBNAIL = 128  # pixels, the long side
 CANDIDATES = 12  # rows of the SVM's comparison
 
@@ -56,6 +59,7 @@ def collect(
     found, classes = judged.found, seen.images.classes
     nothing = np.zeros((len(classes), len(classes)), dtype=np.int64)
     train = seen.images.labels[seen.part("train")]
+    doubts, doubted = _doubts(seen, baseline)
     return ReportData(
         title=shown(seen.images.name),
         made=datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -81,6 +85,8 @@ def collect(
         best_epoch=training.best_epoch if training else None,
         diagnosis=_diagnosis(training.history, training.best_epoch) if training else (),
         mistakes=_mistakes(found) if found else (),
+        doubts=doubts,
+        doubted=doubted,
         facts=_facts(seen, fitted),
         test_evaluations=int(judged.part == "test"),
         judged_on=judged.on,
@@ -265,6 +271,31 @@ def _mistakes(found: Predictions) -> tuple[Mistake, ...]:
     )
 
 
+def _doubts(seen: Look, baseline: SvmResult) -> tuple[tuple[Doubt, ...], str]:
+    """The labels of training and validation images that the SVM doubts the most, and what is to be
+    said of them."""
+    found = suspects.find(seen, baseline, free=True, near=0)
+    names, count = seen.images.classes, len(found.training)
+    rows = tuple(
+        Doubt(
+            shown(seen.images.paths[one.index]),
+            names[one.given],
+            one.own,
+            names[one.proposed],
+            one.confidence,
+            thumbnail(seen.images, one.index),
+        )
+        for one in found.training[:DOUBTS]
+    )
+    words = (
+        f"{count} of {found.looked_at[0]:,} training and validation images, each judged by an SVM "
+        f"that had not seen it; the most doubted first. A suspicion is no error. "
+        f"finetune check {typed(seen.images.name)} --labels -o suspects.html lists all, with a "
+        f"table to correct."
+    )
+    return rows, words
+
+
 def thumbnail(images: ImageSet, i: int, side: int = THUMBNAIL) -> bytes:
     """A small JPEG of image i, or no bytes where it cannot be read; tiny pictures are enlarged
     without smoothing."""
@@ -300,8 +331,21 @@ def _facts(seen: Look, fitted: Fitted) -> tuple[tuple[str, str], ...]:
         *(("head", words) for words in _heads(fitted)),
         ("engine", f"{used[0]} in {used[1]}"),
         ("seed", str(seen.recipe.data.seed)),
+        *_corrected(seen),
         *(("left out", f"{line} (left_out.csv)") for line in omissions.told(seen.images)),
     )
+
+
+def _corrected(seen: Look) -> tuple[tuple[str, str], ...]:
+    """How many labels were corrected, where a table was given."""
+    if seen.recipe.data.labels is None:
+        return ()
+    counts = corrections.changed(seen.images)
+    words = (
+        f"{counts['train']} training, {counts['val']} validation, {counts['test']} test labels by "
+        f"{seen.recipe.data.labels} (corrections.csv)"
+    )
+    return (("corrected", words),)
 
 
 def _heads(fitted: Fitted) -> list[str]:

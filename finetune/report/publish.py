@@ -13,7 +13,7 @@ from finetune import classifier, metrics
 from finetune.analysis import Look
 from finetune.backbones import weights
 from finetune.classifier import Classifier, Predictions
-from finetune.data import omissions
+from finetune.data import corrections, omissions
 from finetune.evaluation import (
     contenders,
     ensemble,
@@ -27,6 +27,7 @@ from finetune.evaluation.fitting import Fitted, shipped_name, svm_head
 from finetune.evaluation.folds import Repeated
 from finetune.evaluation.judgement import Judgement
 from finetune.metrics import Estimate
+from finetune.names import shown
 from finetune.progress import Bar, Progress, clock
 from finetune.report import collect, render
 from finetune.run import RunDir
@@ -59,6 +60,7 @@ def publish(
     if judged.part == "test" and fitted.kind != "svm":
         beside, paired = judgement.beside(seen, svm_head(fitted), judged)
         written |= {"test/svm": beside.to_json(), "test/paired": paired.to_json()}
+    written |= _as_given(judged)
     _write_predictions(folder.path, seen, judged)
     folder.write_json("metrics.json", written)
     folder.write_json("plan.json", _plan(seen, fitted))
@@ -68,6 +70,13 @@ def publish(
     if left := (*omissions.account(seen.images), *seen.features.faults):
         rows = [fault.cells() for fault in left]
         folder.write_csv("left_out.csv", ("path", "kind", "detail"), rows)
+    if seen.images.corrections:
+        parts = dict(zip(seen.images.paths, seen.split.tolist(), strict=True))
+        changed = [
+            (shown(one.path), one.given, one.corrected, parts.get(one.path, ""))
+            for one in seen.images.corrections
+        ]
+        folder.write_csv("corrections.csv", ("path", "given", "corrected", "part"), changed)
     seen.seconds["all"] = time.monotonic() - began
     verdict = model_selection.verdict(seen, written, fitted.baseline, fitted.choice)
     page = collect.collect(seen, fitted, judged, on_test, verdict, folder.path)
@@ -80,6 +89,7 @@ def publish(
             "stages": seen.seconds,
             "network": _backbone(fitted.model).network.to_json(),
             "test_evaluations": int(judged.part == "test"),
+            "labels_corrected": corrections.changed(seen.images),
         }
     )
     return written
@@ -117,6 +127,19 @@ def _judged(seen: Look, fitted: Fitted, progress: Progress) -> Judgement:
         chosen = fitted.choice
         return judgement.when_chosen(seen, chosen.winner.scores, chosen.selection.index)
     return judgement.out_of_fold(seen, fitted.baseline)
+
+
+def _as_given(judged: Judgement) -> dict[str, Any]:
+    """The accuracy by the labels from before, where a table corrected some of the test part, and
+    how many."""
+    if judged.part != "test" or judged.found is None:
+        return {}
+    images, best = judged.found.images, judged.found.best
+    before = corrections.given_labels(images)
+    if not (count := int((before != images.labels).sum())):
+        return {}
+    told = metrics.share(best == before, images.groups)
+    return {"test/top1_as_given": told.to_json(), "test/labels_changed": count}
 
 
 def _on_test(seen: Look, fitted: Fitted, judged: Judgement) -> dict[str, Predictions]:

@@ -107,6 +107,19 @@ class Mistake:
 
 
 @dataclass(frozen=True)
+class Doubt:
+    """An image whose label the model doubts, with the probabilities of both classes and a small
+    picture."""
+
+    path: str
+    given: str
+    own: float
+    proposed: str
+    confidence: float
+    picture: bytes
+
+
+@dataclass(frozen=True)
 class ReportData:
     """Everything that the page shows. Rows of `confusion` `(C, C)` are the true classes; `training`
     counts images a class.
@@ -138,6 +151,8 @@ class ReportData:
     best_epoch: float | None = None
     diagnosis: tuple[str, ...] = ()
     mistakes: tuple[Mistake, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
+    doubted: str = ""
     facts: tuple[tuple[str, str], ...] = ()
     test_evaluations: int = 1
     judged_on: str = "test images"
@@ -155,6 +170,7 @@ def render(report: ReportData) -> str:
         "confusion": _confusion(report),
         "pairs": confused(report.confusion, report.classes)[:PAIRS],
         "mistakes": [(mistake, _data_url(mistake.picture)) for mistake in report.mistakes],
+        "doubts": [(doubt, _data_url(doubt.picture)) for doubt in report.doubts],
         "classes": (classes[:FIRST_ROWS], classes[FIRST_ROWS:]),
         "times": _times(report.seconds),
     }

@@ -16,6 +16,7 @@ from finetune.data.images import ImageSet, load
 from finetune.errors import UserError
 from finetune.evaluation import ensemble
 from finetune.evaluation.ensemble import Ensemble
+from finetune.features import familiarity
 from finetune.heads.head import Head
 from finetune.network import Tap
 
@@ -46,6 +47,23 @@ def test_it_is_the_average_computed_by_hand(pair: Ensemble, pictures: ImageSet) 
 
     assert product / product.sum(1, keepdims=True) == pytest.approx(found.probabilities, abs=1e-6)
     assert found.images.paths == pictures.paths
+
+
+def test_the_svm_says_how_unfamiliar_an_image_is(pair: Ensemble, pictures: ImageSet) -> None:
+    """The answer is that of the member `svm`; where none knows, None."""
+    assert pair.predict(pictures).unfamiliar is None
+    x = np.random.default_rng(0).normal(
+        size=(30, len(pair.members["svm"].head.arrays()["weight"].T))
+    )
+    known = familiarity.fit([x.astype(np.float32)])
+    other = familiarity.fit([5 * x.astype(np.float32)])
+    members = {
+        "svm": dataclasses.replace(pair.members["svm"], known=known),
+        "fine-tuned": dataclasses.replace(pair.members["fine-tuned"], known=other),
+    }
+    told = Ensemble(members, pair.weights).predict(pictures).unfamiliar
+
+    assert np.array_equal(told, members["svm"].predict(pictures).unfamiliar)
 
 
 def test_it_comes_back_from_its_folder(

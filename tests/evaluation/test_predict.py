@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from finetune import cli, job
-from finetune.evaluation import predict, predictions
+from finetune.errors import UserError
+from finetune.evaluation import evaluate, predict, predictions
 
 TINY: dict[str, Any] = {
     "backbone": ["test_efficientnet"],
@@ -134,3 +135,52 @@ def test_the_same_from_python(fitted: Path, here: Path) -> None:
 
     assert ["a.png", "[1]"] == [row["path"] for row in predict.rows(found)]
     assert ["left out: bad.png: empty (0 bytes)"] == said
+
+
+# --------------------------------------------------------------------------------- unlike the rest
+
+
+def test_unknown_adds_two_columns_and_a_mark(fitted: Path, here: Path) -> None:
+    """--unknown marks what is above it, in the table, as JSON and in the CSV, which can be read
+    back; without it nothing is there."""
+    told = json.loads(run(fitted, "a.png", "b.png", "--unknown", "0", "--json").stdout)
+    rows = predict.predict(fitted, ["a.png", "b.png"])
+    assert rows.unfamiliar is not None
+
+    assert rows.unfamiliar.tolist() == [row["unfamiliar"] for row in told]
+    assert [value > 0 for value in rows.unfamiliar.tolist()] == [row["unknown"] for row in told]
+    run(fitted, "a.png", "-o", "out.csv", "--unsure", "0.5", "--unknown", "0.99")
+    with (here / "out.csv").open(encoding="utf-8") as file:
+        header = next(csv.reader(file))
+    assert ["unsure", "unfamiliar", "unknown"] == header[6:9]
+    assert 1 == len(predictions.read_predictions(here / "out.csv").paths)
+    assert "unfamiliar" not in json.loads(run(fitted, "a.png", "--json").stdout)[0]
+
+
+def test_an_image_alone_is_as_unfamiliar_as_beside_others(fitted: Path, here: Path) -> None:
+    """But for one rank: BLAS rounds by the place of a row."""
+    both = predict.predict(fitted, ["a.png", "b.png"]).unfamiliar
+    alone = predict.predict(fitted, ["b.png"]).unfamiliar
+    assert both is not None and alone is not None  # noqa: PT018 (for the types)
+
+    assert both[1] == pytest.approx(alone[0], abs=0.03)
+
+
+def test_an_old_run_says_what_to_do(here: Path) -> None:
+    """A run of version 0.1.0 predicts as ever, and refuses --unknown with the way on."""
+    old = Path(__file__).parents[1] / "fixtures" / "v0.1.0" / "run-linear"
+    done = CliRunner().invoke(cli.cli, ["predict", str(old), "a.png", "--unknown", "0.99"])
+
+    assert isinstance(done.exception, UserError)
+    assert "fit it again" in str(done.exception.fix)
+
+
+def test_evaluate_tells_the_share_that_would_be_marked(fitted: Path, shapes: Path) -> None:
+    """The operating point stands in the text and in the JSON."""
+    told = evaluate.evaluate(fitted, shapes)
+
+    assert {"level": 0.99, "share": told["unfamiliar"]["share"]} == told["unfamiliar"]
+    assert 0 <= told["unfamiliar"]["share"] <= 1
+    line = evaluate.metrics_text(told).splitlines()[-1]
+    assert line.startswith("unlike the training images")
+    assert "beyond 0.99; 0.01 is expected" in line
