@@ -9,7 +9,7 @@ from __future__ import annotations
 import click
 
 from finetune import console
-from finetune.cli import data, fit, networks, runs
+from finetune.cli import combine, data, fit, networks, runs
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -26,7 +26,7 @@ def cli() -> None:
 for command in (
     fit.fit, fit.advise, fit.svm, data.check, data.extract, data.cache, data.doctor,
     networks.backbones, networks.profile, runs.predict, runs.evaluate, runs.recipes, runs.runs,
-    runs.track,
+    runs.track, combine.ensemble,
 ):  # fmt: skip
     cli.add_command(command)
 

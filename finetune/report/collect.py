@@ -80,7 +80,7 @@ def collect(
         curves=_curves(training) if training else (),
         best_epoch=training.best_epoch if training else None,
         diagnosis=_diagnosis(training.history, training.best_epoch) if training else (),
-        mistakes=_mistakes(found) if found else (),
+        mistakes=mistakes(found) if found else (),
         facts=_facts(seen, fitted),
         test_evaluations=int(judged.part == "test"),
         judged_on=judged.on,
@@ -246,7 +246,7 @@ def _diagnosis(history: Sequence[dict[str, Any]], kept: int) -> tuple[str, ...]:
     return tuple(lines) or ("Nothing unusual: the losses fell and settled.",)
 
 
-def _mistakes(found: Predictions) -> tuple[Mistake, ...]:
+def mistakes(found: Predictions) -> tuple[Mistake, ...]:
     """The wrong predictions that the model was surest of."""
     y, best = found.images.labels, found.best
     wrong = np.flatnonzero(best != y)
