@@ -26,7 +26,7 @@ def cli() -> None:
 for command in (
     fit.fit, fit.advise, fit.svm, data.check, data.extract, data.cache, data.doctor,
     networks.backbones, networks.profile, runs.predict, runs.evaluate, runs.recipes, runs.runs,
-    runs.track, combine.ensemble,
+    runs.track, combine.ensemble, combine.forgetting,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from finetune import analysis, files, run
+from finetune.classifier import Classifier
 from finetune.data import images
 from finetune.data.faults import some
 from finetune.data.images import ImageSet
 from finetune.errors import UserError
 from finetune.evaluation import ensemble, evaluate, predictions
+from finetune.evaluation.ensemble import Ensemble
 from finetune.evaluation.predictions import Predictions
 from finetune.features.store import Store
 from finetune.files import Digests
@@ -102,9 +104,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _open(path: Path, name: str) -> Member:
     folder = run.finished(path)
-    leaves = _leaves(folder)
-    with ensemble.load(leaves[0].folder) as first:
-        classes = first.classes
+    leaves, classes = _leaves(folder)
     return Member(
         name,
         folder,
@@ -121,23 +121,26 @@ def _table(path: Path) -> Predictions | None:
     return predictions.read_predictions(path) if path.exists() else None
 
 
-def _leaves(folder: Path) -> tuple[Leaf, ...]:
-    """The classifiers of a run, each in its own folder."""
-    about = folder / ensemble.FILE
-    shares = files.read_json(about)["members"] if about.exists() else {"": 1.0}
-    homes = {
-        name: folder / ensemble.FOLDER / name if about.exists() else folder for name in shares
-    }
+def _leaves(folder: Path) -> tuple[tuple[Leaf, ...], tuple[str, ...]]:
+    """The classifiers of a run, each in its own folder, and the classes that they know."""
+    model = ensemble.load(folder)
+    if not isinstance(model, Ensemble):
+        return (Leaf("", folder, 1.0, _identity(model)),), model.classes
     return tuple(
-        Leaf(
-            name,
-            home,
-            float(shares[name]),
-            files.digest(
-                *(files.file_digest(home / f"{part}.safetensors") for part in ("head", "model"))
-            ),
-        )
-        for name, home in homes.items()
+        Leaf(name, folder / ensemble.FOLDER / name, model.weights[name], _identity(one))
+        for name, one in model.members.items()
+    ), model.classes
+
+
+def _identity(model: Classifier) -> str:
+    """What a classifier computes, as a digest: its trunk, what it reads, and its numbers. Files
+    that hold the same may differ in their bytes."""
+    head, network = model.head, model.network
+    return files.digest(
+        network.digest,
+        repr(network.preprocess),
+        repr((head.kind, head.taps, head.normalize, head.temperature, model.views)),
+        *(f"{name} {array.tobytes().hex()}" for name, array in sorted(head.arrays().items())),
     )
 
 
@@ -146,13 +149,15 @@ def _refuse_twice(members: Sequence[Member]) -> None:
     homes: dict[str, Member] = {}
     for member in members:
         for leaf in member.leaves:
-            if (other := homes.get(leaf.digest)) is not None:
-                what = (
-                    "is given twice"
-                    if other.path.resolve() == member.path.resolve() or len(member.leaves) == 1
-                    else f"holds a model that {shown(other.path)} holds, too"
-                )
-                raise UserError(what, where=member.path, fix="give every model once")
+            if (other := homes.get(leaf.digest)) is None:
+                continue
+            if len(member.leaves) == len(other.leaves) == 1:
+                what, fix = "is given twice", "give every run once"
+            else:
+                small, large = sorted((member, other), key=lambda one: len(one.leaves))
+                what = f"a model in it is in {shown(other.path)}, too, and would count twice"
+                fix = f"leave {small.name} out, as {large.name} holds it"
+            raise UserError(what, where=member.path, fix=fix)
         homes |= {leaf.digest: member for leaf in member.leaves}
 
 
@@ -199,7 +204,7 @@ def common_test(members: Sequence[Member], say: Say) -> Shared:
     some of them, or where the images are no longer where the first run found them.
     """
     tables = _same_tables(members)
-    pictures, ids = _scanned(members[0])
+    pictures, ids = scanned(members[0])
     place = {path: i for i, path in enumerate(pictures.paths)}
     at = [place[path] for path in tables[0].paths if path in place]
     if len(at) < len(tables[0].paths):
@@ -243,7 +248,7 @@ def _same_tables(members: Sequence[Member]) -> list[Predictions]:
     return _in_order_of_first(tables)
 
 
-def _scanned(member: Member) -> tuple[ImageSet, Digests]:
+def scanned(member: Member) -> tuple[ImageSet, Digests]:
     """The images that a run was fitted and judged on, with their digests."""
     store = Store()
     try:

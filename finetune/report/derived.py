@@ -4,8 +4,8 @@ judged once beside the runs that it comes from, and told in words."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from finetune.evaluation import evaluate, predictions
 from finetune.evaluation.ensemble import AnyModel
 from finetune.evaluation.judgement import on_test
 from finetune.files import Digests
-from finetune.lock import Wait
+from finetune.lock import NO_WAIT, Wait
 from finetune.metrics import Paired
 from finetune.names import shown, typed
 from finetune.report import collect, publish, render
@@ -66,15 +66,32 @@ class Derived:
     selection: predictions.Predictions | None = None
     weights: Mapping[str, float] | None = None
     warnings: tuple[str, ...] = ()
+    plan: Mapping[str, Any] | None = None  # that of the run it comes from
+    extra: Mapping[str, Any] = field(default_factory=dict)  # other files, as JSON or text
 
 
-def open_folder(out: Path, *parts: str, force: bool, wait: Wait) -> RunDir:
-    """The run directory `out` for what `parts` name; a finished one of the same is given back."""
-    return run.open_run(out, "derived", files.digest(*parts), force=force, wait=wait)
+def is_there(out: Path, identity: Sequence[str], force: bool) -> bool:
+    """Whether `out` holds the run that `identity` names already; a `UserError` where it holds
+    another one."""
+    if force or not (out / run.MANIFEST).exists():
+        return False
+    with run.open_run(out, out.name, files.digest(*identity)) as folder:
+        return folder.is_complete
 
 
-def write(folder: RunDir, made: Derived) -> str:
-    """Write the run, `run.json` last; returns its verdict."""
+def write(
+    out: Path, identity: Sequence[str], made: Derived, force: bool, wait: Wait = NO_WAIT
+) -> str:
+    """Write the run `out`, `run.json` last; returns its verdict. It is opened here, once everything
+    is known, so that a refusal leaves nothing behind."""
+    digest = files.digest(*identity)
+    with run.open_run(out, out.name, digest, force=force, wait=wait) as folder:
+        if not folder.is_complete:
+            _write(folder, made)
+    return str(run.load_run(out)["verdict"])
+
+
+def _write(folder: RunDir, made: Derived) -> None:
     began = time.monotonic()
     publish.save_model(folder.path, made.model)
     if made.trained is not None:
@@ -100,6 +117,10 @@ def write(folder: RunDir, made: Derived) -> str:
         )
     folder.write_json("metrics.json", judged.to_json())
     folder.write_json("contenders.json", rows(made, pairs))
+    if made.plan is not None:
+        folder.write_json("plan.json", made.plan)
+    for name, value in made.extra.items():
+        (folder.write_text if isinstance(value, str) else folder.write_json)(name, value)
     page = _page(folder.path, made, pairs, verdict)
     folder.write_text("report.html", render.render(page))
     folder.finish(
@@ -113,7 +134,6 @@ def write(folder: RunDir, made: Derived) -> str:
             "test_evaluations": 1,
         }
     )
-    return " ".join(verdict)
 
 
 def pair(found: Predictions, rival: Rival) -> Paired:
@@ -240,4 +260,47 @@ def _page(
         mistakes=collect.mistakes(found),
         facts=made.facts,
         judged_on=made.on,
+    )
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """What a run made of others holds, as JSON: its verdict and every model beside it."""
+    about = files.read_json(path / "run.json")
+    return {
+        "run": shown(path),
+        "shipped": about["shipped"],
+        "verdict": about["verdict"],
+        **about["derived"],
+        "contenders": files.read_json(path / "contenders.json"),
+    }
+
+
+def text(result: dict[str, Any]) -> str:
+    """The same for a person: a line a model, then the verdict."""
+    lines = []
+    width = max(len(row["name"]) for row in result["contenders"])
+    for row in result["contenders"]:
+        top1 = row["test"]["accuracy"]
+        line = (
+            f"{row['name']:<{width}}  {top1['value']:6.1%} ({top1['low']:.1%}–{top1['high']:.1%})  "
+            f"log loss {row['test']['log_loss']:.3f}  "
+            f"{row['passes']} network{'s' * (row['passes'] > 1)}"
+        )
+        if pair := row.get("against"):
+            difference = pair["difference"]
+            line += (
+                f"  behind by {100 * difference['value']:+.1f} points "
+                f"({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
+            )
+        lines.append(line + (f"  [{row['note']}]" if row.get("note") else ""))
+    run = result["run"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            result["verdict"],
+            "",
+            f"  report   {run}/report.html",
+            f"  predict  finetune predict {run} IMAGE…",
+        ]
     )

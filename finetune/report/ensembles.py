@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune import classifier, files
+from finetune import classifier
 from finetune.classifier import Predictions
 from finetune.errors import UserError
 from finetune.evaluation import averaging, members, predictions
@@ -21,6 +21,37 @@ from finetune.names import shown
 from finetune.progress import Bar, Say, no_bar, quiet
 from finetune.report import derived
 from finetune.report.derived import Derived, Rival
+
+
+def make(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    soup: bool = False,
+    weights: str = "equal",
+    data: str | None = None,
+    force: bool = False,
+    wait: Wait = NO_WAIT,
+    say: Say = quiet,
+    bar: Bar = no_bar,
+) -> dict[str, Any]:
+    """What `finetune ensemble` calls: `average`, or a soup (`soups.mix`), which takes no weights
+    and is judged on the runs' own test images."""
+    if not soup:
+        return average(
+            paths, out, weights=weights, data=data, force=force, wait=wait, say=say, bar=bar
+        )
+    if weights != "equal" or data is not None:
+        option = "--data" if data is not None else "--weights"
+        raise UserError(
+            "a soup chooses its ingredients on the images that chose the runs, as equals, and is "
+            "judged on their test images",
+            where=option,
+            fix=f"leave {option} out; `finetune evaluate` judges the finished soup on other images",
+        )
+    from finetune.report import soups
+
+    return soups.mix(paths, out, force=force, wait=wait, say=say)
 
 
 def average(
@@ -49,62 +80,16 @@ def average(
             fix=f"choose {', '.join(averaging.WAYS)}",
         )
     found = members.open_members(paths)
-    identity = [f"{leaf.digest} {leaf.share}" for one in found for leaf in one.leaves]
-    folder = derived.open_folder(
-        out, "ensemble", weights, data or "", *identity, force=force, wait=wait
-    )
-    if folder.is_complete:
+    leaves = [f"{leaf.digest} {leaf.share}" for one in found for leaf in one.leaves]
+    identity = ("ensemble", weights, data or "", *leaves)
+    if derived.is_there(out, identity, force):
         say(f"finished   {shown(out)} holds this average already; --force makes it again")
-        return summary(folder.path)
-    with folder:
-        weighing = _weighing(found, weights)
-        say(f"weights    {_in_words(found, weighing)}")
-        test, on = _test(found, data, say, bar)
-        derived.write(folder, _derived(found, weighing, test, on, weights))
-    return summary(folder.path)
-
-
-def summary(path: Path) -> dict[str, Any]:
-    """What a run made of others holds, as JSON: its verdict and every model beside it."""
-    about = files.read_json(path / "run.json")
-    return {
-        "run": shown(path),
-        "shipped": about["shipped"],
-        "verdict": about["verdict"],
-        **about["derived"],
-        "contenders": files.read_json(path / "contenders.json"),
-    }
-
-
-def text(result: dict[str, Any]) -> str:
-    """The same for a person: a line a model, then the verdict."""
-    lines = []
-    width = max(len(row["name"]) for row in result["contenders"])
-    for row in result["contenders"]:
-        top1 = row["test"]["accuracy"]
-        line = (
-            f"{row['name']:<{width}}  {top1['value']:6.1%} ({top1['low']:.1%}–{top1['high']:.1%})  "
-            f"log loss {row['test']['log_loss']:.3f}  "
-            f"{row['passes']} network{'s' * (row['passes'] > 1)}"
-        )
-        if pair := row.get("against"):
-            difference = pair["difference"]
-            line += (
-                f"  this run leads by {100 * difference['value']:+.1f} points "
-                f"({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
-            )
-        lines.append(line + (f"  [{row['note']}]" if row.get("note") else ""))
-    run = result["run"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            result["verdict"],
-            "",
-            f"  report   {run}/report.html",
-            f"  predict  finetune predict {run} IMAGE…",
-        ]
-    )
+        return derived.summary(out)
+    weighing = _weighing(found, weights)
+    say(f"weights    {_in_words(found, weighing)}")
+    test, on = _test(found, data, say, bar)
+    derived.write(out, identity, _derived(found, weighing, test, on, weights), force, wait)
+    return derived.summary(out)
 
 
 def _weighing(found: Sequence[Member], way: str) -> Weighing:
@@ -137,9 +122,7 @@ def _in_words(found: Sequence[Member], weighing: Weighing) -> str:
     return f"{shares} ({weighing.words})"
 
 
-def _test(
-    found: Sequence[Member], data: str | None, say: Say, bar: Bar
-) -> tuple[Shared, str]:
+def _test(found: Sequence[Member], data: str | None, say: Say, bar: Bar) -> tuple[Shared, str]:
     if data is None:
         return members.common_test(found, say), "test images"
     images, _ = members.new_images(found, data, say)
@@ -173,9 +156,7 @@ def _derived(
             passes=one.passes,
             note="" if weight else "left out: its weight is 0",
         )
-        for one, weight, said, chosen in zip(
-            found, weighing.weights, test.said, own, strict=True
-        )
+        for one, weight, said, chosen in zip(found, weighing.weights, test.said, own, strict=True)
     )
     return Derived(
         kind="average",

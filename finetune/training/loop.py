@@ -26,12 +26,9 @@ from finetune import hardware, metrics
 from finetune.backbones.stages import Backbone, freeze
 from finetune.data import augment
 from finetune.errors import UserError
-from finetune.heads import svm
-from finetune.heads.crossval import Setting
-from finetune.heads.head import Head
 from finetune.network import Tap
 from finetune.progress import Progress
-from finetune.training import checkpoints, optim, speed
+from finetune.training import checkpoints, optim, probe, speed
 from finetune.training.checkpoints import State, Trainable, copied
 from finetune.training.inputs import (
     STORE_BATCH,
@@ -44,7 +41,6 @@ from finetune.training.inputs import (
     open_feed,
 )
 from finetune.training.partial_forward import replaced, slow_in_bf16
-from finetune.training.probe import probe
 
 if TYPE_CHECKING:
     from finetune.data.images import ImageSet
@@ -129,7 +125,7 @@ def fit(
         np.asarray([] if val_index is None else val_index, np.int64),
     )
     _check(images.labels, train, val, classes, training)
-    weights = _class_weights(images.labels[train], classes, training, class_weights).to(where)
+    weights = class_weights_of(images.labels[train], classes, training, class_weights).to(where)
     way = speed.settle(
         backbone,
         training,
@@ -227,16 +223,9 @@ def _begin(
 def _head_start(job: Job, features: Floats) -> tuple[Floats, Floats]:
     """`(weight, bias)` of a logistic regression on what the head reads, `(n, width)`."""
     labels, weights = job.images.labels[job.train], job.class_weights.cpu().numpy()
-    if not job.training.normalize:
-        return probe(features, labels, len(weights), class_weights=weights)
-    # As the SVM beside it reads them; normalising rows of unit length again changes nothing.
     edges = np.cumsum([job.backbone.network.width(tap) for tap in job.taps])[:-1]
     blocks = dict(zip(job.taps, np.split(features, edges, axis=1), strict=True))
-    names = job.images.classes
-    setting, C = Setting(job.taps, "logistic"), job.training.head_strength
-    head = svm.fit_head(blocks, labels, names, setting, C, weights[labels], 1.0)
-    assert isinstance(head, Head)
-    return head.weight, head.bias
+    return probe.head_start(job.training, blocks, labels, job.images.classes, weights)
 
 
 def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -> None:
@@ -494,8 +483,8 @@ def _check(labels: Ints, train: Ints, val: Ints, classes: int, training: Trainin
         )
 
 
-def _class_weights(
-    labels: Ints, classes: int, training: Training, given: ArrayLike | None
+def class_weights_of(
+    labels: Ints, classes: int, training: Training, given: ArrayLike | None = None
 ) -> Tensor:
     if given is not None:
         weights = torch.as_tensor(np.asarray(given, np.float32))
