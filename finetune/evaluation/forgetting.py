@@ -291,12 +291,12 @@ class _Comparison:
             if sets.truth is not None:
                 source = (metrics.accuracy(sets.truth, said), metrics.accuracy(sets.truth, now))
         drift = self._drift(before, after)
-        chosen = weight_line.choose(points) if sets.held_out else None
         own = sets.others is sets.labelled
+        labels, chosen = sets.labelled.labels, None
+        if sets.held_out:
+            chosen = weight_line.choose(points, labels, said is not None and not own)
         retained = "agreement with the original" if sets.truth is None else "source accuracy"
-        pair = None if chosen is None else weight_line.against_new(
-            points, chosen, sets.labelled.labels
-        )  # fmt: skip
+        pair = weight_line.against_new(points, chosen, labels) if chosen else None
         return Study(
             run=shown(self.member.path),
             checks=(
@@ -314,7 +314,7 @@ class _Comparison:
             retains=f"{retained} on {len(sets.others)} {sets.on}",
             chosen_on=f"{len(sets.labelled)} {sets.words}",
             chosen=chosen,
-            labels=sets.labelled.labels,
+            labels=labels,
             names=sets.labelled.paths,
             classes=self.head.classes,
             place=lambda point: self._classifier(ends, point, training),

@@ -165,7 +165,7 @@ def of_line(points: Sequence[Point], chosen: Point | None, pair: Paired | None, 
             REFIT,
         )
     value = (
-        f"best at {chosen.alpha:.1f} of the new weights, BatchNorm {chosen.norms}: "
+        f"chosen at {chosen.alpha:.1f} of the new weights, BatchNorm {chosen.norms}: "
         f"{_range(chosen.accuracy)} on {on}{_kept(chosen)}; the run itself "
         f"{new.accuracy.value:.1%}{_kept(new)}"
     )
@@ -173,14 +173,12 @@ def of_line(points: Sequence[Point], chosen: Point | None, pair: Paired | None, 
         return Check(
             "line", "pass", value, "No point between old and new weights is better than the run."
         )
-    points_ = 100 * pair.difference.value
-    error = 100 * pair.standard_error
-    meaning = (
-        f"{points_:+.1f} points against the run (one paired standard error is {error:.1f})."
-        if points_ > error
-        else f"{points_:+.1f} points against the run, not more than one paired standard error "
-        f"({error:.1f}): what it retains decides."
-    )
+    lead, error = 100 * pair.difference.value, 100 * pair.standard_error
+    meaning = f"{lead:+.1f} points against the run (one paired standard error is {error:.1f})"
+    if lead <= error and chosen.retention and new.retention:
+        more = 100 * (chosen.retention.value - new.retention.value)
+        meaning += f": accuracy does not tell the two apart, but it retains {more:.1f} points more"
+    meaning += "."
     action = "--save DIR writes this point as a run, judged on the test images"
     return Check("line", "pass", value, meaning, action)
 

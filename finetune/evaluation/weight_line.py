@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune import metrics
+from finetune.evaluation import contenders
+from finetune.evaluation.contenders import Contender, Selection
 from finetune.heads.head import Head, softmax
 from finetune.metrics import Estimate, Paired
 from finetune.network import Tap
@@ -140,9 +142,29 @@ def _point(
     )
 
 
-def choose(points: Sequence[Point]) -> Point:
-    """The most accurate point; the log loss decides between equals, then the older weights."""
-    return max(points, key=lambda p: (p.accuracy.value, -p.log_loss, -p.alpha))
+def choose(points: Sequence[Point], labels: Ints, by_retention: bool = False) -> Point:
+    """The most accurate point; the log loss decides between equals, then the older weights.
+
+    With `by_retention`, of all points of which this one is not shown to be better
+    (`contenders.is_better`: one paired standard error), the one that retains most.
+    """
+    best = max(points, key=lambda p: (p.accuracy.value, -p.log_loss, -p.alpha))
+    if not by_retention:
+        return best
+    chosen_by = Selection(np.arange(len(labels)), labels, None, "")
+    rival = _contender(best)
+    able = [p for p in points if not contenders.is_better(rival, _contender(p), chosen_by)]
+    return max(
+        able, key=lambda p: (p.retention.value if p.retention else 0.0, p.accuracy.value, p.alpha)
+    )
+
+
+def _contender(point: Point) -> Contender:
+    return Contender(
+        kind="line",
+        name=str(point.alpha),
+        scores=contenders.log_probabilities(point.scores, point.temperature),
+    )
 
 
 def against_new(points: Sequence[Point], chosen: Point, labels: Ints) -> Paired:

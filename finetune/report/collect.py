@@ -299,9 +299,18 @@ def _facts(seen: Look, fitted: Fitted) -> tuple[tuple[str, str], ...]:
         ("backbone", f"{network.name} ({network.source})"),
         *(("head", words) for words in _heads(fitted)),
         ("engine", f"{used[0]} in {used[1]}"),
+        *_moving_average(fitted),
         ("seed", str(seen.recipe.data.seed)),
         *(("left out", f"{line} (left_out.csv)") for line in omissions.told(seen.images)),
     )
+
+
+def _moving_average(fitted: Fitted) -> list[tuple[str, str]]:
+    """How much of the moving average of the weights is still what the training began with."""
+    share = fitted.tuned.result.start_share if fitted.tuned else None
+    if share is None:
+        return []
+    return [("average", f"moving, of the weights; the initial ones have {share:.1%} of it")]
 
 
 def _heads(fitted: Fitted) -> list[str]:

@@ -232,7 +232,7 @@ def _page(
     for one in made.rivals:
         difference = pairs[one.name].difference
         against = (
-            f"this run leads by {100 * difference.value:+.1f} points "
+            f"this run: {100 * difference.value:+.1f} points "
             f"({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
         )
         detail = f"{one.note}; {against}" if one.note else against
@@ -289,7 +289,7 @@ def text(result: dict[str, Any]) -> str:
         if pair := row.get("against"):
             difference = pair["difference"]
             line += (
-                f"  behind by {100 * difference['value']:+.1f} points "
+                f"  this run: {100 * difference['value']:+.1f} points "
                 f"({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
             )
         lines.append(line + (f"  [{row['note']}]" if row.get("note") else ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -104,8 +105,8 @@ def _curve(places: Sequence[tuple[float, float]], kind: str, norms: str) -> list
 def _names(ends: Sequence[tuple[float, str, str, str]], x: float) -> list[str]:
     """The name of each curve beside its end, never over another."""
     parts, last = [], -100.0
-    for y, kind, name, words in sorted(ends):
-        y = max(y, last + 74)
+    for y, kind, name, words in sorted((min(end[0], HEIGHT - 76), *end[1:]) for end in ends):
+        y = max(y, last + 82)
         last = y
         parts.append(f'<text class="{kind}" x="{x}" y="{y + 4:.1f}">{name}</text>')
         for i, line in enumerate(_wrapped(words), 1):
@@ -115,13 +116,12 @@ def _names(ends: Sequence[tuple[float, str, str, str]], x: float) -> list[str]:
     return parts
 
 
-def _wrapped(words: str, width: int = 24) -> list[str]:
-    lines = [""]
-    for word in words.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines[:3]
+def _wrapped(words: str, width: int = 26, most: int = 4) -> list[str]:
+    """The words in lines; what does not fit is cut."""
+    lines = textwrap.wrap(words, width)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], f"{lines[most - 1][: width - 1]}…"]
+    return lines
 
 
 def _words(points: Sequence[Point]) -> str:

@@ -66,7 +66,7 @@ def _tell(kitchen: Kitchen, mixes: Sequence[Mix], say: Say) -> None:
 def _name(one: Mix) -> str:
     if len(one.names) == 1:
         return one.names[0]
-    return f"the mean of {' and '.join(one.names)}, BatchNorm {one.norms}"
+    return f"the mean of {', '.join(sorted(one.names))}, BatchNorm {one.norms}"
 
 
 def _derived(

@@ -64,7 +64,8 @@ class TrainResult:
     part `val/loss`, `val/top1` and `val/calibrated`; `start` is the same before the first step (its
     `train/loss` is that of the first batch). `best_epoch` is the epoch whose weights were kept (0:
     those before the first step); `val_scores` (epochs + 1, n, C) are the scores of the validation
-    images before the first step and after each epoch.
+    images before the first step and after each epoch. `start_share` is
+    the share that the initial weights have in the moving average, where one was kept.
     """
 
     head_weight: Floats
@@ -76,6 +77,7 @@ class TrainResult:
     stopped: str
     val_scores: Floats | None
     warnings: tuple[str, ...]
+    start_share: float | None = None
 
 
 class DivergedError(UserError):
@@ -186,7 +188,19 @@ def _run(job: Job, head_start: tuple[NDArray[Any], NDArray[Any]] | None) -> Trai
         stopped=state.stopped,
         val_scores=None if state.scores is None else state.scores.cpu().numpy(),
         warnings=(*state.warnings, *_doubts(state, len(job.val))),
+        start_share=_start_share(job, state) if job.training.ema else None,
     )
+
+
+def _planned_steps(job: Job) -> int:
+    return math.ceil(len(job.train) / job.training.batch_size) * job.training.epochs
+
+
+def _start_share(job: Job, state: State) -> float:
+    """The share of the initial weights in the average that was kept."""
+    kept = state.best_epoch if len(job.val) else len(state.history)
+    steps = state.history[kept - 1]["step"] if kept else 0
+    return optim.start_share(optim.ema_decay(_planned_steps(job)), steps)
 
 
 def _begin(
@@ -231,7 +245,7 @@ def _head_start(job: Job, features: Floats) -> tuple[Floats, Floats]:
 def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -> None:
     """Every epoch from `state` on: its steps, the validation, what is kept, the checkpoint."""
     training, groups = job.training, trainable.groups
-    steps = math.ceil(len(job.train) / training.batch_size) * training.epochs
+    steps = _planned_steps(job)
     factor, decay = optim.schedule(training, steps), optim.ema_decay(steps)
     job.log(
         {
@@ -241,6 +255,9 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
             "stored_views": feed.views,
         }
     )
+    if training.ema:
+        share = optim.start_share(decay, steps)
+        job.log({"ema_decay": decay, "ema_start_share_at_end": share})
     feed.tick(state.epoch * len(job.train))
     for epoch in range(state.epoch + 1, training.epochs + 1):
         began = time.perf_counter()
