@@ -7,8 +7,8 @@ cell per set and seed.
 Each cell is three times `finetune fit --strategy svm` and then `finetune ensemble`, in an empty run
 folder and with a feature store that is shared. The best run is the one that its own selection
 images (out of fold, or validation) call the best, as a user would choose it; the best on test
-stands beside it. Prediction is timed on the test images, opened beforehand, the faster of two
-passes. Cells that CELLS.jsonl holds are not done again: kill it, and go on later. `--table` prints
+stands beside it. Prediction is timed on the test images, opened beforehand, in CPU time, the faster
+of two passes. Cells that CELLS.jsonl holds are not done again: kill it, and go on later. `--table` prints
 the mean over seeds of each set, gains in points with their standard error over seeds.
 """
 
@@ -41,7 +41,7 @@ def command(*words: str) -> None:
 
 
 def milliseconds(run: Path, folder: Path) -> float:
-    """Time of one test image, the network opened beforehand."""
+    """CPU time of one test image, the network opened beforehand."""
     import finetune
     from finetune.evaluation import predictions
 
@@ -51,9 +51,9 @@ def milliseconds(run: Path, folder: Path) -> float:
         model.predict(pictures[:2])
         best = np.inf
         for _ in range(2):
-            began = time.perf_counter()
+            began = time.process_time()
             model.predict(pictures)
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.process_time() - began)
     return 1000 * float(best) / len(pictures)
 
 
@@ -111,7 +111,7 @@ def table(found: list[dict[str, Any]]) -> Iterator[str]:
         groups[cell["set"]].append(figures(cell))
     yield (
         "| set | seeds | test images | average | best run by selection | gain, points "
-        "| best run on test | log loss | ms an image |"
+        "| best run on test | log loss | CPU ms an image |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
     for name, rows in sorted(groups.items()):
