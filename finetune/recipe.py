@@ -44,6 +44,7 @@ LATER: tuple[str, ...] = (
     *("train.taps", "train.flip", "train.decay_norms", "train.drop_path", "policy.ship"),
     *("data.on_conflict", "data.on_leak", "data.on_empty_class"),
     *("data.on_stray", "data.no_header", "data.folds", "data.labels"),
+    *("policy.refit",),
 )
 # where things lie: no part of what is asked for
 PLACES = ("data.data", "data.test", "data.image_root", "data.labels", "out")
@@ -211,6 +212,11 @@ class Policy(Section):
         default="auto",
         description="auto (the best on images that none was fitted on), svm, fine-tuned or average "
         "(of both)",
+    )
+    refit: bool = Field(
+        default=True,
+        description="fit what ships again on training and validation images together; false keeps "
+        "the validation images unseen, for soups and for the line between old and new weights",
     )
 
 

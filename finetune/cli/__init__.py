@@ -9,7 +9,7 @@ from __future__ import annotations
 import click
 
 from finetune import console
-from finetune.cli import data, fit, networks, runs
+from finetune.cli import combine, data, fit, networks, runs
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -27,7 +27,7 @@ for command in (
     fit.fit, fit.advise, fit.preflight, fit.svm, fit.search, data.check, data.extract,
     data.cache, data.doctor,
     networks.backbones, networks.profile, runs.predict, runs.evaluate, runs.recipes, runs.runs,
-    runs.track, runs.suggest,
+    runs.track, runs.suggest, combine.ensemble, combine.forgetting,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -44,7 +44,8 @@ class Tuned:
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
     """What a job has fitted: `model` ships. `models` are those of the contenders, by kind, as they
-    were last fitted: on training and validation images together where `refitted` names them."""
+    were last fitted: on training and validation images together where `refitted` names them.
+    `fitted_on` are the images, by position, that the shipped one was fitted on."""
 
     model: AnyModel
     models: dict[str, AnyModel]
@@ -52,6 +53,7 @@ class Fitted:
     tuned: Tuned | None
     choice: Choice | None
     refitted: tuple[str, ...]
+    fitted_on: Ints
 
     @property
     def kind(self) -> str:
@@ -235,21 +237,25 @@ def finish(
     bar: Bar,
 ) -> Fitted:
     """The models of the contenders; what ships is fitted again on training and validation images
-    together, with the settings and the calibration that were chosen."""
+    together, with the settings and the calibration that were chosen, unless `policy.refit` is
+    false."""
     both, (used, bits) = seen.part("train", "val"), seen.how
-    with clock(seen.seconds, "refit"):
-        head = svm.refit(base, seen.blocks(both), seen.images.labels[both])
+    refit, head = seen.recipe.policy.refit, base.head
+    if refit:
+        with clock(seen.seconds, "refit"):
+            head = svm.refit(base, seen.blocks(both), seen.images.labels[both])
+    fitted_on = both if refit else seen.part("train")
     with clock(seen.seconds, "familiar"):
         known = familiarity.fit(
-            [seen.features.blocks[tap][both] for tap in head.taps],
-            seen.groups[both],
+            [seen.features.blocks[tap][fitted_on] for tap in head.taps],
+            seen.groups[fitted_on],
             normalize=head.normalize,
             seed=seen.recipe.data.seed,
         )
     models: dict[str, AnyModel] = {
         "svm": Classifier(seen.named.network, head, seen.named.load, used, bits, known=known)
     }
-    refitted: tuple[str, ...] = ("svm",)
+    refitted: tuple[str, ...] = ("svm",) if refit else ()
     kind = choice.winner.kind if choice else "svm"
     if tuned is not None and choice is not None:
         selection, result = choice.selection, tuned.result
@@ -257,7 +263,7 @@ def finish(
         _, temperature = contenders.calibrated(
             result.val_scores[result.best_epoch], selection, seen.recipe.data.seed
         )
-        if kind != "svm":
+        if kind != "svm" and refit:
             say(
                 f"refit      on {len(both)} training and validation images, "
                 f"{result.best_epoch} epochs"
@@ -287,7 +293,17 @@ def finish(
         tuned=tuned,
         choice=choice,
         refitted=refitted,
+        fitted_on=both if refit else _seen_by(seen, kind, choice),
     )
+
+
+def _seen_by(seen: Look, kind: str, choice: Choice | None) -> Ints:
+    """The images that a model which was not fitted again has seen: the SVM the training part, the
+    fine-tuned model the training part without the images that chose it."""
+    train = seen.part("train")
+    if kind == "fine-tuned" and choice is not None:
+        return np.setdiff1d(train, choice.selection.index)
+    return train
 
 
 def _held(backbone: Backbone) -> Callable[[], Backbone]:

@@ -20,6 +20,8 @@ from finetune.errors import UserError
 from finetune.files import write_csv
 from finetune.names import meant, shown
 
+TEST = "predictions.csv"  # of the test images
+SELECTION = "predictions-selection.csv"  # of the images that chose, which it was not fitted on
 FIRST = ("path", "label", "prediction", "score")
 # after those, before the probabilities
 SECOND, SECOND_SCORE, UNSURE, UNFAMILIAR, UNKNOWN = EXTRA = (

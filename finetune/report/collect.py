@@ -84,7 +84,7 @@ def collect(
         curves=_curves(training) if training else (),
         best_epoch=training.best_epoch if training else None,
         diagnosis=_diagnosis(training.history, training.best_epoch) if training else (),
-        mistakes=_mistakes(found) if found else (),
+        mistakes=mistakes(found) if found else (),
         doubts=doubts,
         doubted=doubted,
         facts=_facts(seen, fitted),
@@ -252,7 +252,7 @@ def _diagnosis(history: Sequence[dict[str, Any]], kept: int) -> tuple[str, ...]:
     return tuple(lines) or ("Nothing unusual: the losses fell and settled.",)
 
 
-def _mistakes(found: Predictions) -> tuple[Mistake, ...]:
+def mistakes(found: Predictions) -> tuple[Mistake, ...]:
     """The wrong predictions that the model was surest of."""
     y, best = found.images.labels, found.best
     wrong = np.flatnonzero(best != y)
@@ -330,6 +330,7 @@ def _facts(seen: Look, fitted: Fitted) -> tuple[tuple[str, str], ...]:
         ("backbone", f"{network.name} ({network.source})"),
         *(("head", words) for words in _heads(fitted)),
         ("engine", f"{used[0]} in {used[1]}"),
+        *_moving_average(fitted),
         ("seed", str(seen.recipe.data.seed)),
         *_corrected(seen),
         *(("left out", f"{line} (left_out.csv)") for line in omissions.told(seen.images)),
@@ -346,6 +347,14 @@ def _corrected(seen: Look) -> tuple[tuple[str, str], ...]:
         f"{seen.recipe.data.labels} (corrections.csv)"
     )
     return (("corrected", words),)
+
+
+def _moving_average(fitted: Fitted) -> list[tuple[str, str]]:
+    """How much of the moving average of the weights is still what the training began with."""
+    share = fitted.tuned.result.start_share if fitted.tuned else None
+    if share is None:
+        return []
+    return [("average", f"moving, of the weights; the initial ones have {share:.1%} of it")]
 
 
 def _heads(fitted: Fitted) -> list[str]:

@@ -48,8 +48,8 @@ def publish(
     The test part, if there is one, is looked at here for the first time, by all contenders at once,
     and the shipped model goes the way that `predict` goes.
     """
-    _save(folder.path, fitted.model)
-    evaluate.record(folder.path, seen.digests.take(seen.part("train", "val")))
+    save_model(folder.path, fitted.model)
+    evaluate.record(folder.path, seen.digests.take(fitted.fitted_on))
     name = seen.named.network.name
     if text := weights.notice(name, weights.find(name, seen.recipe.backbone.weights)):
         folder.write_text("LICENSE-weights.txt", text)
@@ -62,6 +62,7 @@ def publish(
         written |= {"test/svm": beside.to_json(), "test/paired": paired.to_json()}
     written |= _as_given(judged)
     _write_predictions(folder.path, seen, judged)
+    _write_selection(folder.path, seen, fitted)
     folder.write_json("metrics.json", written)
     folder.write_json("plan.json", _plan(seen, fitted))
     folder.write_json("contenders.json", _rows(fitted, on_test))
@@ -87,7 +88,7 @@ def publish(
             "recipe": seen.recipe.model_dump(mode="json"),
             "verdict": " ".join(verdict),
             "stages": seen.seconds,
-            "network": _backbone(fitted.model).network.to_json(),
+            "network": named_by(fitted.model).network.to_json(),
             "test_evaluations": int(judged.part == "test"),
             "labels_corrected": corrections.changed(seen.images),
         }
@@ -95,12 +96,12 @@ def publish(
     return written
 
 
-def _backbone(model: AnyModel) -> Classifier:
+def named_by(model: AnyModel) -> Classifier:
     """The classifier whose backbone a run is named by: of an ensemble, the last member."""
     return model if isinstance(model, Classifier) else list(model.members.values())[-1]
 
 
-def _save(folder: Path, model: AnyModel) -> None:
+def save_model(folder: Path, model: AnyModel) -> None:
     """The head, the network's description and its weights, for every member."""
     from finetune.backbones import create
 
@@ -177,6 +178,28 @@ def _write_predictions(folder: Path, seen: Look, judged: Judgement) -> None:
     predictions.write_predictions(
         folder / name, found.images.paths, labels, found.classes, found.probabilities
     )
+
+
+def _write_selection(folder: Path, seen: Look, fitted: Fitted) -> None:
+    """What the shipped model said of the images that choose, before it was fitted on them: what
+    averages and points on the line to the old weights are chosen by."""
+    if fitted.choice is not None:
+        chosen, scores = fitted.choice.selection, fitted.choice.winner.scores
+    else:
+        if not fitted.baseline.candidates:
+            return
+        chosen = model_selection.selection(seen)
+        scores = model_selection.svm_contender(seen, fitted.baseline, chosen).scores
+    known = np.flatnonzero(np.isfinite(scores).all(axis=1))
+    if len(known):
+        rows = seen.images.subset(chosen.index[known])
+        predictions.write_predictions(
+            folder / predictions.SELECTION,
+            rows.paths,
+            [rows.classes[label] for label in rows.labels],
+            rows.classes,
+            np.exp(scores[known].astype(np.float64)),
+        )
 
 
 def accuracy_of(found: Predictions) -> Estimate:

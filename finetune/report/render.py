@@ -126,7 +126,8 @@ class ReportData:
 
     `metrics` has the names that `metrics.judge` gives. `pair` compares the SVM (first) with the
     fine-tuned model (second) on the images that `pair_on` names. `metrics` and `confusion` are of
-    the images that `judged_on` names; where there are none, they are empty and zero.
+    the images that `judged_on` names; where there are none, they are empty and zero. A run made of
+    other runs has no plan: no `matrix` and no `distance`.
     """
 
     title: str
@@ -138,8 +139,8 @@ class ReportData:
     training: tuple[int, ...]
     confusion: NDArray[Any]
     metrics: Mapping[str, Estimate | float]
-    matrix: Matrix
-    distance: Distance
+    matrix: Matrix | None
+    distance: Distance | None
     seconds: tuple[tuple[str, float], ...]
     commands: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...] = ()
@@ -277,9 +278,9 @@ def _tiles(report: ReportData) -> list[dict[str, str]]:
     return tiles
 
 
-def _ruler(distance: Distance) -> dict[str, Any] | None:
+def _ruler(distance: Distance | None) -> dict[str, Any] | None:
     """Places, in percent of the ruler's width, on a logarithmic scale around the two borders."""
-    if distance.value is None or distance.low is None or distance.high is None:
+    if distance is None or distance.value is None or distance.low is None or distance.high is None:
         return None
     start = min(distance.near / 5, distance.low / 1.3)
     end = max(distance.far * 2.5, distance.high * 1.3)

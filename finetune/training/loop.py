@@ -26,12 +26,9 @@ from finetune import hardware, metrics
 from finetune.backbones.stages import Backbone, freeze
 from finetune.data import augment
 from finetune.errors import UserError
-from finetune.heads import svm
-from finetune.heads.crossval import Setting
-from finetune.heads.head import Head
 from finetune.network import Tap
 from finetune.progress import Progress
-from finetune.training import checkpoints, optim, schedules, speed
+from finetune.training import checkpoints, optim, probe, schedules, speed
 from finetune.training.checkpoints import State, Trainable, copied
 from finetune.training.inputs import (
     STORE_BATCH,
@@ -44,7 +41,6 @@ from finetune.training.inputs import (
     open_feed,
 )
 from finetune.training.partial_forward import replaced, slow_in_bf16
-from finetune.training.probe import probe
 
 if TYPE_CHECKING:
     from finetune.data.images import ImageSet
@@ -68,7 +64,8 @@ class TrainResult:
     part `val/loss`, `val/top1` and `val/calibrated`; `start` is the same before the first step (its
     `train/loss` is that of the first batch). `best_epoch` is the epoch whose weights were kept (0:
     those before the first step); `val_scores` (epochs + 1, n, C) are the scores of the validation
-    images before the first step and after each epoch.
+    images before the first step and after each epoch. `start_share` is
+    the share that the initial weights have in the moving average, where one was kept.
     """
 
     head_weight: Floats
@@ -80,6 +77,7 @@ class TrainResult:
     stopped: str
     val_scores: Floats | None
     warnings: tuple[str, ...]
+    start_share: float | None = None
 
 
 class DivergedError(UserError):
@@ -170,7 +168,7 @@ def open_job(
         np.asarray([] if val_index is None else val_index, np.int64),
     )
     _check(images.labels, train, val, classes, training)
-    weights = _class_weights(images.labels[train], classes, training, class_weights).to(where)
+    weights = class_weights_of(images.labels[train], classes, training, class_weights).to(where)
     way = speed.settle(
         backbone,
         training,
@@ -234,6 +232,7 @@ def _result(job: Job, state: State) -> TrainResult:
         stopped=state.stopped,
         val_scores=None if state.scores is None else state.scores.cpu().numpy(),
         warnings=(*state.warnings, *_doubts(state, len(job.val))),
+        start_share=_start_share(job, state) if job.training.ema else None,
     )
 
 
@@ -250,6 +249,17 @@ def trial(
     finally:
         checkpoints.put(trainable.live, trainable.initial)
     return _result(job, state)
+
+
+def _planned_steps(job: Job) -> int:
+    return math.ceil(len(job.train) / job.training.batch_size) * job.training.epochs
+
+
+def _start_share(job: Job, state: State) -> float:
+    """The share of the initial weights in the average that was kept."""
+    kept = state.best_epoch if len(job.val) else len(state.history)
+    steps = state.history[kept - 1]["step"] if kept else 0
+    return optim.start_share(optim.ema_decay(_planned_steps(job)), steps)
 
 
 def _begin(
@@ -286,22 +296,15 @@ def _begin(
 def linear_start(job: Job, features: Floats) -> tuple[Floats, Floats]:
     """`(weight, bias)` of a logistic regression on what the head reads, `(n, width)`."""
     labels, weights = job.images.labels[job.train], job.class_weights.cpu().numpy()
-    if not job.training.normalize:
-        return probe(features, labels, len(weights), class_weights=weights)
-    # As the SVM beside it reads them; normalising rows of unit length again changes nothing.
     edges = np.cumsum([job.backbone.network.width(tap) for tap in job.taps])[:-1]
     blocks = dict(zip(job.taps, np.split(features, edges, axis=1), strict=True))
-    names = job.images.classes
-    setting, C = Setting(job.taps, "logistic"), job.training.head_strength
-    head = svm.fit_head(blocks, labels, names, setting, C, weights[labels], 1.0)
-    assert isinstance(head, Head)
-    return head.weight, head.bias
+    return probe.head_start(job.training, blocks, labels, job.images.classes, weights)
 
 
 def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -> None:
     """Every epoch from `state` on: its steps, the validation, what is kept, the checkpoint."""
     training, groups = job.training, trainable.groups
-    steps = math.ceil(len(job.train) / training.batch_size) * training.epochs
+    steps = _planned_steps(job)
     factor, decay = schedules.factors(training, steps), optim.ema_decay(steps)
     job.log(
         {
@@ -311,6 +314,9 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
             "stored_views": feed.views,
         }
     )
+    if training.ema:
+        share = optim.start_share(decay, steps)
+        job.log({"ema_decay": decay, "ema_start_share_at_end": share})
     feed.tick(state.epoch * len(job.train))
     for epoch in range(state.epoch + 1, training.epochs + 1):
         began = time.perf_counter()
@@ -562,8 +568,8 @@ def _check(labels: Ints, train: Ints, val: Ints, classes: int, training: Trainin
         )
 
 
-def _class_weights(
-    labels: Ints, classes: int, training: Training, given: ArrayLike | None
+def class_weights_of(
+    labels: Ints, classes: int, training: Training, given: ArrayLike | None = None
 ) -> Tensor:
     if given is not None:
         weights = torch.as_tensor(np.asarray(given, np.float32))

@@ -119,6 +119,11 @@ def ema_decay(total_steps: int) -> float:
     return min(LONGEST_DECAY, max(0.0, 1 - 5 / max(total_steps, 1)))
 
 
+def start_share(decay: float, steps: int) -> float:
+    """The share that the initial weights still have in a moving average after `steps`: d ** t."""
+    return decay**steps
+
+
 @torch.no_grad()
 def blend(average: Tensors, current: Mapping[str, Tensor], decay: float) -> None:
     """One step of a moving average in place: `decay * average + (1 - decay) * current`; counters

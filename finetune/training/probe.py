@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from finetune.heads import svm
+from finetune.heads.crossval import Setting
+from finetune.heads.head import Head
+from finetune.network import Tap
+from finetune.training.config import Training
+
 Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
 
 PROBE_C = 0.01  # inverse strength of the probe's L2 penalty, as in scikit-learn
 
@@ -63,3 +71,26 @@ def probe(
     raw = (weight.detach() * scale).double()
     shift = bias.detach().double() - raw @ mean.double()
     return raw.float().numpy(), shift.float().numpy()
+
+
+def head_start(
+    training: Training,
+    blocks: Mapping[Tap, NDArray[Any]],
+    labels: Ints,
+    names: Sequence[str],
+    class_weights: Floats,
+) -> tuple[Floats, Floats]:
+    """`(weight, bias)` that a head begins with: a logistic regression on what it reads before the
+    first step, `(n, width)` a tap, or zeros, as `training.head_init` says. `class_weights` (C,)
+    weigh the images of a class."""
+    taps = tuple(map(Tap.parse, training.taps))
+    if training.head_init != "probe":
+        width = sum(blocks[tap].shape[1] for tap in taps)
+        return np.zeros((len(names), width), np.float32), np.zeros(len(names), np.float32)
+    if not training.normalize:
+        return probe(blocks[taps[0]], labels, len(names), class_weights=class_weights)
+    # As the SVM beside it reads them; normalising rows of unit length again changes nothing.
+    setting, C = Setting(taps, "logistic"), training.head_strength
+    head = svm.fit_head(blocks, labels, names, setting, C, class_weights[labels], 1.0)
+    assert isinstance(head, Head)
+    return head.weight, head.bias

@@ -389,7 +389,7 @@ def test_class_weights_favour_their_class(data: ImageSet) -> None:
     )
     backbone = make()
     training = plan(backbone, class_weight="balanced")
-    weights = loop._class_weights(data.labels[uneven], 3, training, None)
+    weights = loop.class_weights_of(data.labels[uneven], 3, training, None)
 
     assert [18 / (3 * 15), 18 / (3 * 3), 18 / 3] == pytest.approx(weights.tolist())
     favoured = fit(backbone, data, plan(backbone, head_init="zero"), class_weights=[1, 50, 1])
