@@ -7,7 +7,11 @@ cell per set and seed.
 Each cell is three times `finetune fit --strategy svm` and then `finetune ensemble`, in an empty run
 folder and with a feature store that is shared. The best run is the one that its own selection
 images (out of fold, or validation) call the best, as a user would choose it; the best on test
+<<<<<<< HEAD
 stands beside it. Prediction is timed on the test images, opened beforehand, in CPU time, the faster
+=======
+stands beside it. Prediction is timed on 64 test images, opened beforehand, in CPU time, the faster
+>>>>>>> ensemble
 of two passes. Cells that CELLS.jsonl holds are not done again: kill it, and go on later. `--table`
 prints the mean over seeds of each set, gains in points with their standard error over seeds.
 """
@@ -31,6 +35,8 @@ from finetuning import cells, numbers, processor
 
 BACKBONES = tuple(f"tf_efficientnet_lite{k}" for k in range(3))
 
+TIMED = 64  # test images
+
 
 def command(*words: str) -> None:
     done = subprocess.run(
@@ -46,7 +52,7 @@ def milliseconds(run: Path, folder: Path) -> float:
     from finetune.evaluation import predictions
 
     table = predictions.read_predictions(run / "predictions.csv")
-    pictures = [str(folder / path) for path in table.paths]
+    pictures = [str(folder / path) for path in table.paths[:TIMED]]
     with finetune.load(run) as model:
         model.predict(pictures[:2])
         best = np.inf

@@ -27,6 +27,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 from finetune import timings
 
 if TYPE_CHECKING:
+    import combined
     import webs
 
     from finetune.backbones.stages import Backbone
@@ -168,6 +169,14 @@ def shades(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 root / name / f"{i:02d}.png"
             )
     return root
+
+
+@pytest.fixture(scope="session")
+def combined_runs(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> combined.Runs:
+    """Small finished runs on `shapes`. Do not write into them."""
+    import combined
+
+    return combined.make(shapes, tmp_path_factory.mktemp("combined"))
 
 
 @pytest.fixture(scope="session")
