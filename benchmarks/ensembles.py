@@ -7,11 +7,7 @@ cell per set and seed.
 Each cell is three times `finetune fit --strategy svm` and then `finetune ensemble`, in an empty run
 folder and with a feature store that is shared. The best run is the one that its own selection
 images (out of fold, or validation) call the best, as a user would choose it; the best on test
-<<<<<<< HEAD
-stands beside it. Prediction is timed on the test images, opened beforehand, in CPU time, the faster
-=======
 stands beside it. Prediction is timed on 64 test images, opened beforehand, in CPU time, the faster
->>>>>>> ensemble
 of two passes. Cells that CELLS.jsonl holds are not done again: kill it, and go on later. `--table`
 prints the mean over seeds of each set, gains in points with their standard error over seeds.
 """
