@@ -115,11 +115,12 @@ def _checked(job: Job, feed: Feed, chosen: Sample, quick: bool) -> Preflight:
     trainable = Trainable.of(job)
     seen = subject.of_job(job, feed, trainable, batches)
     checks = [_of_zeros(job, seen)]
-    if job.training.head_init == "probe":
+    fitted = job.training.head_init == "probe"
+    if fitted:
         checks.append(_start(job, feed, seen, chosen))
     else:
         seen.clear_head()
-    checks += step_checks.gradients(seen, seed=job.seed)
+    checks += step_checks.gradients(seen, fitted=("head",) if fitted else (), seed=job.seed)
     if quick:
         return Preflight(tuple(checks))
     test: RangeTest | None = None

@@ -52,9 +52,10 @@ class Reached:
         return 1.0 if rows is None else 1 - float(rows.float().mean())
 
 
-def gradients(subject: Subject, *, seed: int = 0) -> list[Check]:
+def gradients(subject: Subject, *, fitted: Sequence[str] = (), seed: int = 0) -> list[Check]:
     """Two checks from `STEPS` steps at the planned rates: gradients that are finite and reach every
-    group, and the ratio of update to weight in each (`optim.update_ratios`)."""
+    group, and the ratio of update to weight in each (`optim.update_ratios`). Groups that are
+    `fitted` already may move as little as they like."""
     reached, ratios = Reached(), dict[str, float | str]()
     with subject.trial(seed=seed):
         optim.set_rates(subject.optimizer.param_groups, 1.0)
@@ -72,7 +73,7 @@ def gradients(subject: Subject, *, seed: int = 0) -> list[Check]:
             what = f"the weights of {', '.join(broken)} are not finite after {STEPS} steps"
             check = Check("gradients", "fail", what, "the training diverges", "lower the rate")
             return [check, _skipped("update ratio")]
-    return [_reach(subject, reached), _of_ratios(subject, ratios)]
+    return [_reach(subject, reached), _of_ratios(subject, ratios, fitted)]
 
 
 def _all_zero(parameters: Sequence[Tensor]) -> bool:
@@ -142,7 +143,7 @@ def _reach(subject: Subject, reached: Reached) -> Check:
     return Check(name, "pass", value, "everything that is to be trained can learn")
 
 
-def _of_ratios(subject: Subject, ratios: dict[str, float | str]) -> Check:
+def _of_ratios(subject: Subject, ratios: dict[str, float | str], fitted: Sequence[str]) -> Check:
     """Judge the groups that hold matrices; biases and scales begin near zero, and are shown
     alone."""
     name = "update ratio"
@@ -161,7 +162,7 @@ def _of_ratios(subject: Subject, ratios: dict[str, float | str]) -> Check:
     still = [key for key, ratio in judged.items() if ratio == 0]
     wild = [key for key, ratio in judged.items() if ratio > WILD]
     fast = [key for key, ratio in judged.items() if ratio > high]
-    slow = [key for key, ratio in judged.items() if ratio < low]
+    slow = [key for key, ratio in judged.items() if ratio < low and key not in fitted]
     value = f"{shown} of the weights in one step" if shown else "no weights but new ones"
     if wild:
         meaning = f"a step overthrows {_some(wild)}: what was learned before is lost"
