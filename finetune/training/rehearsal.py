@@ -120,7 +120,9 @@ def _checked(job: Job, feed: Feed, chosen: Sample, quick: bool) -> Preflight:
         checks.append(_start(job, feed, seen, chosen))
     else:
         seen.clear_head()
-    checks += step_checks.gradients(seen, fitted=("head",) if fitted else (), seed=job.seed)
+    checks += step_checks.gradients(
+        seen, fitted=("head",) if fitted else (), dead=step_checks.IDLE, seed=job.seed
+    )
     if quick:
         return Preflight(tuple(checks))
     test: RangeTest | None = None
