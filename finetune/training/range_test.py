@@ -59,9 +59,9 @@ class RangeTest:
 
     @property
     def brisk(self) -> tuple[float, float]:
-        """Factors to learn a few images quickly with: a little below that of the lowest loss, and
+        """Factors to learn a few images quickly with: that of the lowest loss, and, more carefully,
         a tenth of it."""
-        return (0.7 * self.lowest, 0.1 * self.lowest) if self.falls else (1.0, 0.1)
+        return (self.lowest, 0.1 * self.lowest) if self.falls else (1.0, 0.1)
 
     @property
     def falls(self) -> bool:

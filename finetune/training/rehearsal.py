@@ -31,7 +31,7 @@ CLASSES = 200  # of a sample, at most
 PER_CLASS = 3  # images that the head is fitted on, at least
 FITTED = 96  # images that the head is fitted on, at least where there are as many
 STEPPED = 48  # images that the steps are made on, others than those
-BATCH = 12  # of a step
+BATCH = 8  # of a step
 TOLERANCE = 0.05  # between two ways to the same loss; bf16 differs by a hundredth
 
 
