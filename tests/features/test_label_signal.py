@@ -69,3 +69,13 @@ def test_too_few_images_are_skipped() -> None:
     assert label_signal.measure(X[:4], y[:4], np.arange(4)) is None
     assert label_signal.measure(X, np.zeros(N, np.int64), np.arange(N)) is None
     assert "skip" == label_signal.judged(None).status
+
+
+def test_few_images_at_chance_are_only_warned_of() -> None:
+    """Thirty hard images cannot show that labels mean nothing."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(30, 8)).astype(np.float32), np.arange(30) % 2
+    check = label_signal.judged(label_signal.measure(X, y, np.arange(30)))
+
+    assert "warn" == check.status
+    assert "too few images" in check.meaning
