@@ -24,8 +24,7 @@ from finetune.analysis import Look
 from finetune.backbones import device
 from finetune.data import folders, images, omissions
 from finetune.errors import UserError
-from finetune.evaluation import ensemble, fitting, folds, model_selection
-from finetune.evaluation import preflight as preflight_of
+from finetune.evaluation import ensemble, fitting, folds, model_selection, plan_checks
 from finetune.evaluation.ensemble import AnyModel
 from finetune.evaluation.fitting import Fitted
 from finetune.features import extraction
@@ -138,7 +137,7 @@ def preflight(
         pictures, ids = analysis.scan(settings, store, say)
         seen = analysis.take(settings, pictures, ids, store, say, bar)
         _say_all(options.unused(settings, seen.plan), say)
-        return preflight_of.whole(seen, fitting.baseline(seen, say), bar)
+        return plan_checks.whole(seen, fitting.baseline(seen, say), bar)
     finally:
         store.close()
 
@@ -359,7 +358,7 @@ def _fitted(seen: Look, folder: RunDir | Part, say: Say, bar: Bar) -> Fitted:
     selection = model_selection.selection(seen)
     rest = np.setdiff1d(seen.part("train"), selection.index)
     if isinstance(folder, RunDir):  # a fold is checked as part of the whole
-        preflight_of.quick(seen, base, rest, folder, say)
+        plan_checks.quick(seen, base, rest, folder, say)
     tuned = fitting.tune(seen, base, selection, folder, say, bar)
     choice = fitting.choose(seen, base, tuned, selection, say)
     return fitting.finish(seen, base, tuned, choice, folder, say, bar)

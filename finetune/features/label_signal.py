@@ -19,19 +19,26 @@ ASKED = 40  # neighbours that are looked up, so that some of another group are l
 SHUFFLES = 200
 CHANCE = 0.01  # probability of such an accuracy with shuffled labels: below, labels mean something
 WEAK = 0.10  # share of the way from chance to 1: below, they hardly do
+MODEST = 0.25  # the same: what enough images must be able to show before labels are called wrong
 NAME = "labels"
 
 
 @dataclass(frozen=True)
 class Signal:
-    """Leave-one-out accuracy of `n` images, and that of shuffled labels: its mean, its largest
-    value, and the permutation p-value (Phipson & Smyth 2010: never 0)."""
+    """Leave-one-out accuracy of `n` images, and that of shuffled labels: its mean, its standard
+    deviation, its largest value, and the permutation p-value (Phipson & Smyth 2010: never 0)."""
 
     n: int
     accuracy: float
     mean: float
+    spread: float
     largest: float
     p: float
+
+    @property
+    def would_show(self) -> bool:
+        """Whether so many images would show labels that mean a little (`MODEST`)."""
+        return MODEST * (1 - self.mean) > 3 * self.spread
 
     @property
     def share(self) -> float:
@@ -52,7 +59,8 @@ def measure(features: Floats, y: Ints, groups: Ints, *, seed: int = 0) -> Signal
     accuracy = _accuracy(labels, near)
     shuffled = [_accuracy(rng.permutation(labels), near) for _ in range(SHUFFLES)]
     p = (1 + sum(one >= accuracy for one in shuffled)) / (1 + SHUFFLES)
-    return Signal(len(rows), accuracy, float(np.mean(shuffled)), max(shuffled), p)
+    mean, spread = float(np.mean(shuffled)), float(np.std(shuffled))
+    return Signal(len(rows), accuracy, mean, spread, max(shuffled), p)
 
 
 def _of_others(found: Ints, groups: Ints) -> Ints:
@@ -87,6 +95,11 @@ def judged(signal: Signal | None) -> Check:
         f"shuffles (p = {signal.p:.3f})"
     )
     look = "look at some images and their labels: a table that was sorted, or names out of step?"
+    if signal.p > CHANCE and not signal.would_show:
+        meaning = (
+            "nothing can be said of the labels: too few images, and hard ones for this network"
+        )
+        return Check(NAME, "warn", value, meaning, look)
     if signal.p > CHANCE:
         meaning = "the labels say nothing about the images that this network can see"
         return Check(NAME, "fail", value, meaning, look)

@@ -56,7 +56,10 @@ def svg(test: RangeTest, title: str) -> str:
         _text(LEFT, TOP - 8, "loss: each step (dots), smoothed (line)"),
         _text(LEFT, bottom - 8, "change of the smoothed loss per tenfold rate (below 0: it falls)"),
         _text(
-            WIDTH / 2, HEIGHT - 8, "learning rate of the head; all others keep their ratio to it"
+            (LEFT + WIDTH - RIGHT) / 2,
+            HEIGHT - 8,
+            "learning rate of the last group (the head); all others keep their ratio to it",
+            more='text-anchor="middle"',
         ),
         "</svg>",
     ]
@@ -122,5 +125,5 @@ def _marks(test: RangeTest, x: _Axis, bottom: float) -> Iterable[str]:
             )
         else:
             words += " (beyond)"
-        place = WIDTH - RIGHT - 300 + 150 * k
+        place = WIDTH - RIGHT - 350 + 190 * k
         yield _text(place, TOP - 26, words, more=f'style="fill:{colour}"')

@@ -17,10 +17,12 @@ from finetune.training.subject import Subject
 Floats = NDArray[np.float64]
 
 LOWEST, HIGHEST = -3.0, 2.0  # decades around the planned rates
+DEEPER = 3.0  # decades further down, where the loss blows up at once
 PER_DECADE = 6  # steps
 SMOOTH = 0.6  # share of the past in the smoothed loss
 BLOWN = 2.0  # times the loss at the start, and worse than guessing: it has blown up
 FALL = 0.02  # of the loss at the start: what counts as falling
+RISE = 0.2  # of the fall so far: from there on the loss rises
 SLOW = 1000.0  # a planned rate this far below that of the lowest loss hardly learns
 
 
@@ -47,8 +49,12 @@ class RangeTest:
 
     @property
     def lowest(self) -> float:
-        """The factor at the lowest smoothed loss."""
-        return float(self.factors[int(self.smooth.argmin())])
+        """The factor at the lowest smoothed loss before it first rises by `RISE` of its fall: what
+        a loss does that was thrown up once says nothing about good rates."""
+        lowest = np.minimum.accumulate(self.smooth)
+        risen = self.smooth - lowest > np.maximum(RISE * (self.start - lowest), FALL * self.start)
+        end = int(risen.argmax()) if risen.any() else len(risen)
+        return float(self.factors[int(self.smooth[: max(end, 1)].argmin())])
 
     @property
     def steepest(self) -> float:
@@ -58,9 +64,9 @@ class RangeTest:
 
     @property
     def brisk(self) -> tuple[float, float]:
-        """Factors to learn a few images quickly with: a little below that of the lowest loss, and
+        """Factors to learn a few images quickly with: that of the lowest loss, and, more carefully,
         a tenth of it."""
-        return (0.7 * self.lowest, 0.1 * self.lowest) if self.falls else (1.0, 0.1)
+        return (self.lowest, 0.1 * self.lowest) if self.falls else (1.0, 0.1)
 
     @property
     def falls(self) -> bool:
@@ -83,11 +89,14 @@ def run(subject: Subject, *, seed: int = 0, classes: int | None = None) -> Range
     each loss is compared with the first one of the same batch. All is put back afterwards
     (`Subject.trial`).
     """
-    count = round((HIGHEST - LOWEST) * PER_DECADE) + 1
-    factors = np.logspace(LOWEST, HIGHEST, count)
-    with subject.trial(seed=seed):
-        losses = _losses(subject, factors, math.log(classes) if classes else 0.0)
-    blown = len(losses) < count or not math.isfinite(losses[-1])
+    guess = math.log(classes) if classes else 0.0
+    for lowest in (LOWEST, LOWEST - DEEPER):
+        factors = np.logspace(lowest, HIGHEST, round((HIGHEST - lowest) * PER_DECADE) + 1)
+        with subject.trial(seed=seed):
+            losses = _losses(subject, factors, guess)
+        if len(losses) > len(subject.batches) + PER_DECADE:
+            break
+    blown = len(losses) < len(factors) or not math.isfinite(losses[-1])
     losses = losses[np.isfinite(losses)]
     factors = factors[: len(losses)]
     smooth = _smoothed(losses)
@@ -137,8 +146,8 @@ def judged(test: RangeTest) -> Check:
     """Whether the planned rate lies where the loss falls."""
     name, rate = "learning rate", test.rate
     if len(test.losses) < 4:
-        what = f"the loss was not finite after {len(test.losses)} steps at a thousandth of the rate"
-        return Check(name, "fail", what, "nothing can be learned", "look at the checks above")
+        what = f"planned {rate:.1e}; even a millionth of it blows the loss up at once"
+        return Check(name, "fail", what, "nothing can be learned", "look at the other checks")
     end = float(test.factors[-1])
     edge = f"the loss blows up at {rate * end:.1e}" if test.blown else "it does not blow up"
     value = (

@@ -31,7 +31,7 @@ CLASSES = 200  # of a sample, at most
 PER_CLASS = 3  # images that the head is fitted on, at least
 FITTED = 96  # images that the head is fitted on, at least where there are as many
 STEPPED = 48  # images that the steps are made on, others than those
-BATCH = 12  # of a step
+BATCH = 8  # of a step
 TOLERANCE = 0.05  # between two ways to the same loss; bf16 differs by a hundredth
 
 
@@ -115,11 +115,14 @@ def _checked(job: Job, feed: Feed, chosen: Sample, quick: bool) -> Preflight:
     trainable = Trainable.of(job)
     seen = subject.of_job(job, feed, trainable, batches)
     checks = [_of_zeros(job, seen)]
-    if job.training.head_init == "probe":
+    fitted = job.training.head_init == "probe"
+    if fitted:
         checks.append(_start(job, feed, seen, chosen))
     else:
         seen.clear_head()
-    checks += step_checks.gradients(seen, seed=job.seed)
+    checks += step_checks.gradients(
+        seen, fitted=("head",) if fitted else (), dead=step_checks.IDLE, seed=job.seed
+    )
     if quick:
         return Preflight(tuple(checks))
     test: RangeTest | None = None

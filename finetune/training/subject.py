@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,9 +42,8 @@ class Subject:
     step: Callable[[Batch], StepStats]
     scores: Callable[[Any], Tensor]
     train: Callable[[], Any]
-    loose: tuple[str, ...] = field(
-        default=()
-    )  # parameters that ask for gradients and are in no group
+    # parameters that ask for gradients and are in no group of the optimiser
+    loose: tuple[str, ...] = ()
 
     @property
     def rate(self) -> float:
