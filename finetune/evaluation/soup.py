@@ -10,9 +10,9 @@ images; both are told.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +32,6 @@ from finetune.progress import Say
 from finetune.training import replay
 from finetune.training.replay import Kept, Moving
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 Ints = NDArray[np.int64]
 
 MOST = 5000  # training images that BatchNorm's statistics are estimated on
@@ -47,7 +44,7 @@ class Ingredient:
 
     member: Member
     model: Classifier
-    tensors: Mapping[str, Tensor]
+    tensors: replay.Tensors
 
     @property
     def head(self) -> Head:

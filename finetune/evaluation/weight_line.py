@@ -8,7 +8,7 @@ estimated anew on the training images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,6 @@ from finetune.network import Tap
 from finetune.training import replay
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from finetune.training.replay import Kept, Moving
 
 Floats = NDArray[np.float32]
@@ -68,12 +66,12 @@ class Point:
 class Ends:
     """Both ends of the line: tensors of the stages that moved, and the heads on the same taps."""
 
-    old: Mapping[str, Tensor]
-    new: Mapping[str, Tensor]
+    old: replay.Tensors
+    new: replay.Tensors
     start: Head
     head: Head
 
-    def tensors(self, alpha: float) -> dict[str, Tensor]:
+    def tensors(self, alpha: float) -> replay.Tensors:
         return replay.mixed((self.old, self.new), (1 - alpha, alpha))
 
     def head_at(self, alpha: float, temperature: float = 1.0) -> Head:

@@ -296,3 +296,16 @@ def test_decay_spares_norms_and_biases_unless_it_is_asked_for(small: Backbone) -
         sum(p.numel() for group in own for p in group["params"]) for own in (groups, all_decay)
     ]
     assert counts[0] == counts[1]
+
+
+def test_the_share_of_the_initial_weights_is_what_blending_leaves() -> None:
+    """An average of ones, blended with zeros: what is left after every step, and less than 1 % at
+    the end of a training of 100 steps."""
+    decay = optim.ema_decay(100)
+    average = {"w": torch.ones(1, dtype=torch.float64)}
+    for _ in range(100):
+        optim.blend(average, {"w": torch.zeros(1, dtype=torch.float64)}, decay)
+
+    assert optim.start_share(decay, 100) == pytest.approx(average["w"].item())
+    assert 1 == optim.start_share(decay, 0)
+    assert optim.start_share(decay, 100) < 0.01
