@@ -430,7 +430,8 @@ def history(path: Path, phase: str | None = None) -> list[dict[str, Any]]:
     them, of one `phase` or of all; none where nothing was trained.
 
     A row of epoch 0 stands for the weights before the first step, where the log knows them: their
-    values, `images` (numbers of `train`, `val` and `clean` images) and `classes`. An epoch that was
+    values, `images` (numbers of `train`, `val` and `clean` images), `classes` and `chance` (the
+    validation accuracy of guessing). An epoch that was
     told twice counts once; a last line that a kill cut short is passed over. Raises `UserError` for
     a damaged line.
     """
@@ -458,5 +459,5 @@ def _before_training(entry: Mapping[str, Any]) -> dict[str, Any]:
     start = {key[6:]: value for key, value in entry.items() if key.startswith("start/")}
     if not start:
         return {}
-    kept = {k: entry[k] for k in ("part", "phase", "images", "classes") if k in entry}
+    kept = {k: entry[k] for k in ("part", "phase", "images", "classes", "chance") if k in entry}
     return {**kept, "epoch": 0, "step": 0, **start}

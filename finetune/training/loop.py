@@ -64,10 +64,11 @@ class TrainResult:
     `step`, `train/loss`, `lr/<group>`, `update_ratio/<group>`, `seconds`, `clean/loss` and
     `clean/top1` (the same `CLEAN` training images in every epoch, without augmentation, mixup and
     smoothing), and with a validation part `val/loss`, `val/top1` and `val/calibrated`; `start` is
-    the same before the first step (its `train/loss` is that of the first batch). `best_epoch` is the epoch whose weights were kept (0:
-    those before the first step); `val_scores` (epochs + 1, n, C) are the scores of the validation
-    images before the first step and after each epoch. `start_share` is
-    the share that the initial weights have in the moving average, where one was kept.
+    the same before the first step (its `train/loss` is that of the first batch). `best_epoch` is
+    the epoch whose weights were kept (0: those before the first step); `val_scores` (epochs + 1, n,
+    C) are the scores of the validation images before the first step and after each epoch.
+    `start_share` is the share that the initial weights have in the moving average, where one was
+    kept.
     """
 
     head_weight: Floats
@@ -319,6 +320,7 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
             "stored_views": feed.views,
             "images": {"train": len(job.train), "val": len(job.val), "clean": len(job.clean)},
             "classes": len(job.class_weights),
+            **({"chance": _chance(job)} if len(job.val) else {}),
             **{f"start/{k}": v for k, v in state.start.items() if not k.startswith("train/")},
         }
     )
@@ -529,6 +531,11 @@ def _evaluate_clean(job: Job, feed: Feed) -> dict[str, float]:
 
 
 # ------------------------------------------------------------------------ before and after the loop
+
+
+def _chance(job: Job) -> float:
+    """The validation accuracy of naming the most frequent class of the validation images."""
+    return float(np.bincount(job.images.labels[job.val]).max() / len(job.val))
 
 
 def _clean_subset(train: Ints, seed: int) -> Ints:
