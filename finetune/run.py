@@ -423,3 +423,41 @@ def load_run(path: Path) -> dict[str, Any]:
     """The `run.json` of a finished run, its files compared by size alone."""
     value: dict[str, Any] = files.read_json(finished(path, verify=False) / MANIFEST)
     return value
+
+
+def history(path: Path, phase: str | None = None) -> list[dict[str, Any]]:
+    """The epochs that `log.jsonl` of a run tells, finished or not: a row each, as `loop.fit` logs
+    them, of one `phase` or of all; none where nothing was trained.
+
+    A row of epoch 0 stands for the weights before the first step, where the log knows them: their
+    values, `images` (numbers of `train`, `val` and `clean` images), `classes` and `chance` (the
+    validation accuracy of guessing). An epoch that was
+    told twice counts once; a last line that a kill cut short is passed over. Raises `UserError` for
+    a damaged line.
+    """
+    log = path / LOG
+    if not log.exists():
+        return []
+    whole = log.read_bytes().rpartition(b"\n")[0]
+    rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            told = _before_training(entry) if "groups" in entry else entry
+            if "epoch" in told and phase in (None, told.get("phase")):
+                place = str(told.get("part", "")), str(told.get("phase", "")), int(told["epoch"])
+                rows[place] = told
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"line {number} is damaged ({error})", where=log, fix="restore the file"
+            ) from error
+    return list(rows.values())
+
+
+def _before_training(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of epoch 0 from what a training logs at its beginning."""
+    start = {key[6:]: value for key, value in entry.items() if key.startswith("start/")}
+    if not start:
+        return {}
+    kept = {k: entry[k] for k in ("part", "phase", "images", "classes", "chance") if k in entry}
+    return {**kept, "epoch": 0, "step": 0, **start}

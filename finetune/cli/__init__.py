@@ -27,7 +27,7 @@ for command in (
     fit.fit, fit.advise, fit.preflight, fit.svm, fit.search, data.check, data.extract,
     data.cache, data.doctor,
     networks.backbones, networks.profile, runs.predict, runs.evaluate, runs.recipes, runs.runs,
-    runs.track, runs.suggest, combine.ensemble, combine.forgetting,
+    runs.diagnose, runs.track, runs.suggest, combine.ensemble, combine.forgetting,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -1,4 +1,4 @@
-"""Commands on finished runs and recipes: predict, evaluate, track, runs, recipes."""
+"""Commands on finished runs and recipes: predict, evaluate, diagnose, track, runs, recipes."""
 
 from __future__ import annotations
 
@@ -138,6 +138,28 @@ def evaluate(
         print_json(result)
     else:
         click.echo(home.metrics_text(result))
+
+
+@click.command(cls=console.Command)
+@click.argument("run", type=click.Path(path_type=Path))
+@as_json
+def diagnose(run: Path, json_: bool) -> None:
+    """Say in words what the loss curves of a run show, and what to do next.
+
+    One primary finding, with its evidence; what else was seen stands beneath it. Unfinished runs
+    are judged by the epochs they have.
+
+    \b
+    Example:
+      finetune diagnose runs/photos
+    """
+    from finetune.evaluation import diagnosis
+
+    found = diagnosis.of_run(run)
+    if json_:
+        print_json([check.to_json() for check in found])
+    else:
+        click.echo(diagnosis.text(found))
 
 
 @click.command(cls=console.Command)

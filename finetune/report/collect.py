@@ -4,11 +4,11 @@ in words."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from finetune.classifier import Classifier, Predictions
 from finetune.data import corrections, decode, omissions
 from finetune.data.images import ImageSet
 from finetune.errors import UserError
-from finetune.evaluation import suspects
+from finetune.evaluation import diagnosis, suspects
 from finetune.evaluation.fitting import Fitted, shipped_name
 from finetune.evaluation.judgement import Judgement
 from finetune.heads.svm import SvmResult
@@ -83,7 +83,7 @@ def collect(
         candidates=_candidates(baseline),
         curves=_curves(training) if training else (),
         best_epoch=training.best_epoch if training else None,
-        diagnosis=_diagnosis(training.history, training.best_epoch) if training else (),
+        diagnosis=tuple(map(diagnosis.line, diagnosis.of_run(path))) if training else (),
         mistakes=mistakes(found) if found else (),
         doubts=doubts,
         doubted=doubted,
@@ -225,31 +225,6 @@ def _curves(training: TrainResult) -> tuple[Curve, ...]:
             )
         )
     return tuple(curves)
-
-
-def _diagnosis(history: Sequence[dict[str, Any]], kept: int) -> tuple[str, ...]:
-    """What the curves say, each line with the rule behind it; the weights of epoch `kept` were
-    kept."""
-    train = [row["train/loss"] for row in history if "train/loss" in row]
-    val = [row["val/loss"] for row in history if "val/loss" in row]
-    lines = []
-    if len(train) >= 2 and train[-1] > 0.9 * train[0]:
-        lines.append(
-            f"The training loss hardly fell ({train[0]:.2f} → {train[-1]:.2f}): the learning rate "
-            f"may be too low, "
-            "or nothing is left to learn."
-        )
-    if len(val) >= 3 and min(val) < 0.95 * val[-1]:
-        at = int(np.argmin(val)) + 1
-        lines.append(
-            f"The validation loss turned upwards after epoch {at} ({min(val):.2f} → "
-            f"{val[-1]:.2f}): overfitting; epoch {kept} was kept."
-        )
-    if len(val) >= 2 and len(val) == int(np.argmin(val)) + 1:
-        lines.append(
-            "The validation loss was still falling at the end: more epochs may help (--epochs)."
-        )
-    return tuple(lines) or ("Nothing unusual: the losses fell and settled.",)
 
 
 def mistakes(found: Predictions) -> tuple[Mistake, ...]:

@@ -7,7 +7,6 @@ opened offline), and no model is stored a second time.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -70,20 +69,17 @@ def story(path: Path) -> Story:
     return Story(
         path.resolve().name,
         dict(_flat(about.get("recipe", {}))),
-        tuple(_rows(path / run.LOG)),
+        tuple(_rows(path)),
         results,
     )
 
 
-def _rows(log: Path) -> Iterator[tuple[int, Values]]:
+def _rows(path: Path) -> Iterator[tuple[int, Values]]:
     """Step and values of every epoch; what was computed in another phase than the first is told
     apart by its name."""
-    if not log.exists():
-        return
     first: str | None = None
-    for line in log.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if "epoch" not in entry:
+    for entry in run.history(path):
+        if not entry["epoch"]:
             continue
         phase = str(entry.get("phase", ""))
         first = phase if first is None else first

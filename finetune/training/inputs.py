@@ -50,6 +50,7 @@ class Job:
     images: ImageSet
     train: Ints
     val: Ints
+    clean: Ints  # training images that are judged without augmentation after every epoch
     training: Training
     seed: int
     class_weights: Tensor

@@ -51,6 +51,7 @@ Ints = NDArray[np.int64]
 
 # validation images: fewer cannot tell epochs apart, and the last one is kept
 CHOOSES = 200
+CLEAN = 200  # training images whose unaugmented loss is logged: enough for ± 3 points of accuracy
 LOWER = "lower --set train.lr, or use --precision float32"
 
 
@@ -60,12 +61,14 @@ class TrainResult:
 
     `head_weight` (C, width) and `head_bias` (C,) read the taps of the training, side by side (a
     pooled end alone as it is, several L2-normalised). `history` has one row per epoch: `epoch`,
-    `step`, `train/loss`, `lr/<group>`, `update_ratio/<group>`, `seconds`, and with a validation
-    part `val/loss`, `val/top1` and `val/calibrated`; `start` is the same before the first step (its
-    `train/loss` is that of the first batch). `best_epoch` is the epoch whose weights were kept (0:
-    those before the first step); `val_scores` (epochs + 1, n, C) are the scores of the validation
-    images before the first step and after each epoch. `start_share` is
-    the share that the initial weights have in the moving average, where one was kept.
+    `step`, `train/loss`, `lr/<group>`, `update_ratio/<group>`, `seconds`, `clean/loss` and
+    `clean/top1` (the same `CLEAN` training images in every epoch, without augmentation, mixup and
+    smoothing), and with a validation part `val/loss`, `val/top1` and `val/calibrated`; `start` is
+    the same before the first step (its `train/loss` is that of the first batch). `best_epoch` is
+    the epoch whose weights were kept (0: those before the first step); `val_scores` (epochs + 1, n,
+    C) are the scores of the validation images before the first step and after each epoch.
+    `start_share` is the share that the initial weights have in the moving average, where one was
+    kept.
     """
 
     head_weight: Floats
@@ -188,6 +191,7 @@ def open_job(
             images=images,
             train=train,
             val=val,
+            clean=_clean_subset(train, seed),
             training=training,
             seed=seed,
             class_weights=weights,
@@ -281,6 +285,7 @@ def _begin(
             job.head.bias.copy_(torch.as_tensor(head_start[1]))
     state.good = copied(trainable.live)
     state.average = copied(trainable.live) if job.training.ema else {}
+    state.start = _evaluate_clean(job, feed)
     if len(job.val):
         found, scores = _evaluate(job, feed)
         if not math.isfinite(found["val/loss"]):
@@ -289,7 +294,8 @@ def _begin(
                 where="training",
                 fix="check the weights",
             )
-        state.start, state.scores = dict(found), scores[None]
+        state.start |= found
+        state.scores = scores[None]
         state.best = copied(trainable.live)
 
 
@@ -312,6 +318,10 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
             "device": str(job.device),
             "bf16": job.half,
             "stored_views": feed.views,
+            "images": {"train": len(job.train), "val": len(job.val), "clean": len(job.clean)},
+            "classes": len(job.class_weights),
+            **({"chance": _chance(job)} if len(job.val) else {}),
+            **{f"start/{k}": v for k, v in state.start.items() if not k.startswith("train/")},
         }
     )
     if training.ema:
@@ -359,12 +369,11 @@ def _loop(job: Job, feed: Feed, state: State, trainable: Trainable, mark: str) -
         row |= {f"lr/{group['name']}": group["lr"] for group in groups}
         row |= {f"update_ratio/{name}": ratio for name, ratio in ratios.items()}
         live = copied(trainable.live)
-        if len(job.val):
-            row |= _judge(job, feed, state, trainable, epoch)
-            if not math.isfinite(row["val/loss"]):
-                raise _diverged(
-                    f"the validation loss is {row['val/loss']}", state.step - 1, epoch, groups
-                )
+        row |= _judge(job, feed, state, trainable, epoch)
+        if not math.isfinite(row.get("val/loss", 0.0)):
+            raise _diverged(
+                f"the validation loss is {row['val/loss']}", state.step - 1, epoch, groups
+            )
         state.epoch, state.good = epoch, live
         row["seconds"] = time.perf_counter() - began
         state.history.append(row)
@@ -457,10 +466,15 @@ def _view(job: Job, feed: Feed, epoch: int, k: int) -> int:
 def _judge(
     job: Job, feed: Feed, state: State, trainable: Trainable, epoch: int
 ) -> dict[str, float]:
-    """Validate the live weights, or their average, and keep them where they are what ships."""
+    """Judge the live weights, or their average, on clean training images and the validation images,
+    and keep them where they are what ships."""
     live = copied(trainable.live)
     current = state.average or live
     checkpoints.put(trainable.live, current)
+    clean = _evaluate_clean(job, feed)
+    if not len(job.val):
+        checkpoints.put(trainable.live, live)
+        return clean
     found, scores = _evaluate(job, feed)
     assert state.scores is not None
     state.scores = torch.cat([state.scores, scores[None]])
@@ -468,7 +482,7 @@ def _judge(
     if len(job.val) < CHOOSES or _worth(rows, epoch) > _worth(rows, state.best_epoch):
         state.best, state.best_epoch = {key: t.clone() for key, t in current.items()}, epoch
     checkpoints.put(trainable.live, live)
-    return found
+    return clean | found
 
 
 def _worth(rows: Sequence[Mapping[str, float]], epoch: int) -> tuple[float, float]:
@@ -502,7 +516,32 @@ def _evaluate(job: Job, feed: Feed) -> tuple[dict[str, float], Tensor]:
     return {"val/loss": loss, "val/top1": top1, "val/calibrated": calibrated}, scores
 
 
+def _evaluate_clean(job: Job, feed: Feed) -> dict[str, float]:
+    """Mean cross-entropy and top-1 of training images as validation images are judged, so that the
+    two curves can be compared. Draws nothing at random; a loss that is not finite is left out."""
+    if not len(job.clean):
+        return {}
+    job.backbone.module.eval()
+    features = features_of(job, feed, job.clean)
+    with torch.no_grad():
+        scores, labels = job.head(features), job.labels([(int(i), 0) for i in job.clean])
+        loss = nn.functional.cross_entropy(scores, labels).item()
+        top1 = (scores.argmax(1) == labels).float().mean().item()
+    return {**({"clean/loss": loss} if math.isfinite(loss) else {}), "clean/top1": top1}
+
+
 # ------------------------------------------------------------------------ before and after the loop
+
+
+def _chance(job: Job) -> float:
+    """The validation accuracy of naming the most frequent class of the validation images."""
+    return float(np.bincount(job.images.labels[job.val]).max() / len(job.val))
+
+
+def _clean_subset(train: Ints, seed: int) -> Ints:
+    """At most `CLEAN` of the training images, from a generator of their own."""
+    rng = np.random.default_rng([seed, 29])
+    return np.sort(rng.choice(train, min(CLEAN, len(train)), replace=False))
 
 
 def _device(name: str) -> torch.device:

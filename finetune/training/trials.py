@@ -61,7 +61,8 @@ def open_trials(
         def run(own: Training, log: Log) -> TrainResult:
             nonlocal start
             check(training, own)
-            one = dataclasses.replace(job, training=own, log=log)
+            # many trials, judged by validation alone: nothing is spent on the clean curve
+            one = dataclasses.replace(job, training=own, log=log, clean=job.clean[:0])
             if start is None and training.head_init == "probe":
                 features = loop.features_of(one, feed, job.train).cpu().numpy()
                 start = loop.linear_start(one, features)
