@@ -8,7 +8,9 @@ from finetune.check import Check
 from finetune.evaluation.backbone_comparison import Comparison
 from finetune.metrics import Paired
 
-SOURCE = "the EfficientNet-Lite release notes"  # of ImageNet's top-1 accuracies
+SOURCE = (
+    "the README of EfficientNet-Lite, github.com/tensorflow/tpu"  # of ImageNet's top-1 accuracies
+)
 ENOUGH = 8  # networks, below which an order of theirs does not tell which score foretells it
 
 
