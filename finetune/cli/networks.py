@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -131,7 +132,9 @@ def compare_backbones(
     if out is not None:
         backbones_page.places(out)
     found = home.compare(data, assignments=assignments, say=say, bar=console.progress, **given)
-    page = backbones_page.write(found, out, names.shown(data)) if out is not None else None
+    page = (
+        backbones_page.write(found, out, names.shown(Path(data).name)) if out is not None else None
+    )
     if json_:
         print_json(backbones_told.to_json(found))
         return

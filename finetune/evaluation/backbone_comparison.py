@@ -2,8 +2,8 @@
 size, and which one to take.
 
 Every network is asked about the same training images out of fold, so that a difference between two
-is one of paired answers: its standard error is much smaller than that of either accuracy, and a
-lead within it is luck. The test part judges the network to take, once, and no other.
+is one of paired answers: images that both get right or wrong do not blur it. A lead within its
+standard error may be luck. The test part judges the network to take, once, and no other.
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ class Budget:
         return (self.milliseconds is None or row.milliseconds <= self.milliseconds) and (
             self.parameters is None or row.parameters <= self.parameters * 1e6
         )
+
+    @property
+    def is_set(self) -> bool:
+        return self.milliseconds is not None or self.parameters is not None
 
     def __str__(self) -> str:
         parts = [

@@ -72,7 +72,7 @@ def _best(found: Comparison) -> Check:
             "allow more, or name other networks with --backbones",
         )
     value = f"{best.name}, {best.accuracy:.1%} ± {best.error:.1%} out of fold, n = {found.n}"
-    within = "" if str(found.budget) == "no budget" else f" within {found.budget}"
+    within = f" within {found.budget}" if found.budget.is_set else ""
     return Check(
         "best",
         "pass",
