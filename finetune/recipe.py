@@ -177,7 +177,7 @@ class Backbone(Section):
     ] = Field(
         default=("tf_efficientnet_lite0",),
         description="one name: a timm model, alexnet or googlenet; several are "
-        "not compared yet, run one after the other",
+        "compared by `finetune compare-backbones`",
     )
     weights: Text = Field(
         default="auto", description="auto, random, or the path of a .safetensors or .pth file"

@@ -91,7 +91,7 @@ def test_several_backbones_are_refused() -> None:
     """a,b is not taken for a."""
     message = refused(options.build, "d", None, (), {"backbone": "a,b"})
     assert 'backbone.names cannot be ["a", "b"]' in message
-    assert "several are not compared yet" in message
+    assert "several are compared by" in message
 
 
 def test_an_option_and_an_assignment_that_disagree_are_refused() -> None:

@@ -126,7 +126,7 @@ def test_yaml_is_version_1_2(write: Any) -> None:
             "backbone:\n  names: [a, b]\n",
             2,
             'backbone.names cannot be ["a", "b"]',
-            "several are not compared yet",
+            "several are compared by",
         ),
         ("backbone:\n  taps: 3\n", 2, "backbone.taps cannot be 3", "auto, or a list of taps"),
         ("svm:\n  C: [1, -1]\n", 2, "svm.C cannot be -1", "auto, or a list of numbers above 0"),

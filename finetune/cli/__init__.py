@@ -26,8 +26,9 @@ def cli() -> None:
 for command in (
     fit.fit, fit.advise, fit.preflight, fit.svm, fit.search, data.check, data.extract,
     data.cache, data.doctor,
-    networks.backbones, networks.profile, runs.predict, runs.evaluate, runs.recipes, runs.runs,
-    runs.diagnose, runs.track, runs.suggest, combine.ensemble, combine.forgetting,
+    networks.backbones, networks.compare_backbones, networks.profile, runs.predict,
+    runs.evaluate, runs.diagnose, runs.recipes, runs.runs, runs.track, runs.suggest,
+    combine.ensemble, combine.forgetting,
 ):  # fmt: skip
     cli.add_command(command)
 
