@@ -22,7 +22,7 @@ PER_DECADE = 6  # steps
 SMOOTH = 0.6  # share of the past in the smoothed loss
 BLOWN = 2.0  # times the loss at the start, and worse than guessing: it has blown up
 FALL = 0.02  # of the loss at the start: what counts as falling
-RISE = 0.2  # of the fall so far: from there on the loss rises
+RISE = 0.2  # of the whole fall: from there on the loss rises
 SLOW = 1000.0  # a planned rate this far below that of the lowest loss hardly learns
 
 
@@ -49,10 +49,13 @@ class RangeTest:
 
     @property
     def lowest(self) -> float:
-        """The factor at the lowest smoothed loss before it first rises by `RISE` of its fall: what
-        a loss does that was thrown up once says nothing about good rates."""
+        """The factor at the lowest smoothed loss before it first rises by `RISE` of its whole fall,
+        at least half of which is made: a loss that was thrown up and falls again says nothing about
+        good rates."""
         lowest = np.minimum.accumulate(self.smooth)
-        risen = self.smooth - lowest > np.maximum(RISE * (self.start - lowest), FALL * self.start)
+        fall = self.start - lowest
+        most = max(float(fall.max()), FALL * self.start)
+        risen = (self.smooth - lowest > RISE * most) & (fall >= most / 2)
         end = int(risen.argmax()) if risen.any() else len(risen)
         return float(self.factors[int(self.smooth[: max(end, 1)].argmin())])
 
