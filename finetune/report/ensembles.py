@@ -10,11 +10,12 @@ import numpy as np
 
 from finetune import classifier
 from finetune.classifier import Predictions
+from finetune.combining import averaging, members
+from finetune.combining.averaging import Weighing
+from finetune.combining.members import Member, Shared
 from finetune.errors import UserError
-from finetune.evaluation import averaging, members, predictions
-from finetune.evaluation.averaging import Weighing
+from finetune.evaluation import predictions
 from finetune.evaluation.ensemble import Ensemble
-from finetune.evaluation.members import Member, Shared
 from finetune.files import Digests
 from finetune.lock import NO_WAIT, Wait
 from finetune.names import shown

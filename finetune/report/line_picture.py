@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from html import escape
 
-from finetune.evaluation.weight_line import INTERPOLATED, REESTIMATED, Point
+from finetune.combining.weight_line import INTERPOLATED, REESTIMATED, Point
 from finetune.report.render import ticks
 
 WIDTH, HEIGHT = 760, 440

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from finetune import files
-from finetune.evaluation import members, predictions, soup
-from finetune.evaluation.soup import Kitchen, Mix
-from finetune.evaluation.weight_line import INTERPOLATED, REESTIMATED
+from finetune.combining import members, soup
+from finetune.combining.soup import Kitchen, Mix
+from finetune.combining.weight_line import INTERPOLATED, REESTIMATED
+from finetune.evaluation import predictions
 from finetune.heads.head import softmax
 from finetune.lock import NO_WAIT, Wait
 from finetune.names import shown

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from finetune import files
+from finetune.combining import forgetting as home
+from finetune.combining import forgetting_told as told
+from finetune.combining import members
+from finetune.combining.forgetting_told import Study
+from finetune.combining.weight_line import Point
 from finetune.errors import UserError
-from finetune.evaluation import forgetting as home
-from finetune.evaluation import forgetting_told as told
-from finetune.evaluation import members, predictions
-from finetune.evaluation.forgetting_told import Study
-from finetune.evaluation.weight_line import Point
+from finetune.evaluation import predictions
 from finetune.heads.head import softmax
 from finetune.names import shown
 from finetune.progress import Bar, Say, no_bar, quiet
@@ -34,7 +35,7 @@ def forgetting(
     say: Say = quiet,
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Study what a run forgot (see `evaluation.forgetting.study`); draw the line to `picture` and
+    """Study what a run forgot (see `combining.forgetting.study`); draw the line to `picture` and
     write its chosen point as the run `save`, where these are given. Returns the study as JSON, with
     its `text`."""
     if picture is not None and picture.suffix != ".svg":

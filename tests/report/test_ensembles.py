@@ -16,8 +16,9 @@ from conftest import SHAPES, draw
 
 import finetune
 from finetune import cli
+from finetune.combining import averaging, members
 from finetune.errors import UserError
-from finetune.evaluation import averaging, evaluate, members, predictions
+from finetune.evaluation import evaluate, predictions
 from finetune.report import ensembles, runs
 from retrieval import encoder
 

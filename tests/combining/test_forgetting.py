@@ -18,11 +18,12 @@ import finetune
 from finetune import classifier, cli, files
 from finetune.backbones import architectures, original, weights
 from finetune.backbones.original import OriginalHead
+from finetune.combining import forgetting, soup
+from finetune.combining.forgetting_told import Study
+from finetune.combining.members import open_members
+from finetune.combining.weight_line import INTERPOLATED
 from finetune.errors import UserError
-from finetune.evaluation import evaluate, forgetting, predictions, soup
-from finetune.evaluation.forgetting_told import Study
-from finetune.evaluation.members import open_members
-from finetune.evaluation.weight_line import INTERPOLATED
+from finetune.evaluation import evaluate, predictions
 from finetune.report import soups, weight_lines
 from finetune.training import replay
 

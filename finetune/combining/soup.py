@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from finetune import metrics
 from finetune.backbones import create
 from finetune.classifier import Classifier
+from finetune.combining import forgetting, members
+from finetune.combining.members import Member
+from finetune.combining.weight_line import INTERPOLATED, REESTIMATED
 from finetune.data.images import ImageSet
 from finetune.errors import UserError
-from finetune.evaluation import forgetting, members
-from finetune.evaluation.members import Member
-from finetune.evaluation.weight_line import INTERPOLATED, REESTIMATED
 from finetune.heads.head import Head, softmax
 from finetune.names import shown
 from finetune.network import Tap

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.check import Check, Status
 from finetune.classifier import Classifier
-from finetune.evaluation.weight_line import INTERPOLATED, Point
+from finetune.combining.weight_line import INTERPOLATED, Point
 from finetune.metrics import Estimate, Paired
 
 Ints = NDArray[np.int64]

@@ -21,14 +21,14 @@ from finetune import classifier, files, metrics
 from finetune.backbones import create, original
 from finetune.backbones.original import OriginalHead
 from finetune.classifier import Classifier
+from finetune.combining import forgetting_told as told
+from finetune.combining import members, weight_line
+from finetune.combining.forgetting_told import Drift, Study
+from finetune.combining.members import Leaf, Member
+from finetune.combining.weight_line import Ends, Point
 from finetune.data import images as image_sets
 from finetune.data.images import ImageSet
 from finetune.errors import UserError
-from finetune.evaluation import forgetting_told as told
-from finetune.evaluation import members, weight_line
-from finetune.evaluation.forgetting_told import Drift, Study
-from finetune.evaluation.members import Leaf, Member
-from finetune.evaluation.weight_line import Ends, Point
 from finetune.heads.head import Head
 from finetune.metrics import Estimate
 from finetune.names import shown

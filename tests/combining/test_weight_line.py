@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from finetune import metrics
-from finetune.evaluation import weight_line
-from finetune.evaluation.weight_line import INTERPOLATED, Ends, Point
+from finetune.combining import weight_line
+from finetune.combining.weight_line import INTERPOLATED, Ends, Point
 from finetune.heads.head import Head
 from finetune.metrics import Estimate
 from finetune.network import Tap

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from finetune import metrics
-from finetune.evaluation import averaging
+from finetune.combining import averaging
 from finetune.heads.head import softmax
 
 RNG = np.random.default_rng(0)
