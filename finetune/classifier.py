@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from finetune import files
 from finetune.backbones import device
 from finetune.data import loose
-from finetune.data.images import Fault, ImageSet, check_on_bad
+from finetune.data.images import Fault, ImageSet, check_on_bad, group_ids
 from finetune.data.loose import Picture
 from finetune.errors import UserError
 from finetune.features import engine, extraction, familiarity
@@ -197,6 +197,13 @@ def remember(
     known = familiarity.fit(blocks, groups[positions], normalize=model.head.normalize, seed=seed)
     model.close()
     return dataclasses.replace(model, known=known)
+
+
+def remember_all(model: Classifier, images: ImageSet, *, seed: int) -> Classifier:
+    """`remember` from training images whose digests are not at hand: each is its own, but for
+    groups that are named."""
+    own = group_ids(images, [str(i) for i in range(len(images))])
+    return remember(model, images, own, seed=seed)
 
 
 def _gathered(stream: Iterable[extraction.Batch], rows: int) -> Iterator[extraction.Batch]:

@@ -341,4 +341,6 @@ class _Comparison:
         placed = create.described(self.backbone, words)
         head = ends.head_at(point.alpha, point.temperature)
         model = self.model
-        return Classifier(placed.network, head, lambda: placed, model.engine, model.precision)
+        made = Classifier(placed.network, head, lambda: placed, model.engine, model.precision)
+        seed = self.member.recipe.data.seed
+        return classifier.remember_all(made, self.sets.training, seed=seed)

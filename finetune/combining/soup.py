@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune import metrics
+from finetune import classifier, metrics
 from finetune.backbones import create
 from finetune.classifier import Classifier
 from finetune.combining import forgetting, members
@@ -99,7 +99,8 @@ class Kitchen:
         taps: tuple[Tap, ...] = self.runs[0].head.taps
         self.moving = Moving(self.backbone, self.stages, taps)
         self._chooses = self.moving.keep(self.images)
-        self._training = self.moving.keep(pictures.subset(was[:MOST]))
+        self._trained = pictures.subset(was[:MOST])
+        self._training = self.moving.keep(self._trained)
         say(
             f"soup       {len(found)} runs differ in {', '.join(self.stages)}; "
             f"{len(self.images)} images that no run was trained on choose"
@@ -154,7 +155,9 @@ class Kitchen:
         placed = create.described(self.backbone, words)
         model = self.runs[0].model
         head = self.head(runs, mix.temperature)
-        return Classifier(placed.network, head, lambda: placed, model.engine, model.precision)
+        made = Classifier(placed.network, head, lambda: placed, model.engine, model.precision)
+        seed = self.runs[0].member.recipe.data.seed
+        return classifier.remember_all(made, self._trained, seed=seed)
 
 
 def singles(kitchen: Kitchen) -> list[Mix]:

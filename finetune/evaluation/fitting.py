@@ -279,8 +279,9 @@ def finish(
         moved = Classifier(tuned.backbone.network, tuned.head, _held(tuned.backbone), used, bits)
         if kind == "fine-tuned":  # no frozen network is at hand then, whose features would do
             with clock(seen.seconds, "familiar"):
+                own = both if refit else _seen_by(seen, kind, choice)
                 moved = classifier.remember(
-                    moved, seen.images.subset(both), seen.groups[both], seed=seen.recipe.data.seed
+                    moved, seen.images.subset(own), seen.groups[own], seed=seen.recipe.data.seed
                 )
         models["fine-tuned"] = moved
         weights = next(one.members for one in choice.contenders if one.kind == "average")
