@@ -27,6 +27,7 @@ STILL = 0.1  # of the loss, in the last epoch: still falling
 DROP = 4.0  # times lower from one epoch to the next: a step of the schedule
 TURNED = 1.1  # times its lowest, means of two epochs each: a validation loss that turned upwards
 LEARNED = 0.9  # accuracy on training images from which on nothing is underfitted
+STARTED = 0.7  # of the loss of guessing: what begins lower was fitted before
 FEW = 100  # validation images: fewer tell epochs apart by 10 points at best
 MOVES = 1e-5  # ‖Δw‖ / ‖w‖ of a step: below it weights hardly move; about 1e-3 is healthy
 DEAD = 1e-8  # of the same: below it no gradient arrives, which no learning rate explains
@@ -197,6 +198,8 @@ def _slow_start(c: Curves) -> Check | None:
     ):
         value = f"{_name(c)} stayed at {c.fit[0]:.2f}, that of guessing, in {len(c.fit) - 1} epochs"
         return _start_check(value)
+    if c.fit[0] < STARTED * c.guess:  # a fitted head: it has begun already
+        return None
     flat = _first(c.fit, lambda k: c.fit[0] - c.fit[k] > 0.05 * fall) - 1
     warm = sum(rate < 0.3 * max(c.lr) for rate in c.lr[: flat + 1]) if c.lr else 0
     if fall < 0.3 * c.fit[0] or flat - warm < max(2, 0.15 * len(c.fit)):

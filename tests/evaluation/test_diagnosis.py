@@ -171,6 +171,13 @@ def test_logs_without_a_clean_loss_are_read_by_training_and_validation(
     assert name == diagnosis.diagnose(rows)[0].name
 
 
+def test_a_head_that_was_fitted_before_has_no_slow_start() -> None:
+    """It begins well below the loss of guessing: what is flat at first has been learned."""
+    flat = [0.8, 0.8, 0.79, 0.8, 0.6, 0.4, 0.3, 0.28]
+    assert "slow start" == diagnosis.diagnose(curves([1.4 + v for v in flat]))[0].name
+    assert "slow start" != diagnosis.diagnose(curves(flat))[0].name
+
+
 @pytest.mark.parametrize(("ratio", "name"), [(1e-6, "learning rate too low"), (0.0, "slow start")])
 def test_how_far_weights_move_tells_a_low_rate_from_a_signal_that_does_not_pass(
     ratio: float, name: str
