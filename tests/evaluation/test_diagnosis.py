@@ -174,7 +174,7 @@ def test_logs_without_a_clean_loss_are_read_by_training_and_validation(
 def test_a_head_that_was_fitted_before_has_no_slow_start() -> None:
     """It begins well below the loss of guessing: what is flat at first has been learned."""
     flat = [0.8, 0.8, 0.79, 0.8, 0.6, 0.4, 0.3, 0.28]
-    assert "slow start" == diagnosis.diagnose(curves([1.4 + v for v in flat]))[0].name
+    assert "slow start" == diagnosis.diagnose(curves([START * v / 0.8 for v in flat]))[0].name
     assert "slow start" != diagnosis.diagnose(curves(flat))[0].name
 
 
