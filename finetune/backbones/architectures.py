@@ -145,7 +145,7 @@ def _no_drop_path(name: str) -> UserError:
 
 def _timm(name: str, source: weights.Source, size: int | None, drop_path: float) -> Whole:
     # Networks with position tables need the size when they are created; the others take any.
-    extra: dict[str, Any] = {"img_size": size} if size and _takes_img_size(name) else {}
+    extra: dict[str, Any] = {"img_size": size} if size and takes_img_size(name) else {}
     if drop_path:
         if not _takes_drop_path(name):
             raise _no_drop_path(name)
@@ -176,7 +176,7 @@ def _timm(name: str, source: weights.Source, size: int | None, drop_path: float)
 
 
 @functools.cache
-def _takes_img_size(name: str) -> bool:
+def takes_img_size(name: str) -> bool:
     try:
         timm.create_model(name, pretrained=False, img_size=224)
     except TypeError:

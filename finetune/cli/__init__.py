@@ -9,7 +9,7 @@ from __future__ import annotations
 import click
 
 from finetune import console
-from finetune.cli import combine, data, fit, networks, runs
+from finetune.cli import combine, data, export, fit, networks, runs
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -28,7 +28,7 @@ for command in (
     data.cache, data.doctor,
     networks.backbones, networks.compare_backbones, networks.profile, runs.predict,
     runs.evaluate, runs.diagnose, runs.recipes, runs.runs, runs.track, runs.suggest,
-    combine.ensemble, combine.forgetting,
+    combine.ensemble, combine.forgetting, export.export,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -1,0 +1,1 @@
+"""A run as files of other programs, compared with it, and its card."""

@@ -1,0 +1,80 @@
+"""Files of other programs, opened by these."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import exports
+import numpy as np
+import pytest
+import torch
+
+from finetune.backbones.stages import Backbone
+from finetune.errors import UserError
+from finetune.export import formats, graph
+from finetune.export.graph import Part
+
+
+@pytest.fixture(scope="module")
+def part(tiny: Backbone) -> Iterator[Part]:
+    """Taps on a grid and by GeM, a kernel machine and an average in one graph, which is traced
+    once."""
+    first = exports.model(tiny, exports.linear(tiny))
+    (whole,) = graph.parts(exports.average(first, exports.model(tiny, exports.kernel(tiny))))
+    traced = graph.program(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "program", lambda part: traced)
+        yield whole
+
+
+def labels(path: Path, to: str) -> list[str]:
+    """The labels inside a file, read without Regraft."""
+    text: Any
+    if to == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path)
+        text = session.get_modelmeta().custom_metadata_map["labels"]
+    elif to == "openvino":
+        import openvino
+
+        text = openvino.Core().read_model(path).get_rt_info(["model_info", "labels"]).astype(str)
+    else:
+        kept = {"labels.json": ""}
+        torch.export.load(path, extra_files=kept)
+        text = kept["labels.json"]
+    return list(json.loads(text))
+
+
+@pytest.mark.parametrize("to", ["onnx", "openvino", "torch-export"])
+def test_a_file_says_what_the_graph_says(
+    to: str, part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For one image and for several, to 1e-5, with the labels inside, whatever is in them. ONNX is
+    also read where onnxruntime is not installed: by OpenVINO."""
+    path = tmp_path / formats.FILES[to]
+    formats.write(part, path, to, {"labels": exports.CLASSES})
+    _, ask = formats.opened(path, to)
+    side = part.preprocess.size
+    x = np.random.default_rng(0).normal(size=(5, 3, side, side)).astype(np.float32)
+    with torch.inference_mode():
+        expected = part.graph(torch.from_numpy(x)).numpy()
+
+    for batch in (1, 2, 5):
+        assert expected[:batch] == pytest.approx(ask(x[:batch]), abs=1e-5)
+    assert list(exports.CLASSES) == labels(path, to)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    other, ask = formats.opened(path, to)
+    assert {"torch-export": "torch"}.get(to, "openvino") == other
+    assert expected == pytest.approx(ask(x), abs=1e-5)
+
+
+def test_a_missing_library_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal says what is missing, and how to get it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"onnx and onnxscript[\s\S]*regraft\[export\]"):
+        formats.check_installed("onnx")
