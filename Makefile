@@ -15,8 +15,8 @@ demo: .venv/.installed ## from files to verdict on real handwritten digits
 	$(BIN)/finetune fit sklearn:digits --out runs/demo
 	@echo "the report: runs/demo/report.html"
 
-test: .venv/.installed ## the whole suite, at most 10 minutes on 2 cores
-	$(BIN)/python -m pytest
+test: .venv/.installed ## the whole suite, in two processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/.installed ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -223,7 +223,8 @@ def test_taps_that_are_the_same_tensor_come_out_twice() -> None:
     assert np.array_equal(pooled, fc7)
     assert np.array_equal(np.maximum(before, 0), fc7)
     (alone,) = run(found, [Tap("fc7")], images, "openvino", "float32")
-    assert np.array_equal(fc7, alone)
+    # another graph: some processors sum it in another order
+    np.testing.assert_allclose(alone, fc7, rtol=1e-4, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------ batches
