@@ -66,8 +66,7 @@ def _badge(probabilities: NDArray[Any], x: Floats, count: int, random: np.random
     errors[np.arange(n), errors.argmax(axis=1)] -= 1
     squares = (errors**2).sum(axis=1) * np.einsum("ij,ij->i", x, x, dtype=np.float64)
     first = int(squares.argmax())
-    # the origin counts as chosen, so that no draw is spent on what the model is sure of
-    chosen, distance = [first], squares.copy()
+    chosen, distance = [first], np.full(n, np.inf)
     while len(chosen) < count:
         last = chosen[-1]
         product = (errors @ errors[last]) * (x @ x[last])
