@@ -15,6 +15,8 @@ from finetune.evaluation import evaluate
 from finetune.evaluation.ensemble import AnyModel
 from finetune.names import shown
 
+WORDS = evaluate.WORDS | {"svm": "accuracy of the SVM beside it"}
+PARTS = {"cv": "out of fold"}
 OPEN = {
     "onnx": (
         "onnxruntime",
@@ -148,13 +150,13 @@ def _numbers(member: Member) -> str:
     rows = ["| metric | value | 95 % interval | images | method |", "|---|---|---|---|---|"]
     for name, value in measured.items():
         part, _, short = name.partition("/")
-        words = f"{evaluate.WORDS.get(short, short)} ({part})"
+        words = f"{WORDS.get(short, short)} ({PARTS.get(part, part)})"
         if isinstance(value, dict) and "value" in value:
             span = f"{value['low']:.3f} to {value['high']:.3f}"
             rows.append(
                 f"| {words} | {value['value']:.3f} | {span} | {value['n']} | {value['method']} |"
             )
-        elif isinstance(value, float) and short in evaluate.WORDS:
+        elif isinstance(value, float) and short in WORDS:
             rows.append(f"| {words} | {value:.3f} | | | |")
     return "## How good it is\n\n" + "\n".join(rows)
 

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -45,13 +46,24 @@ def write(part: Part, path: Path, to: str, about: Mapping[str, Any]) -> None:
     """Write the graph of `part`; `about` (plain data by name, each as JSON) goes into the file."""
     texts = {name: json.dumps(value, ensure_ascii=False) for name, value in about.items()}
     with _quiet():
-        program = graph.program(part)
+        program = _traced(part)
         if to == "onnx":
             _write_onnx(program, path, texts)
         elif to == "openvino":
             _write_openvino(program, part, path, texts)
         else:
             torch.export.save(program, path, extra_files={f"{k}.json": v for k, v in texts.items()})
+
+
+def _traced(part: Part) -> Any:
+    try:
+        return graph.program(part)
+    except Exception as error:  # torch raises its own zoo of types for what it cannot trace
+        what = (
+            f"torch cannot make one graph of this run: {str(error).strip().splitlines()[0][:200]}"
+        )
+        fix = "--to timm holds a linear layer on pooled features without a graph"
+        raise UserError(what, where="--to", fix=fix) from error
 
 
 def opened(path: Path, to: str) -> tuple[str, Ask]:
@@ -96,13 +108,35 @@ def _write_onnx(program: Any, path: Path, texts: Mapping[str, str]) -> None:
 def _write_openvino(program: Any, part: Part, path: Path, texts: Mapping[str, str]) -> None:
     import openvino
 
-    model = openvino.convert_model(program)
+    try:
+        model = openvino.convert_model(program)
+    except Exception as error:  # an operator that it does not know from torch
+        model = _by_way_of_onnx(program, path, texts, error)
     model.reshape([-1, 3, part.preprocess.size, part.preprocess.size])
     for port, name in ((model.inputs[0], IMAGE), (model.outputs[0], PROBABILITIES)):
         port.get_tensor().set_names({name})
     for name, text in texts.items():
         model.set_rt_info(text, ["model_info", name])
     openvino.save_model(model, str(path), compress_to_fp16=False)
+
+
+def _by_way_of_onnx(program: Any, path: Path, texts: Mapping[str, str], error: Exception) -> Any:
+    """The model in OpenVINO: ONNX's exporter has computed what depends on no input, such as
+    position tables that are resized."""
+    import openvino
+
+    try:
+        check_installed("onnx")
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            _write_onnx(program, Path(folder) / FILES["onnx"], texts)
+            return openvino.convert_model(Path(folder) / FILES["onnx"])
+    except Exception:  # the first trouble is the one to tell
+        why = str(error).strip().splitlines()[-1][:200]
+        raise UserError(
+            f"OpenVINO cannot convert this run: {why}",
+            where="--to",
+            fix=f"--to onnx, which OpenVINO opens, too ({INSTALL})",
+        ) from error
 
 
 def _openvino_asked(path: Path) -> Ask:

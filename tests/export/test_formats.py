@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.backbones import create
 from finetune.backbones.stages import Backbone
 from finetune.errors import UserError
 from finetune.export import formats, graph
@@ -73,8 +74,40 @@ def test_a_file_says_what_the_graph_says(
     assert expected == pytest.approx(ask(x), abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_network_that_openvino_cannot_convert_from_torch_goes_by_way_of_onnx(
+    tmp_path: Path,
+) -> None:
+    """A transformer whose position table is resized says in OpenVINO what it says in torch."""
+    own = create.load("test_vit", "random")
+    (whole,) = graph.parts(exports.model(own, exports.linear(own, exports.POOLED)))
+    formats.write(whole, tmp_path / "model.xml", "openvino", {"labels": exports.CLASSES})
+    _, ask = formats.opened(tmp_path / "model.xml", "openvino")
+    side = whole.preprocess.size
+    x = np.random.default_rng(0).normal(size=(3, 3, side, side)).astype(np.float32)
+    with torch.inference_mode():
+        expected = whole.graph(torch.from_numpy(x)).numpy()
+
+    assert expected == pytest.approx(ask(x), abs=1e-5)
+    assert list(exports.CLASSES) == labels(tmp_path / "model.xml", "openvino")
+    assert {"model.xml", "model.bin"} == {path.name for path in tmp_path.iterdir()}
+
+
 def test_a_missing_library_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal says what is missing, and how to get it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"onnx and onnxscript[\s\S]*regraft\[export\]"):
         formats.check_installed("onnx")
+
+
+def test_what_torch_cannot_trace_is_told_without_a_traceback(
+    part: Part, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal holds torch's reason and another way."""
+
+    def fails(part: Part) -> None:
+        raise RuntimeError("no such operator\nand many lines")
+
+    monkeypatch.setattr(graph, "program", fails)
+    with pytest.raises(UserError, match=r"no such operator[\s\S]*timm"):
+        formats.write(part, tmp_path / "model.xml", "openvino", {})
