@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,19 @@ from finetune.export.graph import Part
 
 
 @pytest.fixture(scope="module")
-def part(tiny: Backbone) -> Iterator[Part]:
-    """Taps on a grid and by GeM, a kernel machine and an average in one graph, which is traced
-    once."""
+def traced(tiny: Backbone) -> tuple[Part, Any]:
+    """Taps on a grid and by GeM, a kernel machine and an average in one graph, and that graph as
+    torch.export has it: traced once."""
     first = exports.model(tiny, exports.linear(tiny))
     (whole,) = graph.parts(exports.average(first, exports.model(tiny, exports.kernel(tiny))))
-    traced = graph.program(whole)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "program", lambda part: traced)
-        yield whole
+    return whole, graph.program(whole)
+
+
+@pytest.fixture
+def part(traced: tuple[Part, Any], monkeypatch: pytest.MonkeyPatch) -> Part:
+    """The graph, which is not traced again."""
+    monkeypatch.setattr(graph, "program", lambda part: traced[1])
+    return traced[0]
 
 
 def labels(path: Path, to: str) -> list[str]:
